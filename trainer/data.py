@@ -1,0 +1,196 @@
+"""Loading: datasets to batches, seeded per sample, in the rank or in worker processes, ahead of a GPU.
+
+Which samples, and in which order, is decided in `trainer.order`.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from trainer.config import Data
+from trainer.order import Indices, sample_seed
+from trainer.task import Task, floating_to
+
+Keys = tuple[int, Indices]
+"""(epoch, indices) of one batch."""
+
+
+class Seeded:
+    """A dataset whose randomness depends on (seed, epoch, index) alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        """Choose the cheapest exact way to read `dataset`: see `Task.train_dataset`."""
+        self.dataset, self.seed = dataset, seed
+        self.read: Callable[[int, int], Any]
+        if hasattr(dataset, "sample"):
+            self.read = self._sample
+        elif isinstance(dataset, TensorDataset) or getattr(dataset, "deterministic", False):
+            self.read = self._plain
+        else:
+            self.read = self._global
+
+    def __len__(self) -> int:
+        """Samples in the dataset."""
+        return len(self.dataset)
+
+    def _sample(self, epoch: int, index: int) -> Any:
+        bits = np.random.Philox(key=sample_seed(self.seed, epoch, index))
+        return self.dataset.sample(index, np.random.Generator(bits))
+
+    def _plain(self, epoch: int, index: int) -> Any:
+        return self.dataset[index]
+
+    def _global(self, epoch: int, index: int) -> Any:
+        """Seed the global generators around the call, and leave them as they were."""
+        before = random.getstate(), np.random.get_state(), torch.random.default_generator.get_state()
+        value = sample_seed(self.seed, epoch, index)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        torch.random.default_generator.manual_seed(value)
+        try:
+            return self.dataset[index]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.random.default_generator.set_state(before[2])
+
+
+class Fetch:
+    """Read one batch, as a map-style dataset whose index is (epoch, indices): a worker reads a whole batch."""
+
+    def __init__(self, dataset: Dataset[Any], task: Task, seed: int) -> None:
+        """Tensors that lie in memory are indexed at once, which gives what collating their items gives."""
+        self.seeded = Seeded(dataset, seed)
+        self.collate = task.collate
+        plain = type(task).collate is Task.collate and type(dataset) is TensorDataset
+        self.tensors: tuple[Tensor, ...] | None = dataset.tensors if plain else None  # type: ignore[attr-defined]
+
+    def __getitem__(self, keys: Keys) -> Any:
+        """Read, seed and collate."""
+        epoch, indices = keys
+        if self.tensors is not None:
+            chosen = torch.from_numpy(indices)
+            return [tensor[chosen] for tensor in self.tensors]
+        return self.collate([self.seeded.read(epoch, index) for index in indices.tolist()])
+
+
+def _start_worker(_: int) -> None:
+    """Signals reach the whole process group; only the rank answers them (its workers end with it)."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _first(batches: list[Any]) -> Any:
+    return batches[0]
+
+
+class Loader:
+    """Batches for given keys, read in order, in worker processes when asked for."""
+
+    def __init__(self, dataset: Dataset[Any], task: Task, options: Data, seed: int, pin: bool) -> None:
+        """`pin`: batches go to a GPU, so put them into page-locked memory."""
+        self.fetch = Fetch(dataset, task, seed)
+        self.pin = pin and options.pin_memory
+        self.keys: Iterable[Keys] = ()
+        self.workers: DataLoader[Any] | None = None
+        if options.workers:
+            self.workers = DataLoader(
+                self.fetch,  # type: ignore[arg-type]
+                batch_sampler=_Keys(self),
+                num_workers=options.workers,
+                prefetch_factor=options.prefetch,
+                collate_fn=_first,
+                pin_memory=self.pin,
+                persistent_workers=True,
+                worker_init_fn=_start_worker,
+            )
+
+    def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
+        """Yield the batch of each of `keys`."""
+        if self.workers is not None:
+            self.keys = keys
+            yield from self.workers
+            return
+        for item in keys:
+            batch = self.fetch[item]
+            yield _pinned(batch) if self.pin else batch
+
+
+class _Keys:
+    """A batch sampler whose batches are one key each: the worker's `Fetch` makes the batch."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Sequence[Keys]]:
+        return ([keys] for keys in self.loader.keys)
+
+
+def _pinned(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    if isinstance(batch, dict):
+        return {key: _pinned(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_pinned(value) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_pinned(value) for value in batch)
+    return batch
+
+
+class ToDevice:
+    """Move batches to the device; to a GPU ahead of use, on a stream of its own, so that copies overlap."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None, channels_last: bool, ahead: int) -> None:
+        """`dtype`: of floating tensors, None to keep theirs; `ahead`: batches in flight to a GPU."""
+        self.device, self.dtype, self.channels_last, self.ahead = device, dtype, channels_last, ahead
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def move(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield each batch on the device."""
+        if self.stream is None:
+            if self.dtype is None and not self.channels_last:
+                yield from batches
+                return
+            for batch in batches:
+                yield floating_to(batch, self.device, self.dtype, self.channels_last)
+            return
+        waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
+        for batch in batches:
+            with torch.cuda.stream(self.stream):
+                moved = floating_to(batch, self.device, self.dtype, self.channels_last)
+                event = torch.cuda.Event()
+                event.record(self.stream)
+            waiting.append((moved, event))
+            if len(waiting) > self.ahead:
+                yield self._take(waiting)
+        while waiting:
+            yield self._take(waiting)
+
+    def _take(self, waiting: deque[tuple[Any, torch.cuda.Event]]) -> Any:
+        batch, event = waiting.popleft()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        _record(batch, current)
+        return batch
+
+
+def _record(batch: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that `stream` uses the batch, so that its memory is not reused too early."""
+    if isinstance(batch, Tensor):
+        batch.record_stream(stream)
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            _record(value, stream)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            _record(value, stream)

@@ -1,0 +1,254 @@
+"""The training loop: one step of the global batch after another, on whatever devices `parallel` made of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import Job
+from trainer.data import Loader, ToDevice
+from trainer.errors import JobError, Stopped
+from trainer.evaluate import evaluate
+from trainer.optimize import make_average, make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.order import MicroBatch, Order, Position
+from trainer.parallel import Parallel
+from trainer.report import Report
+from trainer.state import State
+from trainer.task import Task
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became NaN or infinite on some rank; no checkpoint holds the weights after it."""
+
+
+class Trainer:
+    """Trains one task as one job says, from wherever its checkpoints stand."""
+
+    def __init__(
+        self, job: Job, task: Task, parallel: Parallel, report: Report, model: torch.nn.Module,
+        stop: Callable[[], bool], train_data: Any, eval_data: Any,
+    ) -> None:  # fmt: skip
+        """Put everything together; `model` is on its device already. `stop` says whether this rank was asked to."""
+        self.job, self.task, self.parallel, self.report, self.stop = job, task, parallel, report, stop
+        train, device = job.train, parallel.device
+        self.count, self.eval_count = len(train_data), len(eval_data)
+        for name, count in (("train_dataset", self.count), ("eval_dataset", self.eval_count)):
+            if count == 0:
+                raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
+        self.order = Order(
+            self.count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed
+        )  # fmt: skip
+        epochs = train.epochs or (None if train.steps else 1)
+        limits = [train.steps, epochs * self.order.steps_per_epoch if epochs else None]
+        self.steps = min(limit for limit in limits if limit is not None)
+        self.optimizer = make_optimizer(model, train)
+        self.rate = make_schedule(train, self.steps)
+        self.scaler = make_scaler(train.precision, device)
+        self.average = make_average(model, train.ema_decay)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        pin = device.type == "cuda"
+        self.loader = Loader(train_data, task, job.data, job.seed, pin)
+        self.eval_loader = Loader(eval_data, task, job.data, job.seed, pin)
+        self.mover = ToDevice(
+            device, torch.float64 if train.precision == "float64" else None, train.channels_last, job.data.prefetch
+        )
+        self.position = Position()
+        self.state = State(job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report)
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end and return the last evaluation.
+
+        Raises:
+            Stopped: on request, with a checkpoint committed.
+            NonFiniteLoss: with `on_nan: halt`.
+        """
+        self.state.resume()
+        self.parallel.steps = self.position.step
+        self.report.start(self.position, self.steps, self.order.steps_per_epoch)
+        if self.position.step and not self.state.evaluated:
+            self.finish_step()
+        while self.position.step < self.steps:
+            for micros in self.epoch():
+                self.train_step(micros)
+                if self.position.step >= self.steps:
+                    break
+        return self.state.metrics
+
+    def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
+        """The steps from the current position to the end of its epoch, each a list of micro-batches."""
+        plan = list(self.order.epoch(self.position))
+        batches = self.mover.move(self.loader.read((micro.epoch, micro.indices) for micro in plan))
+        group: list[tuple[MicroBatch, Any]] = []
+        for micro, batch in zip(plan, batches, strict=True):
+            group.append((micro, batch))
+            if micro.last:
+                yield group
+                group = []
+
+    def train_step(self, micros: list[tuple[MicroBatch, Any]]) -> None:
+        """One update from one global batch; afterwards whatever is due."""
+        position, parallel = self.position, self.parallel
+        set_rate(self.optimizer, self.rate(position.step))
+        for micro, batch in micros:
+            with parallel.accumulating(more=not micro.last):
+                losses = parallel.losses(batch)
+                # The mean over the global batch: DDP will divide the sum over ranks by their number.
+                loss = losses.sum() * (parallel.world_size * bool(micro.count) / micro.step_count)
+                scaled = loss if self.scaler is None else self.scaler.scale(loss)
+                parallel.backward(loss, scaled, self.stop())
+        if position.step == self.first_step:
+            self.check_gradients()
+        step_count = micros[0][0].step_count
+        due = self.due(position.step + 1, position.samples + step_count)
+        mean, stop = parallel.agree(due)
+        if self.update(mean, micros):
+            self.report.samples(position, [micro.indices[: micro.count] for micro, _ in micros])
+        position.step += 1
+        position.samples += step_count
+        if position.samples >= self.count:
+            position.epoch, position.samples = position.epoch + 1, 0
+        whole = parallel.finish_step(self.optimizer, due)
+        self.report.step(position, mean, self.optimizer.param_groups[0]["lr"], step_count)
+        self.state.evaluated = not due
+        if whole and stop:
+            if position.step < self.steps:
+                self.save_and_stop()
+        if due:
+            self.finish_step()
+
+    def update(self, mean: Tensor | float, micros: list[tuple[MicroBatch, Any]]) -> bool:
+        """Apply the gradients unless the loss is not finite; every rank decides alike."""
+        train = self.job.train
+        if not isinstance(mean, Tensor) or train.on_nan == "skip":
+            mean = float(mean)
+            if not math.isfinite(mean):
+                self.refuse_loss(mean, micros)
+                self.optimizer.zero_grad()
+                return False
+        else:  # on a GPU `halt` looks at the loss one step late rather than wait for it at every step
+            late, self.late = self.late, (mean, micros)
+            if late is not None and not math.isfinite(float(late[0])):
+                self.refuse_loss(float(late[0]), late[1])
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.state.model)
+        return True
+
+    late: tuple[Tensor, list[tuple[MicroBatch, Any]]] | None = None
+
+    def refuse_loss(self, mean: float, micros: list[tuple[MicroBatch, Any]]) -> None:
+        """Name the samples of a loss that is not finite, and halt when the job says so."""
+        indices = [int(index) for micro, _ in micros for index in micro.indices[: micro.count]]
+        step = self.position.step
+        self.report.event("nonfinite_loss", loss=str(mean), step=step, rank=self.parallel.rank, samples=indices)
+        if self.job.train.on_nan == "halt":
+            raise NonFiniteLoss(
+                f"the loss of step {step} is {mean} on some rank; this rank {self.parallel.rank} computed samples "
+                f"{indices}. The last checkpoint is from before. Lower train.lr, set train.clip_norm, look at these "
+                "samples, or set train.on_nan=skip"
+            )
+
+    def due(self, step: int, samples: int) -> bool:
+        """Whether an evaluation or a checkpoint follows `step`, at `samples` of the epoch."""
+        return self.evaluation_due(step, samples) or self.checkpoint_due(step, samples)
+
+    def evaluation_due(self, step: int, samples: int) -> bool:
+        """Whether the job asks for an evaluation here."""
+        every = self.job.evaluation.every_steps
+        epoch_ends = samples in (0, self.count)
+        epochs = -(-step // self.order.steps_per_epoch)
+        return (
+            step >= self.steps
+            or bool(every and step % every == 0)
+            or (epoch_ends and epochs % self.job.evaluation.every_epochs == 0)
+        )
+
+    def checkpoint_due(self, step: int, samples: int) -> bool:
+        """Whether the job asks for a checkpoint here."""
+        every = self.job.checkpoint.every_steps
+        return step >= self.steps or samples in (0, self.count) or bool(every and step % every == 0)
+
+    def finish_step(self) -> None:
+        """Evaluate and save where that is due after the current position; a stop may come in between."""
+        position = self.position
+        if self.late is not None:  # never save weights whose loss nobody looked at
+            late, self.late = self.late, None
+            if not math.isfinite(float(late[0])):
+                self.refuse_loss(float(late[0]), late[1])
+        if self.evaluation_due(position.step, position.samples):
+            metrics = self.evaluate()
+            if metrics is None:
+                self.save_and_stop()
+                return
+            self.state.metrics = metrics
+            self.report.evaluation(position, metrics)
+        self.state.evaluated = True
+        if self.checkpoint_due(position.step, position.samples):
+            self.state.save()
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
+        self.report.phase("evaluating", self.position)
+        started = time.perf_counter()
+        with self.averaged_weights():
+            metrics = evaluate(
+                self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,
+                self.job.evaluation.batch_size, self.stop_early,
+            )  # fmt: skip
+        self.report.pause(time.perf_counter() - started)
+        return metrics
+
+    def stop_early(self) -> bool:
+        """Whether to leave an evaluation: not the last one, which ends the run anyway."""
+        self.report.phase("evaluating", self.position)
+        return self.stop()
+
+    def save_and_stop(self) -> None:
+        """Commit a checkpoint and end with the exit code that asks for a requeue."""
+        self.state.save()
+        self.report.event("stopped", step=self.position.step)
+        raise Stopped
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Let the step's module compute with the moving average."""
+        if self.average is None:
+            yield
+            return
+        step = self.parallel.step
+        model = step.model
+        step.model = self.average.module
+        self.average.module.eval()
+        try:
+            yield
+        finally:
+            step.model = model
+
+    @property
+    def first_step(self) -> int:
+        """The first step of this attempt."""
+        return self.state.resumed_at
+
+    def check_gradients(self) -> None:
+        """Name parameters that the first backward pass did not reach: DDP would wait for them in vain."""
+        if self.job.parallel != "ddp" or self.job.ddp.find_unused_parameters:
+            return
+        unused = [name for name, p in self.state.model.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise JobError("ddp.find_unused_parameters", False, "the loss does not use " + ", ".join(unused[:8]),
+                           "Set it to true, use them in the forward pass, or set requires_grad=False on them")

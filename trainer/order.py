@@ -1,0 +1,99 @@
+"""Which sample is used when and by whom: a function of (seed, epoch) alone, whatever the number of ranks.
+
+Nothing here touches data or devices; a resume needs only (epoch, samples consumed globally).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass
+class Position:
+    """Where a training stands, counted globally: the same at any world size."""
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    """Consumed in this epoch by all ranks together."""
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Indices:
+    """The order of `count` samples in an epoch, shape (count,).
+
+    `RandomState` and not `Generator`: NumPy promises its stream never changes, so an old run resumes exactly
+    under a newer NumPy (NEP 19).
+    """
+    return np.random.RandomState([seed, epoch]).permutation(count).astype(np.int64)
+
+
+def share(first: int, last: int, parts: int, part: int) -> tuple[int, int]:
+    """Bounds of one of `parts` contiguous shares of [first, last); sizes differ by at most one, some may be empty."""
+    size = last - first
+    return first + part * size // parts, first + (part + 1) * size // parts
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes at once."""
+
+    epoch: int
+    indices: Indices
+    """At least one: a rank whose share is empty computes a sample of the step with weight zero."""
+    count: int
+    """How many of them count: `len(indices)`, or 0."""
+    step_count: int
+    """Samples of the whole step, over all ranks and micro-batches."""
+    last: bool
+    """Whether the step's update follows."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The samples of one rank among `world_size`, in steps of the global batch."""
+
+    count: int
+    batch_size: int
+    accumulate: int
+    rank: int
+    world_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that use every sample once; the last may be smaller than the others."""
+        return -(-self.count // self.batch_size)
+
+    def epoch(self, position: Position) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from `position` to the end of its epoch."""
+        order = epoch_order(self.seed, position.epoch, self.count)
+        for start in range(position.samples, self.count, self.batch_size):
+            stop = min(start + self.batch_size, self.count)
+            for micro in range(self.accumulate):
+                part = micro * self.world_size + self.rank
+                first, last = share(start, stop, self.accumulate * self.world_size, part)
+                indices = order[first:last] if last > first else order[start : start + 1]
+                yield MicroBatch(position.epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
+
+
+def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[int, Indices]]:
+    """This rank's numbered batches of an exact evaluation.
+
+    Batches are cut before they are dealt out, so each is the same at any world size and its sums are, bit by bit.
+    """
+    for number, start in enumerate(range(0, count, batch_size)):
+        if number % world_size == rank:
+            yield number, np.arange(start, min(start + batch_size, count), dtype=np.int64)
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """The seed, 64 bits, of whatever is random about one sample."""
+    return int.from_bytes(hashlib.blake2b(struct.pack("<QQQ", seed, epoch, index), digest_size=8).digest(), "little")

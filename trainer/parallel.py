@@ -1,0 +1,321 @@
+"""The modes: single, DataParallel and DistributedDataParallel behind one small interface.
+
+What differs between them is how a step's module is wrapped and how ranks agree; the loop knows neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.config import Ddp, Job
+from trainer.errors import JobError
+from trainer.replicas import ThreadReplicas
+from trainer.task import Task
+from trainer.wiring import RankWiring
+
+
+class Step(nn.Module):
+    """What is replicated or wrapped: the model with the task's loss inside, so that only per-sample values leave it."""
+
+    def __init__(self, model: nn.Module, task: Task, autocast: Callable[[], Any]) -> None:
+        """`autocast`: makes the context of the forward pass; entered here because each replica is a thread."""
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.autocast = autocast
+
+    def forward(self, batch: Any, evaluate: bool = False) -> Any:
+        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
+        with self.autocast():
+            output = self.model(self.task.inputs(batch))
+            losses = self.task.loss(output, batch)
+        if losses.dim() != 1:
+            raise JobError("task.loss", tuple(losses.shape), "must have one value per sample, shape (batch,)",
+                           'With torch losses use reduction="none", and average what remains over other dimensions')
+        if evaluate:
+            return {"loss": losses, **self.task.metrics(output, batch)}
+        return losses
+
+
+class Parallel:
+    """One process: single, or DataParallel over several devices of this node."""
+
+    def __init__(self, job: Job, wiring: RankWiring) -> None:
+        """Choose the devices of this rank."""
+        self.job = job
+        self.rank, self.world_size = wiring.rank, wiring.world_size
+        self.local_rank = wiring.local_rank
+        self.cuda = use_cuda(job)
+        self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+
+    def wrap(self, step: Step) -> None:
+        """Wrap the module that computes a step's losses; call once, before any step."""
+        self.step = step
+        self.module: nn.Module = step
+        if self.job.parallel == "dp":
+            count = self.job.devices_per_node
+            self.module = (
+                nn.DataParallel(step, list(range(count))) if self.cuda else ThreadReplicas(step, count)
+            )  # fmt: skip
+
+    def losses(self, batch: Any) -> Tensor:
+        """Per-sample losses of this rank's batch, on the primary device."""
+        losses: Tensor = self.module(batch)
+        return losses
+
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Per-sample losses and metrics of a batch that this rank alone computes."""
+        module = self.step if isinstance(self.module, DistributedDataParallel) else self.module
+        result: dict[str, Tensor] = module(batch, True)
+        return result
+
+    def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
+        """Accumulate gradients of `scaled`, and what the ranks must agree on.
+
+        `loss`: this rank's part of the global mean loss, unscaled; `stop`: whether this rank was asked to stop.
+        """
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        self._stop = self._stop or stop
+        scaled.backward()
+
+    _loss: Tensor | None = None
+    _stop = False
+    steps = 0
+
+    def agree(self, due: bool) -> tuple[Tensor | float, Tensor | bool]:
+        """The global mean loss of the step and whether any rank was asked to stop; forgets both.
+
+        `due`: the step ends an epoch, or an evaluation or a checkpoint follows it.
+        """
+        result = self._loss if self._loss is not None else 0.0, self._stop
+        self._loss, self._stop = None, False
+        return result
+
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """Surround forward and backward; `more`: further micro-batches follow before the update."""
+        yield
+
+    def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
+        """Do what the mode does after an update; return whether all ranks hold the same weights now."""
+        return True
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The CPU tensors of all ranks, which must have one shape."""
+        return [tensor]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small picklable values of all ranks."""
+        return [value]
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class Distributed(Parallel):
+    """DistributedDataParallel: one process per device."""
+
+    def __init__(self, job: Job, wiring: RankWiring) -> None:
+        """Join the process group: NCCL for GPUs (with gloo for CPU tensors), else gloo."""
+        super().__init__(job, wiring)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.cuda else "gloo",
+            timeout=timedelta(seconds=job.agent.hang_timeout_s),
+            device_id=self.device if self.cuda else None,
+        )
+
+    def wrap(self, step: Step) -> None:
+        """Wrap in DDP, with a small parameter whose gradient carries what the ranks must agree on.
+
+        So the agreement costs no collective of its own: it travels in a gradient bucket.
+        """
+        options: Ddp = self.job.ddp
+        if options.sync_batchnorm:
+            if not self.cuda:
+                raise JobError("ddp.sync_batchnorm", True, "torch implements it for GPUs only", "Remove it")
+            step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
+        self.step = step
+        dtype = next((p.dtype for p in step.model.parameters() if p.requires_grad), torch.float32)
+        voting = Voting(step, torch.zeros(2, device=self.device, dtype=dtype))
+        self.voting = voting
+        self.module = self.ddp = DistributedDataParallel(
+            voting,
+            device_ids=[self.device] if self.cuda else None,
+            bucket_cap_mb=options.bucket_mb,  # type: ignore[arg-type]
+            gradient_as_bucket_view=True,
+            static_graph=options.static_graph,
+            find_unused_parameters=options.find_unused_parameters,
+        )
+        add_comm_hook(self.ddp, options)
+        self.steps = 0  # done so far; set by the loop on a resume
+
+    def losses(self, batch: Any) -> Tensor:
+        """Per-sample losses of this rank's batch."""
+        losses, self._vote = self.ddp(batch)
+        return losses  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
+        """Accumulate gradients; the mean over ranks of `vote`'s gradient is (global loss, share that wants to stop)."""
+        ballot = torch.stack((loss.detach(), loss.new_full((), float(stop)))).to(self._vote.dtype)
+        (scaled + torch.dot(self._vote, ballot).to(scaled.dtype)).backward()
+
+    def agree(self, due: bool) -> tuple[Tensor | float, Tensor | bool]:
+        """Read the vote; its gradient has been averaged with the others."""
+        gradient = self.voting.vote.grad
+        assert gradient is not None
+        ballot = gradient.clone() if self.cuda else gradient
+        if self._local() and self._averages(due):
+            ballot = ballot.clone()
+            dist.all_reduce(ballot)
+            ballot /= self.world_size
+        values: tuple[Any, Any] = (ballot[0], ballot[1]) if self.cuda else tuple(ballot.tolist())
+        self.voting.vote.grad = None
+        return values[0], values[1] > 0
+
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """Skip the gradient averaging while micro-batches follow, and under post-local SGD after its start."""
+        with self.ddp.no_sync() if more or self._local() else contextlib.nullcontext():
+            yield
+
+    def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
+        """Under post-local SGD, average weights and optimizer state when that is due.
+
+        Averaging the momenta too (Yu et al. 2019, arXiv 1905.03817) makes the ranks equal, so a checkpoint is whole.
+        """
+        averages = self._averages(due)
+        if self._local() and averages:
+            average([p.data for p in self.step.model.parameters()], self.world_size)
+            states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
+            average(states, self.world_size)
+        self.steps += 1
+        return averages
+
+    def _local(self) -> bool:
+        """Whether the current step keeps its gradients to itself."""
+        return self.job.ddp.sync_every > 1 and self.steps >= self.job.ddp.sync_start
+
+    def _averages(self, due: bool) -> bool:
+        """Whether all ranks are equal when the current step ends."""
+        every, start = self.job.ddp.sync_every, self.job.ddp.sync_start
+        return due or not self._local() or (self.steps + 1 - start) % every == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank (one collective)."""
+        tensor = torch.tensor([float(flag)])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The CPU tensors of all ranks."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small picklable values of all ranks."""
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Voting(nn.Module):
+    """A step's module and the parameter that votes; its gradient is set in `Distributed.backward`."""
+
+    def __init__(self, step: Step, vote: Tensor) -> None:
+        super().__init__()
+        self.step = step
+        self.vote = nn.Parameter(vote)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Losses, and the vote as an output: DDP looks for used parameters in the outputs' graph."""
+        return self.step(batch), self.vote.view_as(self.vote)
+
+
+def make_parallel(job: Job, wiring: RankWiring) -> Parallel:
+    """The mode that the job asks for, joined."""
+    if job.parallel == "ddp":
+        return Distributed(job, wiring)
+    return Parallel(job, wiring)
+
+
+def use_cuda(job: Job) -> bool:
+    """Whether this rank computes on GPUs.
+
+    Raises:
+        JobError: `device: cuda` without enough GPUs.
+    """
+    if job.device == "cpu":
+        return False
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= job.devices_per_node:
+        return True
+    if job.device == "cuda" or job.devices is not None and found:
+        key = "devices" if job.devices is not None else "devices_per_node"
+        raise JobError(key, getattr(job, key), f"this node shows {found} usable GPUs",
+                       "Ask for fewer, or set device=cpu; nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible")
+    return False
+
+
+def average(tensors: list[Tensor], world_size: int) -> None:
+    """Replace tensors by their means over all ranks, in place, with one collective."""
+    if not tensors:
+        return
+    flat = torch._utils._flatten_dense_tensors(tensors)
+    dist.all_reduce(flat)
+    flat /= world_size
+    for tensor, mean in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
+        tensor.copy_(mean)
+
+
+def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:
+    """Register the gradient compression that the job asks for."""
+    if options.compression == "none":
+        return
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    if options.compression == "powersgd":
+        state = powerSGD_hook.PowerSGDState(
+            process_group=None, matrix_approximation_rank=options.powersgd_rank, start_powerSGD_iter=10
+        )
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif options.compression == "bf16":
+        ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    else:
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)

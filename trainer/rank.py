@@ -1,0 +1,65 @@
+"""One rank of a task: from its environment to the end of the training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from trainer import rng
+from trainer.attempt import check_current
+from trainer.config import Job
+from trainer.errors import DONE
+from trainer.heartbeat import Pulse
+from trainer.loop import Trainer
+from trainer.optimize import autocast
+from trainer.parallel import Step, make_parallel, use_cuda
+from trainer.report import Report
+from trainer.stop import StopFlag
+from trainer.task import add_import_paths, make_task
+from trainer.wiring import rank_wiring
+
+
+def train(job: Job, run: Path, job_file: Path | None) -> int:
+    """Train `job` in the run folder `run` as the rank that the environment says; return the exit code.
+
+    Raises:
+        Stopped: on request, with a checkpoint committed (exit code 75).
+        JobError: the job or the user's code is wrong (exit code 64).
+    """
+    flag = StopFlag()
+    flag.install()
+    wiring = rank_wiring()
+    check_current(run, wiring.attempt)
+    pulse = Pulse(wiring.local_rank)
+    pulse.beat(0, "starting")
+    if job.train.deterministic and use_cuda(job):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS differs from run to run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    add_import_paths(job_file)
+    assert job.task
+    parallel = make_parallel(job, wiring)
+    report = Report(job, run, wiring.attempt, parallel, pulse)
+    try:
+        task = make_task(job.task, job.task_args)
+        rng.seed_all(job.seed, 0, 0)  # the same initial weights on every rank
+        model = task.model().to(parallel.device)
+        if job.train.precision == "float64":
+            model = model.double()
+        if job.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        data = task.train_dataset(), task.eval_dataset()
+        rng.seed_all(job.seed, 0, 1 + wiring.rank)  # own dropout masks
+        if job.train.compile:
+            model.compile()
+        parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device)))
+        trainer = Trainer(job, task, parallel, report, model, lambda: flag.requested is not None, *data)
+        metrics = trainer.fit()
+        report.finish(metrics)
+        pulse.beat(trainer.position.step, "finishing")
+        parallel.barrier()
+    finally:
+        report.close()
+        parallel.close()
+    return DONE

@@ -1,0 +1,92 @@
+"""What a run writes down: events, metrics, TensorBoard scalars, samples, the result. Append only, one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line with one write, so that lines of several processes never mix."""
+    line = json.dumps(value, default=_plain) + "\n"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def record_event(run: Path, event: str, **facts: Any) -> None:
+    """Append to `events.jsonl`: what happened, when (seconds since 1970), and its facts."""
+    append_line(run / "events.jsonl", {"event": event, "time": round(time.time(), 3), **facts})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a last line that was cut off by a full disk or a power loss is left out."""
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    values = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            values.append(value)
+    return values
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file as a whole."""
+    pending = path.with_name(f".{path.name}.{os.getpid()}")
+    pending.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+    pending.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file; None when it is not there or not whole."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Metrics:
+    """The scalars of rank 0: `metrics.jsonl`, and TensorBoard's event files when asked for."""
+
+    def __init__(self, run: Path, attempt: int, step: int, tensorboard: bool) -> None:
+        """`step`: steps done before; TensorBoard drops what a dead attempt wrote beyond it."""
+        self.file = (run / "metrics.jsonl").open("a", buffering=1)
+        self.attempt, self.step = attempt, step
+        self.folder = run / "tensorboard" if tensorboard else None
+        self.board: Any = None
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Write the values of one step; `kind` is train or evaluation."""
+        line = {"kind": kind, "step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
+        self.file.write(json.dumps(line) + "\n")
+        if self.folder is None:
+            return
+        if self.board is None:  # here, not at import: it costs 0.1 s that the first step need not wait for
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1 if self.step else None)
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

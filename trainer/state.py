@@ -1,0 +1,139 @@
+"""Everything that a training would have to remember, saved and restored: the contents of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from trainer import checkpoint, rng
+from trainer.config import Job
+from trainer.errors import JobError
+from trainer.order import Position
+from trainer.parallel import Parallel
+from trainer.report import Report
+
+
+class State:
+    """The objects that training changes, and where they stand on disk."""
+
+    def __init__(
+        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
+        average: AveragedModel | None, position: Position, parallel: Parallel, report: Report,
+    ) -> None:  # fmt: skip
+        """Remember the objects; `report` knows the run folder and the attempt."""
+        self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
+        self.average, self.position, self.parallel, self.report = average, position, parallel, report
+        self.root = report.run / "checkpoints"
+        self.metrics: dict[str, float] = {}
+        self.best: tuple[float, str] | None = None
+        """Value of the best metric so far, and the name of its checkpoint."""
+        self.evaluated = True
+        """Whether what was due at the current position has been done."""
+        self.resumed_at = 0
+
+    def save(self) -> None:
+        """Commit a checkpoint of the current position; rank 0 writes, all wait until it is committed."""
+        started = time.perf_counter()
+        position = self.position
+        self.report.phase("saving", position)
+        generators = torch.stack(self.parallel.gather(rng.get_state(self.parallel.device)))
+        problem: BaseException | None = None
+        if self.parallel.rank == 0:
+            try:
+                self._commit(generators)
+            except Exception as error:
+                problem = error
+        if self.parallel.any(problem is not None):
+            raise problem or RuntimeError("rank 0 could not save; its log says why")
+        self.report.pause(time.perf_counter() - started)
+
+    def _commit(self, generators: torch.Tensor) -> None:
+        position, facts = self.position, self.job.checkpoint
+        name = f"step-{position.step:09d}"
+        value = self.metrics.get(facts.best) if facts.best and self.evaluated else None
+        if facts.best and self.evaluated and self.metrics and value is None:
+            raise JobError("checkpoint.best", facts.best, "is no metric of this task",
+                           f"The metrics are {', '.join(self.metrics)}")
+        best = self.best
+        if value is not None and (best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])):
+            best = value, name
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "average": self.average.state_dict() if self.average else None,
+            "generators": generators,
+            "position": dataclasses.asdict(position),
+            "evaluated": self.evaluated,
+            "metrics": self.metrics,
+            "best": best,
+        }
+        saved = checkpoint.commit(
+            self.root, position.step, {"model.pt": self.model.state_dict(), "state.pt": state},
+            {"job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
+             "world_size": self.parallel.world_size, "parallel": self.job.parallel, "metrics": self.metrics},
+            self.report.attempt,
+        )  # fmt: skip
+        self.best = best
+        self.report.event("checkpoint", step=position.step, folder=str(saved.folder.relative_to(self.report.run)))
+        checkpoint.prune(self.root, facts.keep_last, best[1] if best else None)
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, or start from the job's `checkpoint.load` weights, or anew."""
+        found = self.parallel.share(self._find() if self.parallel.rank == 0 else None)
+        if isinstance(found, Exception):
+            raise found
+        if found is not None:
+            self._restore(Path(found))
+        elif self.job.checkpoint.load:
+            self._load_weights(checkpoint.load_weights(Path(self.job.checkpoint.load)))
+            if self.average is not None:
+                self.average.module.load_state_dict(self.model.state_dict())
+        self.resumed_at = self.position.step
+
+    def _find(self) -> str | Exception | None:
+        try:
+            checkpoint.sweep(self.root)
+            saved, refused = checkpoint.newest_good(self.root)
+        except checkpoint.DamagedCheckpoint as error:
+            return error
+        for problem in refused:
+            self.report.warn(f"checkpoint refused: {problem}", "checkpoint_refused", problem=problem)
+        if saved is None:
+            return None
+        self.report.event("resume", step=saved.step, folder=saved.folder.name)
+        return str(saved.folder)
+
+    def _restore(self, folder: Path) -> None:
+        self._load_weights(checkpoint.unwrapped(checkpoint.load(folder, "model.pt")))
+        state = checkpoint.load(folder, "state.pt")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise JobError("train.optimizer", self.job.train.optimizer, f"does not fit {folder.name}: {error}",
+                           "Resume with the optimizer that the run began with") from None
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None and state["average"]:
+            self.average.load_state_dict(state["average"])
+        for item in dataclasses.fields(Position):
+            setattr(self.position, item.name, state["position"][item.name])
+        self.evaluated, self.metrics = state["evaluated"], state["metrics"]
+        self.best = tuple(state["best"]) if state["best"] else None
+        generators, rank = state["generators"], self.parallel.rank
+        if len(generators) == self.parallel.world_size:
+            rng.set_state(generators[rank], self.parallel.device)
+        else:  # another world size: streams of their own, the same whenever this happens at this step
+            rng.seed_all(self.job.seed, self.position.step + 1, rank)
+
+    def _load_weights(self, weights: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise JobError("task", self.job.task, "its model does not fit the checkpoint: "
+                           + " ".join(str(error).split()), "Use the task and task_args of that checkpoint") from None

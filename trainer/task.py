@@ -1,0 +1,119 @@
+"""The task: what user code says about a training. Nothing about ranks, devices or platforms belongs there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from trainer.errors import JobError
+
+
+class Task(ABC):
+    """Model, data, loss and metrics of one training.
+
+    Subclass it, name it in a job file as `task: package.module:Class`, give its arguments in `task_args`.
+    """
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """Build the model, on the CPU. The seed is set before: every rank builds the same one."""
+
+    @abstractmethod
+    def train_dataset(self) -> Dataset[Any]:
+        """The training samples; `len()` and `[index]`.
+
+        For random augmentation give the dataset a method `sample(index, rng)`, which is called instead of
+        `[index]` with a `numpy.random.Generator` that depends on (seed, epoch, index) alone. A dataset that
+        draws from the global generators of `random`, `numpy` or `torch` works too: they are seeded the same
+        way around each sample; set the attribute `deterministic = True` on one that draws nothing, to skip that.
+        """
+
+    @abstractmethod
+    def eval_dataset(self) -> Dataset[Any]:
+        """The held-out samples; `len()` and `[index]`."""
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """One loss per sample, shape (batch,). The trainer takes the mean over the global batch."""
+
+    def metrics(self, output: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Per-sample values of the evaluation, each of shape (batch, ...)."""
+        return {}
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """Turn sums over all `count` held-out samples into the metrics to report; default: means."""
+        return {name: float(total) / count for name, total in sums.items() if total.numel() == 1}
+
+    def inputs(self, batch: Any) -> Any:
+        """What the model is called with; default: the first element of a tuple or list, else the batch."""
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make a batch of samples; default: torch's `default_collate`."""
+        return default_collate(samples)
+
+
+def add_import_paths(job_file: Path | None) -> None:
+    """Let user code be imported from the working directory and from the job file's folder."""
+    for folder in (str(job_file.resolve().parent) if job_file else None, os.getcwd()):
+        if folder and folder not in sys.path:
+            sys.path.insert(0, folder)
+
+
+def find_object(key: str, value: str) -> Any:
+    """Import `package.module:Name`.
+
+    Raises:
+        JobError: no such module or name.
+    """
+    module, _, name = value.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            raise JobError(key, value, f"no module {error.name}", f"Import paths: {sys.path[:3]} ...") from None
+        raise
+    except AttributeError:
+        raise JobError(key, value, f"{module} has no {name}", "Correct the name after the colon") from None
+
+
+def make_task(value: str, arguments: Mapping[str, Any]) -> Task:
+    """Import and construct the task of a job.
+
+    Raises:
+        JobError: the class or one of its arguments is wrong.
+    """
+    kind = find_object("task", value)
+    try:
+        task = kind(**arguments)
+    except TypeError as error:
+        raise JobError("task_args", dict(arguments), str(error), f"See the arguments of {value}") from error
+    if not isinstance(task, Task):
+        raise JobError("task", value, "is not a trainer.task.Task", "Subclass trainer.task.Task")
+    return task
+
+
+def floating_to(batch: Any, device: torch.device, dtype: torch.dtype | None, channels_last: bool) -> Any:
+    """Move a batch (tensor, or tuple, list or dict of such) to `device`; floating tensors become `dtype`."""
+    if isinstance(batch, Tensor):
+        wanted = dtype if dtype is not None and batch.is_floating_point() else batch.dtype
+        batch = batch.to(device, wanted, non_blocking=True)
+        if channels_last and batch.dim() == 4:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        return batch
+    if isinstance(batch, dict):
+        return {key: floating_to(value, device, dtype, channels_last) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(floating_to(value, device, dtype, channels_last) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(floating_to(value, device, dtype, channels_last) for value in batch)
+    return batch

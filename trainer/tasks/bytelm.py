@@ -1,0 +1,214 @@
+"""Language modelling: a small GPT predicts the bytes of Python's own standard library sources.
+
+The corpus is on every machine. It differs between Python versions: all nodes of a run need the same one, and only
+figures of the same one compare.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sysconfig
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from trainer.errors import JobError
+from trainer.task import Task
+
+VOCABULARY = 256
+"""Every byte is a token."""
+END_OF_FILE = b"\0"
+"""Before each file and after the last; Python refuses a source that holds one."""
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+"""Third-party code, and tests, which Linux distributions package apart from the library."""
+HELD_OUT_ONE_IN = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model: `layers`, attention `heads`, `width` of the residual stream, `context` in bytes."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases; the embedding of the bytes is the output layer too and counts once."""
+        layer = 12 * self.width**2 + 13 * self.width  # 4 + 8 matrices; 9 rows of biases, 2 norms of 2 rows
+        return self.layers * layer + (VOCABULARY + self.context + 2) * self.width
+
+
+SIZES = {
+    "1m": Shape(layers=4, heads=4, width=144, context=256),
+    "10m": Shape(layers=6, heads=6, width=384, context=512),
+    "25m": Shape(layers=8, heads=8, width=512, context=1024),
+    "gpt2": Shape(layers=12, heads=12, width=768, context=1024),
+}
+"""`gpt2` is GPT-2 small (124 million) but for its vocabulary of 256 instead of 50,257: 86 million.
+
+Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019, table 2 and section 2.3.
+"""
+
+
+def find_sources(folder: Path) -> list[Path]:
+    """All `*.py` files under `folder`, relative to it, in the order of their names on every system."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        # _sysconfigdata_*: generated when Python is built, different on every machine.
+        found += [Path(place, name).relative_to(folder) for name in files
+                  if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def is_held_out(path: Path) -> bool:
+    """One file in 32, by its name relative to the folder alone: another file more or less moves no other."""
+    return zlib.crc32(path.as_posix().encode()) % HELD_OUT_ONE_IN == 0
+
+
+class Windows(Dataset[Tensor]):
+    """Stretches of `context + 1` bytes, uint8; the last byte of one is the first of the next.
+
+    So each byte but the first is predicted once. Fewer than `context` bytes at the end are left out: all windows
+    have the same length, which makes the mean over windows the mean over bytes.
+    """
+
+    deterministic = True
+
+    def __init__(self, corpus: Tensor, context: int) -> None:
+        """`corpus`: uint8 of shape (bytes,), shared by all windows."""
+        self.corpus = corpus
+        self.context = context
+
+    def __len__(self) -> int:
+        """Whole windows in the corpus."""
+        return (len(self.corpus) - 1) // self.context
+
+    def __getitem__(self, index: int) -> Tensor:
+        """A view, not a copy: shape (context + 1,)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.corpus[index * self.context : (index + 1) * self.context + 1]
+
+
+class Layer(nn.Module):
+    """Causal attention, then a feed-forward net; each behind a norm and added to the residual stream."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = shape.width
+        self.heads = shape.heads
+        self.norm1 = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attended = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """(batch, bytes, width) -> the same."""
+        batch, length, width = stream.shape
+        joint = self.query_key_value(self.norm1(stream)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = joint.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        stream = stream + self.attended(mixed.transpose(1, 2).reshape(batch, length, width))
+        hidden = functional.gelu(self.expand(self.norm2(stream)), approximate="tanh")
+        return cast(Tensor, stream + self.contract(hidden))
+
+
+class GPT(nn.Module):
+    """GPT-2's architecture over bytes: learned positions, output tied to the embedding."""
+
+    def __init__(self, shape: Shape) -> None:
+        """Initial weights as GPT-2: normal of deviation 0.02, smaller where a layer adds to the residual stream."""
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        self.position = nn.Parameter(torch.empty(shape.context, shape.width))
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width)
+        for name, weight in self.named_parameters():
+            if name.endswith(("attended.weight", "contract.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.layers))
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Int64 (batch, bytes), at most the context -> logits of each next byte (batch, bytes, 256)."""
+        stream = self.embedding(text) + self.position[: text.shape[1]]
+        for layer in self.layers:
+            stream = layer(stream)
+        return functional.linear(self.norm(stream), self.embedding.weight)
+
+
+class ByteLM(Task):
+    """Predict the next byte; reports bits per byte on held-out files."""
+
+    def __init__(self, size: str = "1m", folder: str | None = None) -> None:
+        """`size`: one of `SIZES`; `folder`: of Python sources, default: the standard library.
+
+        Raises:
+            JobError: an argument is wrong.
+        """
+        if size not in SIZES:
+            raise JobError("task_args.size", size, "no such model", f"Use one of {', '.join(SIZES)}")
+        self.shape = SIZES[size]
+        self.folder = Path(folder or sysconfig.get_path("stdlib"))
+
+    @cached_property
+    def corpora(self) -> dict[bool, Tensor]:
+        """The bytes of the held-out files (True) and of the others (False), uint8 of shape (bytes,).
+
+        Raises:
+            JobError: not enough text for one window of each.
+        """
+        texts: dict[bool, bytearray] = {True: bytearray(END_OF_FILE), False: bytearray(END_OF_FILE)}
+        for path in find_sources(self.folder):
+            texts[is_held_out(path)] += (self.folder / path).read_bytes() + END_OF_FILE
+        if min(map(len, texts.values())) <= self.shape.context:
+            raise JobError("task_args.folder", str(self.folder), "has too few Python sources to train on and hold out",
+                           "Give a folder of more *.py files, or install Python with its library as files")
+        return {held_out: torch.frombuffer(text, dtype=torch.uint8) for held_out, text in texts.items()}
+
+    def model(self) -> GPT:
+        """Parameters: `SIZES[size].parameters`."""
+        return GPT(self.shape)
+
+    def train_dataset(self) -> Windows:
+        """Of Python 3.11: 11.8 MB."""
+        return Windows(self.corpora[False], self.shape.context)
+
+    def eval_dataset(self) -> Windows:
+        """Of Python 3.11: 0.3 MB."""
+        return Windows(self.corpora[True], self.shape.context)
+
+    def inputs(self, batch: Tensor) -> Tensor:
+        """All bytes but the last, as int64."""
+        return batch[:, :-1].long()
+
+    def loss(self, output: Tensor, batch: Tensor) -> Tensor:
+        """Cross entropy in nats, mean over the bytes of each window: shape (batch,)."""
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        return functional.cross_entropy(output.transpose(1, 2), batch[:, 1:].long(), reduction="none").mean(1)
+
+    def metrics(self, output: Tensor, batch: Tensor) -> Mapping[str, Tensor]:
+        """Of each window: information of its bytes under the model, in bits, and their number."""
+        size = batch.shape[1] - 1
+        bits = self.loss(output, batch).double() * (size / math.log(2))
+        return {"bits": bits, "bytes": torch.full_like(bits, size)}
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """Bits over bytes of all windows; 8 is a model that knows nothing."""
+        return {"bits_per_byte": float(sums["bits"] / sums["bytes"])}

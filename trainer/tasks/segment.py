@@ -1,0 +1,185 @@
+"""Segmentation: a small U-Net names the digit at each pixel of canvases composed of real handwritten digits.
+
+The digits are those of `trainer.tasks.digits`. Four fifths make the training canvases, fresh ones in every epoch;
+one fifth makes the evaluation canvases, always the same ones. No image is in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from trainer.errors import JobError
+from trainer.task import Task
+from trainer.tasks.digits import load_digits
+
+CLASSES = 11
+"""0 is the background, 1 + d the digit d."""
+SIDES = range(12, 21)
+"""Side of a pasted digit, pixels; the originals have 8."""
+INK = 0.35
+"""Intensity, of 1, above which a pixel of a digit counts as written and covers what lies under it."""
+NOISE = 0.1
+"""Standard deviation of the noise on a canvas, in the unit of the intensity."""
+GROUPS = 8
+"""Of every group normalisation; `width` is a multiple of it."""
+
+Sample = tuple[Tensor, Tensor]
+
+
+class Canvases(Dataset[Sample]):
+    """One canvas per digit image: `[i]` shows image i whole, over up to `digits - 1` others; always the same."""
+
+    deterministic = True
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int, digits: int) -> None:
+        """`images`: (n, 1, 8, 8) in [0, 1]; `labels`: (n,); `size`: side of a canvas, pixels."""
+        self.images = images[:, 0].numpy()
+        self.labels = labels.numpy()
+        self.size = size
+        self.digits = digits
+        self.stretch = {side: _interpolation(8, side) for side in SIDES}
+
+    def __len__(self) -> int:
+        """As many canvases as digit images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The canvas of a generator that depends on the index alone."""
+        return self.compose(index, np.random.default_rng(index))
+
+    def compose(self, index: int, rng: np.random.Generator) -> Sample:
+        """Paste digits, the one of `index` last and so on top.
+
+        Returns: the canvas, float32 of shape (1, size, size); the class of each pixel, int64 of shape (size, size).
+        """
+        canvas = np.full((self.size, self.size), rng.uniform(0, INK), dtype=np.float32)
+        classes = np.zeros((self.size, self.size), dtype=np.int64)
+        others = rng.integers(len(self.labels), size=rng.integers(self.digits))
+        for image in (*others, index):
+            side = int(rng.choice(SIDES))
+            top, left = rng.integers(self.size - side + 1, size=2)
+            patch = self.stretch[side] @ self.images[image] @ self.stretch[side].T
+            ink = patch > INK
+            place = np.s_[top : top + side, left : left + side]
+            canvas[place][ink] = patch[ink] * np.float32(rng.uniform(0.6, 1))
+            classes[place][ink] = 1 + self.labels[image]
+        canvas += np.float32(NOISE) * rng.standard_normal(canvas.shape, dtype=np.float32)
+        return torch.from_numpy(canvas)[None], torch.from_numpy(classes)
+
+
+class FreshCanvases(Canvases):
+    """Canvases that differ in every epoch."""
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """As `compose`; the trainer's generator depends on (seed, epoch, index)."""
+        return self.compose(index, rng)
+
+
+def _interpolation(source: int, target: int) -> NDArray[np.float32]:
+    """The matrix, (target, source), that stretches a line of pixels linearly; twice applied: bilinear."""
+    centres = (np.arange(target) + 0.5) * source / target - 0.5
+    return np.stack([np.interp(centres, np.arange(source), unit) for unit in np.eye(source)], 1).astype(np.float32)
+
+
+class Block(nn.Sequential):
+    """Two 3x3 convolutions; the first may halve the resolution.
+
+    GroupNorm, not BatchNorm: the result must not depend on how a batch is split over devices.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, channels), nn.ReLU(),
+        )  # fmt: skip
+
+
+class UNet(nn.Module):
+    """Three resolutions, halved by strided convolutions and doubled by transposed ones.
+
+    Max-pooling and bilinear upsampling have no deterministic CUDA backward, which the trainer asks for.
+    """
+
+    def __init__(self, width: int) -> None:
+        """`width`: channels at full resolution; each lower one has twice as many."""
+        super().__init__()
+        self.down1 = Block(1, width)
+        self.down2 = Block(width, 2 * width, stride=2)
+        self.down3 = Block(2 * width, 4 * width, stride=2)
+        self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, stride=2)
+        self.merge2 = Block(4 * width, 2 * width)
+        self.up1 = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.merge1 = Block(2 * width, width)
+        self.head = nn.Conv2d(width, CLASSES, 1)
+
+    def forward(self, canvas: Tensor) -> Tensor:
+        """(batch, 1, size, size) -> logits (batch, CLASSES, size, size)."""
+        full = self.down1(canvas)
+        half = self.down2(full)
+        quarter = self.down3(half)
+        half = self.merge2(torch.cat((half, self.up2(quarter)), 1))
+        full = self.merge1(torch.cat((full, self.up1(half)), 1))
+        return cast(Tensor, self.head(full))
+
+
+class Segment(Task):
+    """Name the digit at each pixel; reports mean intersection over union and pixel accuracy."""
+
+    def __init__(self, width: int = 16, size: int = 48, digits: int = 6) -> None:
+        """`width`: channels of the U-Net; `size`: side of a canvas, pixels; `digits`: at most so many on one.
+
+        Raises:
+            JobError: an argument is out of its limits.
+        """
+        _check("width", width, GROUPS, GROUPS, "GroupNorm splits the channels")
+        _check("size", size, SIDES.stop - 1 + -(SIDES.stop - 1) % 4, 4, "it is halved twice and holds the largest digit")
+        _check("digits", digits, 1, 1, "each canvas shows one at least")
+        self.width, self.size, self.digits = width, size, digits
+        self.images, self.labels = load_digits()
+        self.held_out = torch.arange(len(self.labels)) % 5 == 4
+
+    def model(self) -> UNet:
+        """About 118,000 weights at the default width."""
+        return UNet(self.width)
+
+    def train_dataset(self) -> FreshCanvases:
+        """1,438 canvases of four fifths of the images."""
+        return FreshCanvases(self.images[~self.held_out], self.labels[~self.held_out], self.size, self.digits)
+
+    def eval_dataset(self) -> Canvases:
+        """359 canvases of the other fifth."""
+        return Canvases(self.images[self.held_out], self.labels[self.held_out], self.size, self.digits)
+
+    def loss(self, output: Tensor, batch: Sample) -> Tensor:
+        """Cross entropy in nats, mean over the pixels of each canvas: shape (batch,)."""
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        return functional.cross_entropy(output, batch[1], reduction="none").mean((1, 2))
+
+    def metrics(self, output: Tensor, batch: Sample) -> Mapping[str, Tensor]:
+        """Pixels that prediction and truth share, and that either has, by class: int64 of shape (batch, CLASSES)."""
+        classes = torch.arange(CLASSES, device=output.device).view(1, -1, 1, 1)
+        predicted = output.argmax(1, keepdim=True) == classes
+        true = batch[1][:, None] == classes
+        return {"intersection": (predicted & true).sum((2, 3)), "union": (predicted | true).sum((2, 3))}
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """Over all pixels of all canvases: IoU, mean over the classes that occur; share of pixels named right."""
+        intersection, union = sums["intersection"].double(), sums["union"].double()
+        iou = intersection[union > 0] / union[union > 0]
+        return {"mean_iou": float(iou.mean()), "pixel_accuracy": float(intersection.sum()) / (count * self.size**2)}
+
+
+def _check(name: str, value: object, minimum: int, multiple: int, reason: str) -> None:
+    if type(value) is not int or value < minimum or value % multiple:
+        wanted = f"a multiple of {multiple}, {minimum} or more" if multiple > 1 else f"a whole number, {minimum} or more"
+        raise JobError(f"task_args.{name}", value, f"is not {wanted} ({reason})", f"For example {name}={max(minimum, 48)}")
