@@ -16,22 +16,22 @@ from trainer.loop import Trainer
 from trainer.optimize import autocast
 from trainer.parallel import Step, make_parallel, use_cuda
 from trainer.report import Report
-from trainer.stop import StopFlag
+from trainer.stop import FLAG
 from trainer.task import add_import_paths, make_task
 from trainer.wiring import rank_wiring
 
 
-def train(job: Job, run: Path, job_file: Path | None) -> int:
+def train(job: Job, run: Path | None, job_file: Path | None) -> int:
     """Train `job` in the run folder `run` as the rank that the environment says; return the exit code.
+
+    Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks.
 
     Raises:
         Stopped: on request, with a checkpoint committed (exit code 75).
         JobError: the job or the user's code is wrong (exit code 64).
     """
-    flag = StopFlag()
-    flag.install()
+    FLAG.install()
     wiring = rank_wiring()
-    check_current(run, wiring.attempt)
     pulse = Pulse(wiring.local_rank)
     pulse.beat(0, "starting")
     if job.train.deterministic and use_cuda(job):
@@ -40,6 +40,10 @@ def train(job: Job, run: Path, job_file: Path | None) -> int:
     add_import_paths(job_file)
     assert job.task
     parallel = make_parallel(job, wiring)
+    if run is None:
+        run = Path(parallel.share(str(_choose_run(job))))
+    run.mkdir(parents=True, exist_ok=True)
+    check_current(run, wiring.attempt)
     report = Report(job, run, wiring.attempt, parallel, pulse)
     try:
         task = make_task(job.task, job.task_args)
@@ -54,7 +58,7 @@ def train(job: Job, run: Path, job_file: Path | None) -> int:
         if job.train.compile:
             model.compile()
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device)))
-        trainer = Trainer(job, task, parallel, report, model, lambda: flag.requested is not None, *data)
+        trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit()
         report.finish(metrics)
         pulse.beat(trainer.position.step, "finishing")
@@ -63,3 +67,9 @@ def train(job: Job, run: Path, job_file: Path | None) -> int:
         report.close()
         parallel.close()
     return DONE
+
+
+def _choose_run(job: Job) -> Path:
+    """A run folder that is the same for all restarts under one launcher process."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return Path(job.runs).resolve() / f"{job.name}-{name if name != 'none' else f'launcher-{os.getppid()}'}"

@@ -26,3 +26,7 @@ class StopFlag:
         if number == signal.SIGINT and self.requested == "SIGINT":
             os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
         self.requested = signal.Signals(number).name
+
+
+FLAG = StopFlag()
+"""The flag of this process; a rank inherits it, with its handlers, from the template."""

@@ -1,13 +1,22 @@
-"""What a rank is told by its environment. The only module that reads rank variables."""
+"""Wiring: who this node is, who the others are, where they meet. The only module that reads rank and scheduler variables.
+
+Node facts come from submitit's JobEnvironment, master address and port through its TorchDistributedEnvironment,
+with one submitit task per node. Each value remembers where it came from.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.errors import JobError
+from trainer.network import candidate_ports, route_to
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PLATFORMS = ("local", "docker", "kubernetes")
 
 
 @dataclass(frozen=True)
@@ -20,22 +29,210 @@ class RankWiring:
     attempt: int = 0
 
 
-def rank_wiring() -> RankWiring:
-    """Read the rank variables once.
+@dataclass(frozen=True)
+class Wiring:
+    """One node's place in a job."""
+
+    platform: str
+    job_id: str
+    launch: int
+    """How often the platform started this job again (a requeue, a restart of the supervisor)."""
+    nodes: int
+    node_rank: int
+    hostnames: tuple[str, ...]
+    master_addr: str
+    ports: tuple[int, ...]
+    """Candidates for the store that the agents share, in order."""
+    devices_per_node: int
+    visible_devices: str | None
+    """The mask that the scheduler, the site or a lease set: CUDA_VISIBLE_DEVICES."""
+    cpus: int
+    deadline: float | None
+    """When the platform will end the job, seconds since 1970."""
+    interface: str
+    """The interface that routes to the master; empty when unknown."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def explain(self) -> str:
+        """Each value with where it came from, a line each."""
+        rows = [(name, str(getattr(self, name))) for name in self.__dataclass_fields__ if name != "provenance"]
+        return "\n".join(f"{name:16} {value:40} {self.provenance.get(name, '')}".rstrip() for name, value in rows)
+
+
+def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether another launcher (torchrun, accelerate, PyTorchJob, srun per GPU) has wired this process as a rank.
 
     Raises:
-        JobError: some are set and others not.
+        JobError: it set some of the variables and not the others.
     """
-    present = [name for name in RANK_VARIABLES if os.environ.get(name)]
+    present = [name for name in RANK_VARIABLES if environ.get(name)]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return False
     missing = [name for name in RANK_VARIABLES if name not in present]
-    if not present:
-        return RankWiring()
+    if missing == ["LOCAL_RANK"]:  # PyTorchJob starts one process per pod and does not number it
+        return True
     if missing:
-        raise JobError(missing[0], None, f"is not set, but {', '.join(present)} are: the environment is partial",
-                       "Start ranks by muster, torchrun or another launcher that sets all of them")
-    return RankWiring(
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        attempt=int(os.environ.get("MUSTER_ATTEMPT", "0")),
-    )
+        raise JobError(missing[0], None, f"is not set, but {', '.join(present)} are: a partial environment",
+                       "Unset them to let Muster wire the ranks, or start by torchrun, which sets all of them")
+    return True
+
+
+def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
+    """This rank's place; alone when no launcher said anything.
+
+    Raises:
+        JobError: a partial or contradictory environment.
+    """
+    if not is_rank(environ):
+        return RankWiring()
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = environ.get(name, "0")
+        if not text.isdigit():
+            raise JobError(name, text, "is not a number", "The launcher that set it is misconfigured")
+        values[name] = int(text)
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise JobError("RANK", values["RANK"], f"contradicts WORLD_SIZE={values['WORLD_SIZE']}",
+                       "Both are set by the launcher that started this process: it must count ranks from 0")
+    return RankWiring(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"],
+                      int(environ.get("MUSTER_ATTEMPT") or environ.get("TORCHELASTIC_RESTART_COUNT") or 0))
+
+
+def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
+    """Wire this node for a job of `nodes` nodes; `devices`: physical devices that the job chooses.
+
+    Raises:
+        JobError: an environment that is partial, or that contradicts the job or itself.
+    """
+    environ = os.environ
+    platform, source = _platform(environ)
+    says: dict[str, str] = {"platform": source}
+    if platform == "alone":
+        if nodes > 1:
+            raise JobError("nodes", nodes, "this process was started by hand, on one machine",
+                           "Use `muster run` to simulate nodes here, or submit to a cluster")
+        job_id, node_rank, hosts, count, launch = f"alone-{os.getpid()}", 0, ["127.0.0.1"], 1, 0
+        says |= dict.fromkeys(("job_id", "node_rank", "hostnames", "nodes", "launch"), "started by hand: one node")
+    else:
+        job_id, node_rank, hosts, count, launch = _from_submitit(platform, environ, says)
+    if count != nodes:
+        raise JobError("nodes", nodes, f"the job file says so, but {says['nodes']} says {count}",
+                       f"Submit with nodes={count}, or change the allocation")
+    if len(hosts) != count:
+        raise JobError("hostnames", ",".join(hosts), f"names {len(hosts)} hosts for {count} nodes ({says['nodes']})",
+                       "The two must come from the same allocation")
+    if not 0 <= node_rank < count:
+        raise JobError("node_rank", node_rank, f"does not exist among {count} nodes", f"It comes from "
+                       f"{says['node_rank']}")
+    master_addr, ports = _master(environ, job_id, launch, hosts, says)
+    interface = _interface(master_addr, says)
+    cpus = len(os.sched_getaffinity(0))
+    says["cpus"] = "CPU affinity of this process"
+    visible = _visible(environ, devices, says)
+    deadline = environ.get("SLURM_JOB_END_TIME")
+    says["deadline"] = "SLURM_JOB_END_TIME" if deadline else "no limit known"
+    says["devices_per_node"] = "job file"
+    return Wiring(platform, job_id, launch, count, node_rank, tuple(hosts), master_addr, ports, devices_per_node,
+                  visible, cpus, float(deadline) if deadline else None, interface, says)
+
+
+def _platform(environ: Mapping[str, str]) -> tuple[str, str]:
+    named = environ.get("MUSTER_PLATFORM")
+    if named:
+        if named not in PLATFORMS:
+            raise JobError("MUSTER_PLATFORM", named, "is none of " + ", ".join(PLATFORMS), "Slurm needs no such variable")
+        return named, "MUSTER_PLATFORM"
+    if environ.get("SLURM_JOB_ID") and environ.get("SLURM_NODEID"):
+        return "slurm", "SLURM_JOB_ID and SLURM_NODEID: inside an srun step"
+    if environ.get("SLURM_JOB_ID"):
+        return "alone", "inside a Slurm allocation, but not started by srun"
+    return "alone", "no scheduler variable"
+
+
+def _from_submitit(
+    platform: str, environ: Mapping[str, str], says: dict[str, str]
+) -> tuple[str, int, list[str], int, int]:
+    required = {
+        "slurm": ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "SLURM_JOB_NODELIST"),
+    }.get(platform, ("MUSTER_JOB_ID", "MUSTER_NODES", "MUSTER_HOSTNAMES"))
+    index = environ.get("JOB_COMPLETION_INDEX")
+    if platform == "kubernetes" and index and not environ.get("MUSTER_NODE_RANK"):
+        os.environ["MUSTER_NODE_RANK"] = index  # the Job controller's own name for it
+    missing = [name for name in required if not environ.get(name)]
+    if platform != "slurm" and not environ.get("MUSTER_NODE_RANK"):
+        missing.append("MUSTER_NODE_RANK")
+    if missing:
+        raise JobError(missing[0], None, f"is not set, though this is {says['platform']}: a partial environment",
+                       f"The template of {platform} sets it; start the job through the template")
+    os.environ["SUBMITIT_EXECUTOR"] = "slurm" if platform == "slurm" else "muster"
+    import submitit
+
+    env: Any = submitit.JobEnvironment()
+    tasks = env.num_tasks
+    if tasks != env.num_nodes:
+        raise JobError("SLURM_NTASKS", tasks, f"on {env.num_nodes} nodes: the agent is one task per node",
+                       "Use --ntasks-per-node=1, or let srun start ranks that know RANK and WORLD_SIZE")
+    launch = environ.get("SLURM_RESTART_COUNT" if platform == "slurm" else "MUSTER_LAUNCH") or "0"
+    names = env._env
+    says |= {
+        "job_id": f"submitit, {names['job_id']}", "node_rank": f"submitit, {names['node']}",
+        "nodes": f"submitit, {names['num_nodes']}",
+        "hostnames": "submitit, SLURM_JOB_NODELIST" if platform == "slurm" else "submitit, MUSTER_HOSTNAMES",
+        "launch": "SLURM_RESTART_COUNT" if platform == "slurm" else "MUSTER_LAUNCH",
+    }  # fmt: skip
+    return str(env.job_id), env.node, list(env.hostnames), env.num_nodes, int(launch)
+
+
+def _master(
+    environ: Mapping[str, str], job_id: str, launch: int, hosts: list[str], says: dict[str, str]
+) -> tuple[str, tuple[int, ...]]:
+    """Decide master address and ports, accepting what another tool (an enroot hook, say) set and agrees."""
+    ports = tuple(candidate_ports(f"{job_id}/{launch}"))
+    says["ports"] = "derived from job id and launch, outside the ephemeral range"
+    says["master_addr"] = f"first of the host names ({says['hostnames']})"
+    given_addr, given_port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if given_addr and given_addr != hosts[0]:
+        if not _same_host(given_addr, hosts[0]):
+            raise JobError("MASTER_ADDR", given_addr, f"is set in the environment, but {says['hostnames']} says "
+                           f"{hosts[0]}", "Unset MASTER_ADDR, or find the hook or template that sets it")
+        says["master_addr"] += f"; MASTER_ADDR={given_addr} in the environment is the same host"
+    if given_port:
+        if not given_port.isdigit() or not 0 < int(given_port) < 65536:
+            raise JobError("MASTER_PORT", given_port, "is not a port", "Unset it: Muster chooses one that is free")
+        ports = (int(given_port), *ports)
+        says["ports"] = "MASTER_PORT in the environment first, then " + says["ports"]
+    return hosts[0], ports
+
+
+def _same_host(first: str, second: str) -> bool:
+    try:
+        return bool({item[4][0] for item in socket.getaddrinfo(first, None)}
+                    & {item[4][0] for item in socket.getaddrinfo(second, None)})
+    except OSError:
+        return False
+
+
+def _interface(master_addr: str, says: dict[str, str]) -> str:
+    try:
+        local, interface = route_to(master_addr)
+    except OSError as error:
+        says["interface"] = f"unknown yet: {master_addr}: {error}"
+        return ""
+    says["interface"] = f"routes to {master_addr} from {local}"
+    return interface
+
+
+def _visible(environ: Mapping[str, str], devices: list[int] | None, says: dict[str, str]) -> str | None:
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    says["visible_devices"] = "CUDA_VISIBLE_DEVICES of the environment" if mask is not None else "no mask is set"
+    if devices is None:
+        return mask
+    if mask is None:
+        says["visible_devices"] = "devices in the job file"
+        return ",".join(map(str, devices))
+    entries = [entry.strip() for entry in mask.split(",") if entry.strip()]
+    if any(str(device) not in entries for device in devices):
+        raise JobError("devices", devices, f"contradicts CUDA_VISIBLE_DEVICES={mask}, which the scheduler or you set",
+                       "Choose among those, or unset CUDA_VISIBLE_DEVICES")
+    says["visible_devices"] = "devices in the job file, inside CUDA_VISIBLE_DEVICES"
+    return ",".join(map(str, devices))

@@ -1,0 +1,74 @@
+"""`python -m trainer JOB.yaml [key=value ...]`: the agent of one node, or, under another launcher, one rank."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from trainer.errors import STOPPED, WRONG_JOB, JobError
+from trainer.wiring import is_rank
+
+USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
+       python -m trainer --health
+
+JOB.yaml    a job file, or the job.yaml of a run folder, which is continued
+--explain   print how this node would be wired, where each value comes from, and what preflight says; start nothing
+--health    exit 0 when an agent runs in this container and its ranks give signs of life
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Parse the command line and do what it says; return the exit code."""
+    options = [word for word in arguments if word.startswith("--")]
+    words = [word for word in arguments if not word.startswith("--")]
+    if "--help" in options:
+        print(USAGE, end="")
+        return 0
+    if "--health" in options:
+        from trainer.health import check_health
+
+        return check_health()
+    unknown = set(options) - {"--explain"}
+    if unknown or not words:
+        print(USAGE, file=sys.stderr, end="")
+        return WRONG_JOB
+    path = Path(words[0])
+    if is_rank():
+        from trainer.outside import run_outside_rank
+
+        return run_outside_rank(path, words[1:])
+    if "--explain" not in options:
+        from trainer.template import start_template
+
+        start_template("script" if _says_script(path, words[1:]) else "task")
+    from trainer.node import explain, run_node
+
+    return explain(path, words[1:]) if "--explain" in options else run_node(path, words[1:])
+
+
+def _says_script(path: Path, overrides: list[str]) -> bool:
+    """Whether the job runs a script: a guess before the job is loaded, which only decides what is imported early."""
+    if any(word.startswith("script=") for word in overrides):
+        return True
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^script:[ \t]*(?!null\b|~|#)\S", text, re.MULTILINE) is not None
+
+
+def run() -> None:
+    """Entry point: errors of the user end in one line and exit code 64."""
+    try:
+        code = main(sys.argv[1:])
+    except JobError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        code = WRONG_JOB
+    except KeyboardInterrupt:
+        code = STOPPED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,38 @@
+"""Our submitit JobEnvironment: node facts on the platforms that submitit does not know.
+
+Registered under the entry point group `submitit`, so `submitit.JobEnvironment()` finds it in any process of a
+job on `local`, `docker` or `kubernetes`. Slurm uses submitit's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from submitit.core.job_environment import JobEnvironment
+
+
+class MusterJobEnvironment(JobEnvironment):
+    """One agent, and so one submitit task, per node, described by MUSTER_* variables."""
+
+    _env = {
+        "job_id": "MUSTER_JOB_ID",
+        "num_tasks": "MUSTER_NODES",
+        "num_nodes": "MUSTER_NODES",
+        "node": "MUSTER_NODE_RANK",
+        "global_rank": "MUSTER_NODE_RANK",
+        "local_rank": "MUSTER_LOCAL_TASK",  # never set: the one task of a node is number 0
+    }
+
+    def activated(self) -> bool:
+        """Whether this process belongs to a job that Muster started."""
+        return bool(os.environ.get("MUSTER_PLATFORM")) or super().activated()
+
+    @property
+    def hostnames(self) -> Sequence[str]:
+        """All nodes, in order of their rank; submitit's default would name every node its own master."""
+        return os.environ["MUSTER_HOSTNAMES"].split(",")
+
+    def _handle_signals(self, paths: Any, submission: Any) -> None:
+        """Leave signals to the agent: submitit's default swallows SIGTERM and saves inside the handler."""

@@ -1,0 +1,50 @@
+"""Run folders: where a run's files are. Never imports torch: both sides of a submission use it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from trainer.config import Job
+from trainer.errors import JobError
+
+
+def find_run(path: Path, job: Job, job_id: str, platform: str) -> Path:
+    """The run folder of a job file: its own folder when that is a run, else one named after the scheduler's job."""
+    given = os.environ.get("MUSTER_RUN")
+    if given:
+        return Path(given)
+    if path.is_dir():
+        path = path / "job.yaml"
+    if path.name == "job.yaml" and (path.parent / "events.jsonl").exists():
+        return path.parent.resolve()
+    if platform == "alone":
+        from trainer.launch.runs import make_run
+
+        return make_run(job)
+    return Path(job.runs).resolve() / f"{job.name}-{job_id}"
+
+
+def steps_committed(run: Path) -> int:
+    """The step of the newest checkpoint, -1 before the first."""
+    try:
+        names = [name for name in os.listdir(run / "checkpoints") if name.startswith("step-")]
+    except FileNotFoundError:
+        return -1
+    return max((int(name.removeprefix("step-")) for name in names), default=-1)
+
+
+def open_run(path: str | Path) -> Path:
+    """The folder of a run that exists.
+
+    Raises:
+        JobError: no such run.
+    """
+    run = Path(path)
+    if run.name == "job.yaml":
+        run = run.parent
+    if not (run / "job.yaml").is_file():
+        near = sorted(str(item.parent) for item in run.parent.glob(f"{run.name}*/job.yaml"))
+        hint = f"Did you mean {near[-1]}?" if near else "`muster list` shows the runs of a folder"
+        raise JobError("RUN", str(path), "is no run folder", hint)
+    return run.resolve()

@@ -1,0 +1,99 @@
+"""The `muster` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from trainer.errors import WRONG_JOB, JobError
+from trainer.launch import commands
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Run one PyTorch training job as processes or containers here, on Slurm or on Kubernetes.",
+)  # fmt: skip
+
+JobFile = Annotated[str, typer.Argument(help="A job file, or the folder of a run, which is continued.", show_default=False)]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, for example train.lr=0.1.")]
+On = Annotated[str, typer.Option("--on", help="Platform: local, docker, slurm or kubernetes.")]
+Site = Annotated[Optional[Path], typer.Option("--site", help="Site file; default: the platform's own.")]
+RunFolder = Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+@app.command()
+def run(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None) -> None:
+    """Submit a job and follow it to its end; the exit code is the job's."""
+    raise typer.Exit(commands.run(job, overrides or [], on, site))
+
+
+@app.command()
+def submit(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None) -> None:
+    """Submit a job and return; prints its run folder."""
+    print(commands.submit(job, overrides or [], on, site))
+
+
+@app.command()
+def render(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None) -> None:
+    """Print exactly what `submit` would hand to the platform; submit nothing."""
+    print(commands.render(job, overrides or [], on, site))
+
+
+@app.command()
+def status(run: RunFolder, as_json: Json = False) -> None:
+    """Say where a run stands and, when it failed, why."""
+    found = commands.status(run)
+    print(json.dumps(found) if as_json else commands.status_text(found))
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[Optional[int], typer.Option("--rank", help="One rank's log; default: all that there is.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
+) -> None:
+    """Print the logs of a run."""
+    commands.logs(run, rank, follow)
+
+
+@app.command()
+def cancel(run: RunFolder) -> None:
+    """Stop a run for good; it saves a checkpoint first."""
+    commands.cancel(run)
+
+
+@app.command()
+def preempt(run: RunFolder) -> None:
+    """Rehearse a preemption: the run saves, stops and comes back."""
+    commands.preempt(run)
+
+
+@app.command("list")
+def list_(
+    runs: Annotated[Path, typer.Argument(help="The folder of run folders.")] = Path("runs"), as_json: Json = False
+) -> None:
+    """List the runs of a folder, the newest last."""
+    found = commands.list_all(runs)
+    print(json.dumps(found) if as_json else commands.list_text(found))
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one line and exit code 64."""
+    try:
+        app(standalone_mode=False)
+    except JobError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        sys.exit(WRONG_JOB)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"ERROR: {error.format_message()} (see muster --help)", file=sys.stderr)
+            sys.exit(WRONG_JOB)
+        raise

@@ -1,0 +1,193 @@
+"""Following a run from its folder: a live bar in a terminal, plain lines elsewhere, the table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.launch.platform import State
+from trainer.record import read_json, read_lines
+from trainer.summary import resume_command, rows
+
+POLL_S = 0.1
+
+
+class Reader:
+    """New whole lines of a JSON lines file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin at the file's present end."""
+        self.path = path
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """What was appended."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole, _, _ = data.rpartition(b"\n")
+        if not whole:
+            return []
+        self.offset += len(whole) + 1
+        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+
+
+def follow(run: Path, state: Callable[[], State], stop: Callable[[], None]) -> int:
+    """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code."""
+    show: Any = Bar(run) if sys.stdout.isatty() else Lines()
+    events, metrics = Reader(run / "events.jsonl"), Reader(run / "metrics.jsonl")
+    with show:
+        while True:
+            try:
+                now = state()
+                for event in events.new():
+                    show.event(event)
+                for line in metrics.new():
+                    show.metrics(line)
+                if now.word not in ("pending", "running"):
+                    break
+                time.sleep(POLL_S)
+            except KeyboardInterrupt:
+                show.say("stopping: one step, one checkpoint (Ctrl-C again to end at once)")
+                stop()
+    end(run, now)
+    return now.code if now.code is not None else 1
+
+
+def end(run: Path, state: State) -> None:
+    """Print the table, or why there is none."""
+    if state.word == "done":
+        print_table(run)
+        return
+    failure = read_json(run / "failure.json")
+    ended = [event for event in read_lines(run / "events.jsonl") if event["event"] == "ended"]
+    reason = (failure or {}).get("reason") or (ended[-1]["reason"] if ended else state.reason) or state.word
+    print(f"{state.word.upper()}: {reason}", file=sys.stderr)
+    print(f"Continue with: {resume_command(run)}", file=sys.stderr)
+
+
+def print_table(run: Path) -> None:
+    """The result of a run."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows(run):
+        table.add_row(name, value)
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(table)
+
+
+class Lines:
+    """Plain lines for a log: events and evaluations, and now and then a step."""
+
+    def __init__(self) -> None:
+        """Nothing shown yet."""
+        self.steps = 0
+        self.shown = 0.0
+
+    def __enter__(self) -> Lines:
+        """Begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        print(text, flush=True)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Say what matters to a person."""
+        if event["event"] == "training":
+            self.steps = event["steps"]
+        text = describe(event)
+        if text:
+            self.say(text)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Evaluations always, steps at most every 5 s."""
+        if line["kind"] == "evaluation":
+            self.say(f"step {line['step']}/{self.steps}  " + scalars(line))
+        elif time.monotonic() - self.shown > 5:
+            self.shown = time.monotonic()
+            self.say(f"step {line['step']}/{self.steps}  loss {line['mean_loss']:.4f}  "
+                     f"{line['samples_per_s']:,.0f} samples/s")
+
+
+class Bar(Lines):
+    """A progress bar with the newest loss, speed and evaluation."""
+
+    def __init__(self, run: Path) -> None:
+        """Make the bar; it appears when the training begins."""
+        super().__init__()
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )  # fmt: skip
+        self.task = self.bar.add_task(run.name, total=None, text="starting")
+        self.best = ""
+
+    def __enter__(self) -> Bar:
+        """Show it."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state on the screen."""
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.console.print(text, highlight=False, markup=False)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Events that change the bar, and those worth a line."""
+        if event["event"] == "training":
+            self.bar.update(self.task, total=event["steps"], completed=event["step"])
+        super().event(event)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Move the bar."""
+        if line["kind"] == "evaluation":
+            self.best = scalars(line)
+        else:
+            text = f"loss {line['mean_loss']:.4f}  {line['samples_per_s']:,.0f} samples/s  {self.best}"
+            self.bar.update(self.task, completed=line["step"], text=text)
+
+
+def scalars(line: dict[str, Any]) -> str:
+    """The metrics of an evaluation in words."""
+    skip = ("kind", "step", "attempt", "time")
+    return "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name not in skip)
+
+
+def describe(event: dict[str, Any]) -> str:
+    """An event in words, empty for those that only machines read."""
+    kind = event["event"]
+    if kind == "training":
+        begun = f"from step {event['step']} " if event["step"] else ""
+        return f"training {begun}to {event['steps']}: {event['parallel']}, {event['world_size']} rank(s) on {event['device']}"
+    if kind == "failure" and event.get("rank") is not None:
+        return f"rank {event['rank']} on node {event['node']} failed [{event['kind']}]: {event['message'][:300]}"
+    if kind == "failure":
+        return f"node {event['node']} failed [{event['kind']}]: {event['message'][:300]}"
+    texts = {
+        "restart": "restarting: attempt {attempt}", "resume": "resumed from {folder}", "requeued": "requeued",
+        "checkpoint_refused": "checkpoint refused: {problem}", "pending": "pending: {reason}",
+        "agent_lost": "the agent of node {node} was lost (exit {code}); starting it again",
+        "stopped": "stopped at step {step} with a checkpoint",
+        "nonfinite_loss": "the loss of step {step} is {loss}",
+    }  # fmt: skip
+    return texts[kind].format(**event) if kind in texts else ""

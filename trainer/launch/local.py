@@ -1,0 +1,80 @@
+"""The local platform: agents as processes of this machine; `nodes: 2` means two agents with their own addresses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import DONE, STOPPED, JobError
+from trainer.launch.lease import visible_devices, wanted_devices
+from trainer.launch.platform import Plan, Platform, State
+from trainer.record import read_json
+
+
+class Local(Platform):
+    """Processes on this machine, under one supervisor process."""
+
+    name = "local"
+
+    def render(self, plan: Plan) -> str:
+        """The supervisor's command line."""
+        return shlex.join(self._command(plan.run))
+
+    def _command(self, run: Path) -> list[str]:
+        return [sys.executable, "-m", "trainer.launch.supervisor", str(run)]
+
+    def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
+        """Start the supervisor, bound to this process when it is followed."""
+        wanted_devices(plan.job, visible_devices())
+        (plan.run / "exit.json").unlink(missing_ok=True)
+        command = self._command(plan.run) + (["--follow"] if follow else [])
+        with (plan.run / "logs" / "supervisor.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )  # fmt: skip
+        return {"pid": process.pid, "started": _start_time(process.pid)}
+
+    def state(self, run: Path, handle: dict[str, Any]) -> State:
+        """By `exit.json`, else by whether the supervisor lives."""
+        ended = read_json(run / "exit.json")
+        if ended is not None:
+            code = int(ended["code"])
+            word = {DONE: "done", STOPPED: "stopped"}.get(code, "failed")
+            return State("cancelled" if handle.get("cancelled") and word == "stopped" else word, code=code)
+        if _alive(handle):
+            return State("running")
+        return State("lost", "its supervisor is gone: killed, or the machine was restarted")
+
+    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+        """Ask the supervisor to end: the ranks save first."""
+        self._signal(handle, signal.SIGTERM)
+
+    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+        """Make the ranks save and stop; the supervisor starts them again."""
+        self._signal(handle, signal.SIGUSR2)
+
+    def _signal(self, handle: dict[str, Any], number: signal.Signals) -> None:
+        if not _alive(handle):
+            raise JobError("RUN", handle.get("pid"), "is not running", "`muster status` says how it ended")
+        os.kill(int(handle["pid"]), number)
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in clock ticks since boot (proc(5)): tells it from a later one with its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(handle: dict[str, Any]) -> bool:
+    pid = int(handle["pid"])
+    started = _start_time(pid)
+    if not started or started != handle["started"]:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,0 +1,51 @@
+"""Making and listing run folders: the only state of a submission."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from trainer.config import Job
+from trainer.errors import JobError
+from trainer.load import save_job
+from trainer.record import record_event
+
+
+def make_run(job: Job, config: DictConfig | None = None) -> Path:
+    """Make a new run folder `<runs>/<name>-<id>` with the job in it; no two calls ever get the same.
+
+    Raises:
+        JobError: the runs folder cannot be written.
+    """
+    root = Path(job.runs).resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            run = root / f"{job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+            try:
+                run.mkdir(mode=0o755)
+                break
+            except FileExistsError:
+                continue
+        (run / "logs").mkdir()
+        save_job(config if config is not None else OmegaConf.structured(job), run / "job.yaml")
+    except OSError as error:
+        raise JobError("runs", job.runs, f"cannot be written: {error}", "Give a writable folder: runs=...") from None
+    record_event(run, "submitted", by=os.environ.get("USER", str(os.getuid())))
+    return run
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Run folders below `root`, the oldest first."""
+    found = [path.parent for path in root.glob("*/job.yaml") if (path.parent / "events.jsonl").exists()]
+    return sorted(found, key=lambda run: (run / "job.yaml").stat().st_mtime)
+
+
+def last_event(events: list[dict[str, Any]], *names: str) -> dict[str, Any] | None:
+    """The newest event with one of the names."""
+    return next((event for event in reversed(events) if event["event"] in names), None)

@@ -1,0 +1,51 @@
+"""A rank that another launcher started (torchrun, accelerate, PyTorchJob, srun per GPU): no agent of ours."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from trainer.errors import STOPPED, JobError
+from trainer.load import merge_job, to_job
+from trainer.wiring import rank_wiring
+
+
+def run_outside_rank(path: Path, overrides: list[str]) -> int:
+    """Train, or run the script, as the rank that the environment says; the launcher supervises.
+
+    Raises:
+        JobError: the launcher's ranks are not those that the job asks for.
+    """
+    job = to_job(merge_job(path, overrides))
+    wiring = rank_wiring()
+    if job.script:
+        sys.argv = [job.script, *map(str, job.script_args)]
+        runpy.run_path(job.script, run_name="__main__")
+        return 0
+    if job.parallel != "ddp":
+        if wiring.world_size > 1:
+            raise JobError("parallel", job.parallel, f"is one process, but {wiring.world_size} ranks were started",
+                           "Use parallel=ddp, or start one process")
+    elif job.world_size != wiring.world_size:
+        raise JobError("devices_per_node", job.devices_per_node, f"with nodes={job.nodes} makes {job.world_size} "
+                       f"ranks, but the launcher started {wiring.world_size}", "Make the two agree")
+    from trainer.rank import train
+
+    try:
+        return train(job, _run_folder(path), path)
+    except SystemExit as exit_:
+        if exit_.code == STOPPED:
+            return STOPPED
+        raise
+
+
+def _run_folder(path: Path) -> Path | None:
+    """The run folder, where it can be told before the ranks have met."""
+    given = os.environ.get("MUSTER_RUN")
+    if given:
+        return Path(given)
+    if path.name == "job.yaml" and (path.parent / "events.jsonl").exists():
+        return path.parent
+    return None

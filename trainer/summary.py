@@ -1,0 +1,46 @@
+"""The table that ends a run, from its run folder: for the terminal that followed it and for rank 0's log."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from trainer.record import read_json
+
+
+def rows(run: Path) -> list[tuple[str, str]]:
+    """Names and values to show; empty when the run has no result yet."""
+    result = read_json(run / "result.json")
+    if result is None:
+        return []
+    table = [(name, _number(value)) for name, value in result["metrics"].items()]
+    table += [
+        ("samples/s", f"{result['samples_per_s']:,.0f}"),
+        ("time", f"{result['train_s']:.1f} s for {result['steps']} steps"),
+        ("mode", f"{result['parallel']}, {result['world_size']} rank(s), {result['device']}"),
+        ("peak memory", "; ".join(_memory(item) for item in result["peak_memory_mb"])),
+        ("run folder", str(run)),
+        ("continue with", resume_command(run)),
+    ]
+    return table
+
+
+def resume_command(run: Path) -> str:
+    """The command that continues a run, for example with more epochs."""
+    return f"muster run {shlex.quote(str(run))}"
+
+
+def plain_table(run: Path) -> str:
+    """The table as aligned lines."""
+    table = rows(run)
+    width = max((len(name) for name, _ in table), default=0)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in table)
+
+
+def _memory(item: dict[str, Any]) -> str:
+    return f"rank {item['rank']} {item['device']} {item['peak_mb']:,.0f} MiB"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"

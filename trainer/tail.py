@@ -1,0 +1,43 @@
+"""Copying what is appended to a log to this process's output, so that `docker logs` and a terminal show rank 0."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+class Tail:
+    """Follows one file from its present end."""
+
+    def __init__(self, path: Path) -> None:
+        """The file need not exist yet."""
+        self.path = path
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def copy(self) -> None:
+        """Write what is new to standard output."""
+        try:
+            if self.path.stat().st_size == self.offset:
+                return
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                new = file.read()
+        except FileNotFoundError:
+            return
+        self.offset += len(new)
+        try:
+            os.write(sys.stdout.fileno(), new)
+        except OSError:
+            pass  # nobody reads our output any more: the log has it
+
+
+def last_lines(path: Path, size: int = 4000) -> str:
+    """The end of a log, at most `size` bytes."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - size))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
