@@ -25,6 +25,7 @@ from trainer.entry import run_rank
 from trainer.errors import STOPPED
 from trainer.heartbeat import Heartbeat
 from trainer.postmortem import Failure
+from trainer.record import record_event
 from trainer.rendezvous import Ended, NodeRendezvous, PeerLost
 from trainer.stop import FLAG
 from trainer.tail import Tail
@@ -62,7 +63,6 @@ class NodeAgent(LocalElasticAgent):
         self.beats: dict[int, tuple[int, float]] = {}
         self.next_beat = 0.0
         self.asked: float | None = None
-        self.rounds = 0
 
     def _set_local_rank_env(self, worker_env: dict[str, Any], local_rank: int, spec: WorkerSpec) -> None:
         super()._set_local_rank_env(worker_env, local_rank, spec)
@@ -84,7 +84,9 @@ class NodeAgent(LocalElasticAgent):
         pids = super()._start_workers(worker_group)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, FLAG._handle)  # torch has just replaced ours by one that raises anywhere
-        self.rounds += 1
+        first = self.autopsy.first_rank()
+        record_event(self.run_folder, "ranks", node=self.wiring.node_rank, attempt=self.autopsy.attempt,
+                     agent=os.getpid(), pids={first + local: pid for local, pid in pids.items()})
         return pids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -209,7 +211,7 @@ class NodeAgent(LocalElasticAgent):
             while not store.check([f"{key}/{node}" for node in range(self.wiring.nodes)]):
                 if self._peer_news():
                     return False
-                if time.monotonic() > end:
+                if time.monotonic() > end or self._silent_peer() is not None:
                     break
                 time.sleep(0.02)
             store.add(f"{key}/seen", 1)

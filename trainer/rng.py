@@ -38,9 +38,9 @@ def set_state(state: Tensor, device: torch.device) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     rest = state[PYTHON.size + NUMPY.size :]
     size = torch.get_rng_state().numel()
-    torch.set_rng_state(rest[:size].contiguous())
+    torch.set_rng_state(rest[:size].clone())  # a view may be unaligned, which crashes torch
     if device.type == "cuda" and rest.numel() > size:
-        torch.cuda.set_rng_state(rest[size:].contiguous(), device)
+        torch.cuda.set_rng_state(rest[size:].clone(), device)
 
 
 def seed_all(seed: int, stream: int, rank: int) -> None:
