@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> int:
         from trainer.outside import run_outside_rank
 
         return run_outside_rank(path, words[1:])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not by C++ frames
     if "--explain" not in options:
         from trainer.template import start_template
 

@@ -5,6 +5,7 @@ One per node. It outlives its ranks: it names the first failure, restarts within
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -30,6 +31,8 @@ from trainer.rendezvous import Ended, NodeRendezvous, PeerLost
 from trainer.stop import FLAG
 from trainer.tail import Tail
 from trainer.wiring import Wiring
+
+logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # we say ourselves what happens
 
 POLL_S = 0.1
 BEAT_S = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from trainer.preflight import check_node, network_settings
 from trainer.record import record_event, write_json
 from trainer.rules import working_directory_first
 from trainer.stop import FLAG
+from trainer.summary import plain_table
 from trainer.wiring import Wiring, wire
 
 
@@ -166,11 +168,21 @@ def _let_others_read(rendezvous: Any, wiring: Wiring) -> None:
 
 def _final_word(code: int, reason: str | None, run: Path, wiring: Wiring) -> int:
     if code == DONE:
+        _tell_platform(plain_table(run))
         return code
     word = reason or ("stopped on request with a checkpoint saved" if code == STOPPED else "failed")
     record_event(run, "ended", node=wiring.node_rank, code=code, reason=word)
+    _tell_platform(word)
     _say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {word}")
     return code
+
+
+def _tell_platform(text: str) -> None:
+    """Leave the last word where the platform shows it: Kubernetes' termination message (at most 4096 bytes)."""
+    path = os.environ.get("MUSTER_TERMINATION_LOG")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_bytes(text.encode()[:4000])
 
 
 def _say(text: str) -> None:

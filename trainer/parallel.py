@@ -136,12 +136,15 @@ class Parallel:
 class Distributed(Parallel):
     """DistributedDataParallel: one process per device."""
 
-    def __init__(self, job: Job, wiring: RankWiring) -> None:
-        """Join the process group: NCCL for GPUs (with gloo for CPU tensors), else gloo."""
+    def __init__(self, job: Job, wiring: RankWiring, supervised: bool) -> None:
+        """Join the process group: NCCL for GPUs (with gloo for CPU tensors), else gloo.
+
+        `supervised`: an agent watches heartbeats; it shall notice a hang, and name it, before a collective gives up.
+        """
         super().__init__(job, wiring)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.cuda else "gloo",
-            timeout=timedelta(seconds=job.agent.hang_timeout_s),
+            timeout=timedelta(seconds=job.agent.hang_timeout_s + (60 if supervised else 0)),
             device_id=self.device if self.cuda else None,
         )
 
@@ -276,10 +279,10 @@ class Voting(nn.Module):
         return self.step(batch), self.vote.view_as(self.vote)
 
 
-def make_parallel(job: Job, wiring: RankWiring) -> Parallel:
+def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
     """The mode that the job asks for, joined."""
     if job.parallel == "ddp":
-        return Distributed(job, wiring)
+        return Distributed(job, wiring, supervised)
     return Parallel(job, wiring)
 
 

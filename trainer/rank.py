@@ -39,7 +39,7 @@ def train(job: Job, run: Path | None, job_file: Path | None) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
     add_import_paths(job_file)
     assert job.task
-    parallel = make_parallel(job, wiring)
+    parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)
     if run is None:
         run = Path(parallel.share(str(_choose_run(job))))
     run.mkdir(parents=True, exist_ok=True)

@@ -42,14 +42,18 @@ class ThreadReplicas(nn.Module):
 
 
 def scatter(batch: Any, parts: int) -> list[Any]:
-    """Cut a batch (tensor, or list, tuple or dict of such) as `torch.chunk` does: at most `parts` pieces."""
+    """Cut the tensors of a batch as `torch.chunk` does: at most `parts` pieces; each gets all that is no tensor."""
     if isinstance(batch, Tensor):
         return list(batch.chunk(parts))
-    if isinstance(batch, Mapping):
-        pieces = [scatter(value, parts) for value in batch.values()]
-        return [dict(zip(batch, piece, strict=True)) for piece in zip(*pieces, strict=True)]
-    pieces = [scatter(value, parts) for value in batch]
-    return [list(piece) for piece in zip(*pieces, strict=True)]
+    if isinstance(batch, Mapping) and batch:
+        columns = (scatter(value, parts) for value in batch.values())
+        return [dict(zip(batch, piece, strict=True)) for piece in zip(*columns, strict=False)]
+    if isinstance(batch, (tuple, list)) and batch:
+        pieces = zip(*(scatter(value, parts) for value in batch), strict=False)
+        if hasattr(batch, "_fields"):
+            return [type(batch)(*piece) for piece in pieces]
+        return [type(batch)(piece) for piece in pieces]
+    return [batch] * parts
 
 
 def gather(outputs: list[Any]) -> Any:
