@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from trainer.errors import STOPPED, WRONG_JOB, JobError
+from trainer.folder import find_job
 from trainer.wiring import is_rank
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if unknown or not words:
         print(USAGE, file=sys.stderr, end="")
         return WRONG_JOB
-    path = Path(words[0])
+    path = find_job(Path(words[0]))
     if is_rank():
         from trainer.outside import run_outside_rank
 

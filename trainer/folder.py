@@ -7,6 +7,23 @@ from pathlib import Path
 
 from trainer.config import Job
 from trainer.errors import JobError
+from trainer.record import read_json
+
+
+def find_job(path: Path) -> Path:
+    """The job file that a path means: of a task of an array, the one that its number chooses.
+
+    Raises:
+        JobError: outside an array, or more tasks than runs.
+    """
+    sweep = read_json(path / "sweep.json") if path.is_dir() else None
+    if sweep is None:
+        return path
+    number = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if number is None or not number.isdigit() or int(number) >= len(sweep["runs"]):
+        raise JobError("SLURM_ARRAY_TASK_ID", number, f"chooses none of {len(sweep['runs'])} runs of {path}",
+                       "A sweep is started by its array")
+    return Path(sweep["runs"][int(number)]) / "job.yaml"
 
 
 def find_run(path: Path, job: Job, job_id: str, platform: str) -> Path:

@@ -88,11 +88,13 @@ class Report:
     def phase(self, name: str, position: Position) -> None:
         """Tell the agent what this rank is busy with."""
         self.pulse.beat(position.step, name)
+        self.position = position
 
     def pause(self, seconds: float) -> None:
         """Leave the time of an evaluation or a save out of the training speed."""
         self.mark += seconds
         self.seconds += seconds
+        self.pulse.beat(self.position.step, "training")
 
     def samples(self, position: Position, indices: Sequence[Indices]) -> None:
         """Record which samples this rank's part of the step consumed."""

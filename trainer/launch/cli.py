@@ -32,9 +32,16 @@ def run(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site 
 
 
 @app.command()
-def submit(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None) -> None:
+def submit(
+    job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None,
+    sweep: Annotated[Optional[str], typer.Option("--sweep", help="key=value,value: one array, a run for each.")] = None,
+) -> None:  # fmt: skip
     """Submit a job and return; prints its run folder."""
-    print(commands.submit(job, overrides or [], on, site))
+    if sweep is None:
+        print(commands.submit(job, overrides or [], on, site))
+    else:
+        for folder in commands.submit_sweep(job, overrides or [], on, site, sweep):
+            print(folder)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 import time
@@ -78,6 +79,27 @@ def submit(job_path: str, overrides: Sequence[str], on: str, site: Path | None) 
     platform, plan = _plan(job_path, overrides, on, site)
     _submit(platform, plan, False)
     return plan.run
+
+
+def submit_sweep(job_path: str, overrides: Sequence[str], on: str, site: Path | None, sweep: str) -> list[Path]:
+    """Submit one run for each value of `key=value,value`; return the run folders."""
+    key, _, text = sweep.partition("=")
+    values = [value for value in text.split(",") if value]
+    if not key or not values:
+        raise JobError("--sweep", sweep, "is not key=value,value", "For example --sweep train.lr=0.1,0.01")
+    loaded = [_load(job_path, [*overrides, f"{key}={value}"]) for value in values]
+    platform = find_platform(on)
+    facts = platform.load_site(site)
+    runs = [make_run(job, config) for config, job, _ in loaded]
+    config, job, _ = loaded[0]
+    folder = make_run(dataclasses.replace(job, name=f"{job.name}-sweep"), config)
+    (folder / "job.yaml").unlink()  # a sweep is no run
+    write_json(folder / "sweep.json", {"sweep": sweep, "runs": [str(run) for run in runs]})
+    (folder / "plan").mkdir(exist_ok=True)
+    handles = platform.submit_sweep(Plan(job, config, folder, facts), runs)
+    for run, handle in zip(runs, handles, strict=True):
+        write_json(run / "handle.json", {"platform": platform.name, **handle})
+    return runs
 
 
 def render(job_path: str, overrides: Sequence[str], on: str, site: Path | None) -> str:

@@ -15,6 +15,7 @@ from trainer.errors import JobError
 
 REGISTRY = {
     "local": "trainer.launch.local:Local",
+    "slurm": "trainer.launch.slurm:Slurm",
 }
 
 
@@ -61,6 +62,14 @@ class Platform(ABC):
     @abstractmethod
     def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
         """Submit and return the handle that is kept in `handle.json`; `follow`: the caller waits for the end."""
+
+    def submit_sweep(self, plan: Plan, runs: list[Path]) -> list[dict[str, Any]]:
+        """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them.
+
+        Raises:
+            JobError: the platform has no arrays.
+        """
+        raise JobError("--sweep", self.name, "has no job arrays here", "Use --on slurm, or submit the jobs one by one")
 
     @abstractmethod
     def state(self, run: Path, handle: dict[str, Any]) -> State:

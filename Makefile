@@ -1,0 +1,102 @@
+# `make` explains itself. `make train` on a fresh machine sets everything up first (.ci/setup).
+#
+# Names and paths reach the recipes through the environment, so that those with spaces arrive whole.
+
+JOB ?= jobs/digits.yaml
+ARGS ?=
+SITE ?=
+MUSTER_VENV ?= .venv
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE ?= muster:$(VERSION)
+export JOB SITE MUSTER_VENV IMAGE
+
+BIN := $(MUSTER_VENV)/bin
+SITE_OPTION = $(if $(SITE),--site "$$SITE")
+RENDER = "$(BIN)/muster" render "$$JOB" --on kubernetes $(SITE_OPTION) $(ARGS)
+SCRIPTS = $(wildcard .ci/* slurm/*.sh slurm/*.sbatch docker/*.sh k8s/*.sh bench/*.sh tests/*/*.sh)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev setup-bench train test test-unit test-gloo test-slurm test-docker test-kubernetes \
+  test-gpu bench bench-gpu checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs k8s-delete clean
+
+##@ Start here
+
+help: ## Show this
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {print "\n" substr($$0, 5)} \
+	  /^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+
+train: setup ## Train JOB on this machine: make train JOB=jobs/digits.yaml ARGS="parallel=dp train.epochs=3"
+	@"$(BIN)/muster" run "$$JOB" $(ARGS)
+
+setup: ## Make or update the environment, as the other targets do by themselves
+	@.ci/setup
+
+##@ Elsewhere
+
+slurm-submit: setup ## Submit JOB to Slurm; SITE names another site file, ARGS adds key=value
+	@"$(BIN)/muster" run "$$JOB" --on slurm $(SITE_OPTION) $(ARGS)
+
+docker-build: ## Build the container image IMAGE
+	docker build --file docker/Dockerfile --build-arg VERSION=$(VERSION) --tag "$$IMAGE" .
+
+docker-run: setup ## Train JOB in containers on this machine
+	@"$(BIN)/muster" run "$$JOB" --on docker $(SITE_OPTION) $(ARGS)
+
+k8s-render: setup ## Print the manifests of JOB
+	@$(RENDER)
+
+k8s-apply: setup ## Start JOB on the current cluster
+	@$(RENDER) | kubectl apply --filename -
+
+k8s-logs: setup ## Follow the logs of JOB's pods
+	@$(RENDER) | kubectl get --filename - --output name | grep '^job' | \
+	  xargs kubectl logs --all-pods --prefix --follow
+
+k8s-delete: setup ## Stop JOB and remove its objects
+	@$(RENDER) | kubectl delete --ignore-not-found --filename -
+
+##@ Develop
+
+test: setup-dev ## Run every test that can run here; the others skip and say why
+	@"$(BIN)/pytest" $(ARGS)
+
+test-unit: setup-dev ## Run the quick tests: no sockets, no ranks
+	@"$(BIN)/pytest" tests/unit $(ARGS)
+
+test-gloo: setup-dev ## Run the tests with real ranks on CPU
+	@"$(BIN)/pytest" tests/gloo $(ARGS)
+
+test-slurm: setup-dev ## Run the tests on a real Slurm
+	@"$(BIN)/pytest" tests/slurm $(ARGS)
+
+test-docker: setup-dev ## Run the tests on a real container engine
+	@"$(BIN)/pytest" tests/docker $(ARGS)
+
+test-kubernetes: setup-dev ## Run the tests of manifests, and on a real cluster where there is one
+	@"$(BIN)/pytest" tests/kubernetes $(ARGS)
+
+test-gpu: setup-dev ## Run the tests that need an NVIDIA GPU
+	@"$(BIN)/pytest" tests/gpu $(ARGS)
+
+checks: setup-dev ## Check format, style, types and shell scripts
+	@"$(BIN)/ruff" format --check . && "$(BIN)/ruff" check .
+	@"$(BIN)/mypy"
+	@"$(BIN)/shellcheck" $(SCRIPTS) && "$(BIN)/yamllint" --strict $(wildcard jobs slurm docker k8s)
+
+bench: setup-bench ## Measure the loop and the launch against their references, on CPU
+	@"$(BIN)/python" bench $(ARGS)
+
+bench-gpu: setup-bench ## Measure them on an NVIDIA GPU
+	@"$(BIN)/python" bench --gpu $(ARGS)
+
+clean: ## Remove caches and build output; runs and the environment stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -name __pycache__ -not -path '*/.venv*' -prune -exec rm -rf {} +
+
+setup-dev:
+	@.ci/setup dev
+
+setup-bench:
+	@.ci/setup dev bench

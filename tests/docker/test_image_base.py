@@ -1,0 +1,66 @@
+"""docker/Dockerfile on a base that has its own torch, and what must not make a difference to the image."""
+
+import os
+import time
+from pathlib import Path
+
+import engine_base
+import engine_image
+import pytest
+from engine import Engine
+
+pytestmark = pytest.mark.timeout(600)
+
+BASE = "muster-test-torch-base"
+TAG = "muster-test-on-torch"
+# Stand-ins for what a vendor's image brings: a torch of a version that no index has, and a package that is
+# older than the project's pin. Small, because what counts is that the build leaves them alone.
+BROUGHT = {"torch": "2.99.0+base", "absl-py": "1.4.0"}
+MODULES = {"torch": "torch", "absl-py": "absl"}
+
+
+@pytest.fixture(scope="module")
+def torch_base(engine_session: Engine, tmp_path_factory) -> str:
+    context = tmp_path_factory.mktemp("base")
+    for name, version in BROUGHT.items():
+        (context / MODULES[name]).mkdir()
+        (context / MODULES[name] / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        metadata = context / f"{name.replace('-', '_')}-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (context / "Dockerfile").write_text(
+        f"FROM {engine_base.TAG}\nCOPY . /usr/local/lib/python{engine_base.PYTHON}/dist-packages/\n"
+    )
+    engine_session.docker("build", f"--tag={BASE}", context)
+    return BASE
+
+
+SITE = f"/opt/muster/venv/lib/python{engine_base.PYTHON}/site-packages"
+
+
+def output(engine: Engine, *words: str) -> str:
+    first, *rest = words
+    return engine.docker("run", "--rm", f"--entrypoint={first}", TAG, *rest).stdout
+
+
+def test_what_the_base_brings_is_kept(engine: Engine, wheels: Path, torch_base: str):
+    engine_image.build(engine, wheels, tag=TAG, base=torch_base)
+    show = "import torch, absl, submitit, trainer; print(torch.__version__, absl.__version__)"
+    assert output(engine, "python", "-c", show).split() == list(BROUGHT.values())
+    assert not {"torch", "absl"} & set(output(engine, "ls", SITE).split())
+    assert output(engine, "pip", "--version").split()[3].startswith(SITE)
+    assert f"pkg:pypi/torch@{BROUGHT['torch']}" in output(engine, "cat", "/opt/muster/bom.cdx.json")
+
+
+def test_equal_input_gives_an_equal_image(engine: Engine, wheels: Path, torch_base: str, tmp_path: Path):
+    dated = "--build-arg=SOURCE_DATE_EPOCH=1700000000"
+    context = engine_image.copy_context(tmp_path)
+    first = engine_image.build(engine, wheels, dated, context=context, tag=TAG, base=torch_base)
+    for path in [*context.rglob("*"), context]:  # another checkout has other dates
+        os.utime(path, (time.time() - 1000, time.time() - 1000))
+    # Nor may the password of an index leave a trace.
+    secret = tmp_path / "pip.conf"
+    secret.write_text("[global]\nextra-index-url = http://user:password@127.0.0.1:9/simple\n")
+    words = (dated, "--no-cache", f"--secret=id=pip.conf,src={secret}")
+    again = engine_image.build(engine, wheels, *words, context=context, tag=TAG, base=torch_base)
+    assert again.id == first.id

@@ -1,0 +1,104 @@
+"""Tasks for the gloo tier, on real digits: user code as a user would write it, each with one peculiarity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+import faults
+from trainer.task import Task
+from trainer.tasks.digits import load_digits
+
+IMAGES, LABELS = load_digits()
+
+
+class Small(Task):
+    """Classify digits with one convolution."""
+
+    def __init__(self, count: int = 101, held_out: int = 37, dropout: float = 0.0, batchnorm: bool = False) -> None:
+        """`count` images to train on, `held_out` others to evaluate."""
+        self.count, self.held_out, self.dropout, self.batchnorm = count, held_out, dropout, batchnorm
+
+    def model(self) -> nn.Module:
+        """A convolution, normalised and thinned out when asked for, and a linear layer."""
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if self.batchnorm else nn.Identity(), nn.Tanh(),
+            nn.Dropout(self.dropout), nn.Flatten(), nn.Linear(4 * 36, 10),
+        )  # fmt: skip
+
+    def train_dataset(self) -> TensorDataset:
+        """The first images."""
+        return TensorDataset(IMAGES[: self.count], LABELS[: self.count])
+
+    def eval_dataset(self) -> TensorDataset:
+        """The last images."""
+        return TensorDataset(IMAGES[-self.held_out :], LABELS[-self.held_out :])
+
+    def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy of each image."""
+        return functional.cross_entropy(output, batch[1], reduction="none")
+
+    def metrics(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+        """Whether each image was recognised."""
+        faults.reach("in evaluation")
+        return {"accuracy": output.argmax(1) == batch[1]}
+
+
+class Example(NamedTuple):
+    """A batch with fields, and with something that is no tensor."""
+
+    pixels: Tensor
+    labels: Tensor
+    names: list[str]
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder share one matrix; the digit is named by another layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(64, 16, bias=False)
+        self.decoder = nn.Linear(16, 64, bias=False)
+        self.decoder.weight = nn.Parameter(self.encoder.weight.detach().T.clone())
+        self.again = self.encoder
+        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(10))])
+        self.name = nn.Linear(16, 10, bias=False)
+        self.register_buffer("centre", torch.full((64,), 0.3))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, 10) and pixels (batch, 64)."""
+        code = torch.tanh(self.encoder(pixels - self.centre))
+        restored = self.decoder(code)
+        return self.name(torch.tanh(self.again(restored))) + self.bias[0], restored
+
+
+class Tied(Small):
+    """Shared layers, parameter lists, buffers; batches that are named tuples; outputs that are tuples."""
+
+    def model(self) -> nn.Module:
+        """A small autoencoder."""
+        return Autoencoder()
+
+    def collate(self, samples: list[Any]) -> Example:
+        """With names."""
+        images, labels = zip(*samples, strict=True)
+        return Example(torch.stack(images).flatten(1), torch.stack(labels), [f"digit {int(y)}" for y in labels])
+
+    def inputs(self, batch: Example) -> Tensor:
+        """The pixels."""
+        return batch.pixels
+
+    def loss(self, output: tuple[Tensor, Tensor], batch: Example) -> Tensor:
+        """Cross entropy plus squared error."""
+        assert batch.names[0].startswith("digit ")
+        squared = (output[1] - batch.pixels).square().mean(1)
+        return functional.cross_entropy(output[0], batch.labels, reduction="none") + squared
+
+    def metrics(self, output: tuple[Tensor, Tensor], batch: Example) -> Mapping[str, Tensor]:
+        """Whether each image was recognised."""
+        return {"accuracy": output[0].argmax(1) == batch.labels}

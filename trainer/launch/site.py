@@ -1,0 +1,55 @@
+"""Site files: where a platform's own facts stand. Read, and refused, as strictly as jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import trainer
+from trainer.errors import JobError
+from trainer.load import read_sections
+
+Site = TypeVar("Site")
+
+
+def template(folder: str, name: str) -> Path:
+    """A template file: the working directory's own before the one that came with this package.
+
+    Raises:
+        JobError: neither exists.
+    """
+    for root in (Path.cwd(), Path(trainer.__file__).resolve().parent.parent):
+        path = root / folder / name
+        if path.is_file():
+            return path
+    raise JobError(f"{folder}/{name}", str(Path.cwd()), "is not here", "Run from a checkout, which has the templates")
+
+
+def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
+    """Read a site file into its dataclass; without a path the platform's `site.yaml`.
+
+    Raises:
+        JobError: unknown key or wrong type, naming the nearest key.
+    """
+    path = path or template(folder, "site.yaml")
+    values = read_sections(path)
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise JobError(key, value, f"unknown key in {path}", f"Did you mean {near[0]}?" if near
+                           else "Known keys: " + ", ".join(known))
+    try:
+        merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "?")
+        expected = known[key.partition(".")[0].partition("[")[0]].type if key != "?" else "another type"
+        text = str(error).strip().splitlines()[0]
+        raise JobError(key, values.get(key), f"{text} in {path}", f"Expected {expected}") from None
+    assert isinstance(merged, kind)
+    return merged

@@ -1,0 +1,207 @@
+"""The Slurm platform: `slurm/job.sbatch` as it stands, submitted through a submitit executor."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
+
+from trainer.config import Job
+from trainer.errors import JobError
+from trainer.launch.fabric import fabric_environment
+from trainer.launch.platform import Plan, Platform, State
+from trainer.launch.site import read_site, template
+from trainer.launch.slurm_state import SlurmState, run_client
+from trainer.launch.snapshot import take_snapshot
+
+SAVE_MARGIN_S = 30
+"""Between our grace period and Slurm's: the batch script requeues in it."""
+
+
+@dataclass
+class SlurmSite:
+    """`slurm/site.yaml`: see there for what each key means."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    time_limit_min: int | None = None
+    memory_gb: int | None = None
+    cpus_per_device: int | None = None
+    gpus: str = "auto"
+    runs: str | None = None
+    python: str | None = None
+    setup: str | None = None
+    network: str = "none"
+    sbatch_args: list[str] = field(default_factory=list)
+    srun_args: list[str] = field(default_factory=list)
+    runtime: str = "none"
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)
+
+
+class TemplateExecutor(SlurmExecutor):
+    """submitit's Slurm executor, submitting our template with our command line instead of a generated script."""
+
+    def __init__(self, folder: Path, flags: list[str], words: list[str], nodes: int) -> None:
+        """`flags`: of sbatch; `words`: what follows the script."""
+        super().__init__(folder)
+        self.flags, self.words = flags, words
+        self.parameters = {"nodes": nodes, "ntasks_per_node": 1}
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return template("slurm", "job.sbatch").read_text()
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", *self.flags, str(submission_file_path), *self.words]
+
+
+class Slurm(Platform):
+    """A cluster under Slurm, reached by its client commands."""
+
+    name = "slurm"
+
+    def load_site(self, path: Path | None) -> dict[str, Any]:
+        """Read and check `slurm/site.yaml` or the given file."""
+        site = read_site(path, "slurm", SlurmSite)
+        if site.runtime not in ("none", "pyxis", "apptainer"):
+            raise JobError("runtime", site.runtime, "is none of none, pyxis, apptainer", "Choose one of them")
+        if site.gpus not in ("auto", "none") and "{n}" not in site.gpus:
+            raise JobError("gpus", site.gpus, "is neither auto nor none", "Or give an option with {n}: --gres=gpu:a100:{n}")
+        if site.runtime != "none" and not site.image:
+            raise JobError("image", site.image, f"runtime={site.runtime} needs one", "Name the image")
+        if site.runtime == "none" and (site.image or site.mounts):
+            raise JobError("image", site.image, "would be ignored: runtime=none", "Set runtime, or remove it")
+        fabric_environment(site.network)
+        return asdict(site)
+
+    def render(self, plan: Plan) -> str:
+        """The sbatch command line, as a comment, and the script."""
+        site = SlurmSite(**plan.site)
+        path = template("slurm", "job.sbatch")
+        line = shlex.join(["sbatch", *self.flags(plan, site), str(path), *self.words(plan, site)])
+        exports = "".join(f"# export {k}={shlex.quote(v)}\n" for k, v in self.exports(site).items())
+        return f"{path.read_text()}\n# submitted from {plan.run / 'code'} by:\n{exports}# {line}"
+
+    def flags(self, plan: Plan, site: SlurmSite) -> list[str]:
+        """Options of sbatch: the job's counts, the site's facts."""
+        job = plan.job
+        grace = math.ceil(job.agent.grace_s) + SAVE_MARGIN_S
+        flags = [
+            f"--job-name={job.name}", f"--nodes={job.nodes}", f"--signal=USR2@{grace}",
+            f"--chdir={plan.run / 'code'}", f"--output={plan.run / 'logs' / 'slurm-%j.out'}",
+        ]  # fmt: skip
+        for key in ("partition", "account", "qos", "constraint", "reservation"):
+            value = getattr(site, key)
+            if value is not None:
+                flags.append(f"--{key}={value}")
+        if site.time_limit_min is not None:
+            flags.append(f"--time={site.time_limit_min}")
+        if site.memory_gb is not None:
+            flags.append(f"--mem={site.memory_gb}G")
+        if site.cpus_per_device is not None:
+            flags.append(f"--cpus-per-task={site.cpus_per_device * job.devices_per_node}")
+        if job.device != "cpu" and site.gpus != "none":
+            form = "--gpus-per-node={n}" if site.gpus == "auto" else site.gpus
+            flags.append(form.format(n=job.devices_per_node))
+        return [*flags, *site.sbatch_args]
+
+    def words(self, plan: Plan, site: SlurmSite, target: Path | None = None) -> list[str]:
+        """What follows the script: options of srun, then the agent's command."""
+        logs = plan.run / "logs" / "node-%n.log"
+        words = [f"--output={logs}", *site.srun_args]
+        python = site.python or (sys.executable if site.runtime == "none" else "python")
+        command = [python, "-m", "trainer", str(target or plan.run / "job.yaml")]
+        mounts = [f"{plan.run}:{plan.run}", *site.mounts]
+        if site.runtime == "pyxis":
+            names = sorted({*self.exports(site), "MUSTER_SETUP"} - {"MUSTER_SETUP"})
+            words += [f"--container-image={site.image}", f"--container-mounts={','.join(mounts)}",
+                      f"--container-workdir={plan.run / 'code'}"]  # fmt: skip
+            if names:  # under pyxis the image's ENV would win over the job's
+                words.append(f"--container-env={','.join(names)}")
+        elif site.runtime == "apptainer":
+            binds = [word for mount in mounts for word in ("--bind", mount)]
+            command = ["apptainer", "exec", "--nv", *binds, "--pwd", str(plan.run / "code"), str(site.image), *command]
+        return [*words, *command]
+
+    def exports(self, site: SlurmSite) -> dict[str, str]:
+        """Variables that go with the job."""
+        setup = {"MUSTER_SETUP": str(Path(site.setup).resolve())} if site.setup else {}
+        return {**fabric_environment(site.network), **setup}
+
+    def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
+        """Submit by sbatch; Slurm's own refusal is shown once.
+
+        Raises:
+            JobError: no Slurm here, or Slurm refused.
+        """
+        site = SlurmSite(**plan.site)
+        return self._sbatch(plan, site, self.flags(plan, site), self.words(plan, site))
+
+    def submit_sweep(self, plan: Plan, runs: list[Path]) -> list[dict[str, Any]]:
+        """Submit one array whose task i is run i."""
+        site = SlurmSite(**plan.site)
+        flags = [flag for flag in self.flags(plan, site) if not flag.startswith("--output=")]
+        flags += [f"--array=0-{len(runs) - 1}", f"--output={plan.run / 'logs' / 'slurm-%A_%a.out'}"]
+        words = self.words(plan, site, target=plan.run)
+        words[0] = f"--output={plan.run / 'logs' / 'task-%a-node-%n.log'}"
+        handle = self._sbatch(plan, site, flags, words)
+        return [{"job_id": f"{handle['job_id']}_{index}"} for index in range(len(runs))]
+
+    def _sbatch(self, plan: Plan, site: SlurmSite, flags: list[str], words: list[str]) -> dict[str, Any]:
+        if shutil.which("sbatch") is None:
+            raise JobError("--on", "slurm", "there is no sbatch on this machine", "Submit from a login node of the cluster")
+        take_snapshot(Path.cwd(), plan.run)
+        folder = plan.run / "plan"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)  # submitit reads pickles from such folders: nobody else may write there
+        executor = TemplateExecutor(folder, flags, words, plan.job.nodes)
+        try:
+            with _clean_environment(self.exports(site)), contextlib.redirect_stderr(open(os.devnull, "w")):
+                job = executor._submit_command("")
+        except FailedJobError as error:
+            text = " ".join(str(error).split())
+            raise JobError("sbatch", shlex.join(flags), f"Slurm refused: {text}", "Correct slurm/site.yaml or the job") from None
+        return {"job_id": job.job_id}
+
+    def state(self, run: Path, handle: dict[str, Any]) -> State:
+        """By squeue, scontrol, sacct and the run folder, whichever knows."""
+        return SlurmState(run, str(handle["job_id"]), bool(handle.get("cancelled"))).read()
+
+    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+        """scancel: the agents save within Slurm's KillWait."""
+        run_client(["scancel", str(handle["job_id"])])
+
+    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+        """Send what Slurm sends before a preemption; the batch script requeues."""
+        run_client(["scancel", "--signal=USR2", str(handle["job_id"])])
+
+
+@contextlib.contextmanager
+def _clean_environment(exports: dict[str, str]) -> Iterator[None]:
+    """Let sbatch see the environment without what an enclosing job or a GPU mask left in it."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "MUSTER_", "SUBMITIT_")) and name != "SLURM_CONF":
+            del os.environ[name]
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    os.environ.update(exports)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
