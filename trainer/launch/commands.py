@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from trainer.config import Job
-from trainer.errors import JobError
+from trainer.errors import WRONG_JOB, JobError
 from trainer.folder import open_run
 from trainer.launch.follow import follow
 from trainer.launch.platform import Plan, Platform, State, find_platform
@@ -56,7 +56,11 @@ def _plan(job_path: str, overrides: Sequence[str], on: str, site: Path | None) -
 def _submit(platform: Platform, plan: Plan, following: bool) -> dict[str, Any]:
     (plan.run / "plan").mkdir(exist_ok=True)
     (plan.run / "plan" / f"{platform.name}.txt").write_text(platform.render(plan) + "\n")
-    handle = {"platform": platform.name, **platform.submit(plan, following)}
+    try:
+        handle = {"platform": platform.name, **platform.submit(plan, following)}
+    except JobError as error:
+        record_event(plan.run, "ended", code=WRONG_JOB, reason=str(error))
+        raise
     write_json(plan.run / "handle.json", handle)
     return handle
 

@@ -1,0 +1,39 @@
+"""`python -m trainer.reference > docs/configuration.md`: every key of a job file, from its own declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from trainer.config import Job
+
+
+def reference() -> str:
+    """The page, in Markdown."""
+    lines = ["# Every key of a job file", "",
+             "Precedence: these defaults < the job file < `key=value` on the command line. An unknown key, a wrong type",
+             "or an impossible combination is refused, with the nearest valid key, before anything starts (exit code 64).",
+             "Made by `python -m trainer.reference`; a test keeps it fresh.", ""]  # fmt: skip
+    lines += _table("Top level", Job, "")
+    for item in dataclasses.fields(Job):
+        if isinstance(item.default_factory, type) and dataclasses.is_dataclass(item.default_factory):
+            kind = item.default_factory
+            lines += _table(f"`{item.name}`: {(kind.__doc__ or '').strip()}", kind, f"{item.name}.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, kind: type[Any], prefix: str) -> list[str]:
+    lines = [f"## {title}", "", "| key | default | type | meaning |", "| --- | --- | --- | --- |"]
+    for item in dataclasses.fields(kind):
+        if "help" not in item.metadata:
+            continue
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        limits = item.metadata.get("choices")
+        meaning = item.metadata["help"] + (f" (one of {', '.join(limits)})" if limits else "")
+        lines.append(f"| `{prefix}{item.name}` | `{default}` | {str(item.type).replace('|', 'or')} | "
+                     f"{meaning.replace('|', '/')} |")  # fmt: skip
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
