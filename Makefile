@@ -36,7 +36,7 @@ setup: ## Make or update the environment, as the other targets do by themselves
 ##@ Elsewhere
 
 slurm-submit: setup ## Submit JOB to Slurm; SITE names another site file, ARGS adds key=value
-	@"$(BIN)/muster" run "$$JOB" --on slurm $(SITE_OPTION) $(ARGS)
+	@"$(BIN)/muster" submit "$$JOB" --on slurm $(SITE_OPTION) $(ARGS)
 
 docker-build: ## Build the container image IMAGE
 	docker build --file docker/Dockerfile --build-arg VERSION=$(VERSION) --tag "$$IMAGE" .
@@ -85,11 +85,11 @@ checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/mypy"
 	@"$(BIN)/shellcheck" $(SCRIPTS) && "$(BIN)/yamllint" --strict $(wildcard jobs slurm docker k8s)
 
-bench: setup-bench ## Measure the loop and the launch against their references, on CPU
-	@"$(BIN)/python" bench $(ARGS)
+bench: setup-bench ## Measure the training loop against hand-written PyTorch, on CPU
+	@"$(BIN)/python" bench/loop.py $(ARGS)
 
-bench-gpu: setup-bench ## Measure them on an NVIDIA GPU
-	@"$(BIN)/python" bench --gpu $(ARGS)
+bench-gpu: setup-bench ## Measure it on an NVIDIA GPU
+	@"$(BIN)/python" bench/loop.py --device cuda $(ARGS)
 
 clean: ## Remove caches and build output; runs and the environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

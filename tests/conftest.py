@@ -1,6 +1,6 @@
 """Required tiers: a test that skips in one of them fails, so that green never means "nothing ran".
 
-A tier is a folder of tests/. MUSTER_REQUIRED_TIERS names the required ones, separated by commas; .ci/run sets it.
+A tier is a folder of tests/. MUSTER_REQUIRED_TIERS, which .ci/run sets, names the required ones, with commas.
 """
 
 import os
@@ -14,11 +14,12 @@ REQUIRED = {tier.strip() for tier in os.environ.get("MUSTER_REQUIRED_TIERS", "")
 
 
 def tier_of(path: Path) -> str:
-    return path.relative_to(TESTS).parts[0] if path.is_relative_to(TESTS) else ""
+    """The folder under tests/ that the path is in, or an empty string."""
+    return next(iter(path.relative_to(TESTS).parts), "") if path.is_relative_to(TESTS) else ""
 
 
 def fail_if_skipped(path: Path, report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turns a skip into a failure that gives its reason, in a required tier. An expected failure is no skip."""
+    """Turns a required tier's skip into a failure that gives the reason. An expected failure is no skip."""
     tier = tier_of(path)
     if report.skipped and tier in REQUIRED and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr

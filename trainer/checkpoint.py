@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from trainer.attempt import check_current
 from trainer.errors import JobError
 
 PAYLOAD = ("model.pt", "state.pt")
+NAME = re.compile(r"step-[0-9]{9,}")
+"""Of a committed checkpoint's folder; what is called otherwise is not ours to read or to prune."""
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -70,6 +73,7 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
         _sync_folder(root)
     except BaseException:
         shutil.rmtree(pending, ignore_errors=True)
+        _put_back(root)
         raise
     return Saved(target, manifest)
 
@@ -86,20 +90,36 @@ def prune(root: Path, keep_last: int, best: str | None) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed save or prune left behind; only the rank that saves may call it, before it saves."""
+    """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves."""
+    _put_back(root)
     for pattern in (".pending-*", ".pruned-*"):
         for stale in root.glob(pattern):
             shutil.rmtree(stale, ignore_errors=True)
 
 
+def _put_back(root: Path) -> None:
+    """Give a checkpoint its name again whose replacement did not come."""
+    for stale in sorted(root.glob(".replaced-*"), reverse=True):
+        target = root / stale.name.removeprefix(".replaced-").rpartition("-")[0]
+        if not target.exists():
+            stale.rename(target)
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename what is newer than the checkpoint that training goes on from: damaged, it must not count as kept."""
+    for saved in committed(root):
+        if saved.step > step:
+            saved.folder.rename(root / f"damaged-{saved.folder.name}-{time.time_ns()}")
+
+
 def committed(root: Path) -> Iterator[Saved]:
     """Committed checkpoints, the newest first; an unreadable manifest is reported when it is opened."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    for folder in sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True):
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
         except (OSError, ValueError):
-            manifest = {"step": int(folder.name.removeprefix("step-")), "files": None}
-        yield Saved(folder, manifest)
+            manifest = {"files": None}
+        yield Saved(folder, {**manifest, "step": int(folder.name.removeprefix("step-"))})
 
 
 def verify(saved: Saved) -> None:

@@ -84,9 +84,13 @@ class Fetch:
 
 
 def _start_worker(_: int) -> None:
-    """Signals reach the whole process group; only the rank answers them (its workers end with it)."""
+    """Signals reach the whole process group; only the rank answers them. Its workers end with it, even if killed.
+
+    A worker that outlived its rank would hold the rank's connections open, so that its peers would wait.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
 
 
 def _first(batches: list[Any]) -> Any:
@@ -107,11 +111,13 @@ class Loader:
                 self.fetch,  # type: ignore[arg-type]
                 batch_sampler=_Keys(self),
                 num_workers=options.workers,
+                multiprocessing_context="fork",  # a rank's own default is a second fork server: 3 s, torch again
                 prefetch_factor=options.prefetch,
                 collate_fn=_first,
                 pin_memory=self.pin,
                 persistent_workers=True,
                 worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # or each epoch would draw from the generator of dropout
             )
 
     def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
@@ -123,6 +129,14 @@ class Loader:
         for item in keys:
             batch = self.fetch[item]
             yield _pinned(batch) if self.pin else batch
+
+    def close(self) -> None:
+        """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever."""
+        iterator: Any = getattr(self.workers, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that is stuck in user code
 
 
 class _Keys:

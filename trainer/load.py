@@ -52,7 +52,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
             value = _get(values, key)
             raise JobError(key, value, _first_line(error), f"It is given by {source}; {_expected(key)}") from None
     if not config.name:
-        stem = path.parent.name if path.name == "job.yaml" else path.stem
+        stem = path.resolve().parent.name if path.name == "job.yaml" else path.stem
         config.name = stem
     return config  # type: ignore[return-value]
 

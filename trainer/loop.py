@@ -71,13 +71,17 @@ class Trainer:
         self.state.resume()
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.order.steps_per_epoch)
-        if self.position.step and not self.state.evaluated:
-            self.finish_step()
-        while self.position.step < self.steps:
-            for micros in self.epoch():
-                self.train_step(micros)
-                if self.position.step >= self.steps:
-                    break
+        try:
+            if self.position.step and not self.state.evaluated:
+                self.finish_step()
+            while self.position.step < self.steps:
+                for micros in self.epoch():
+                    self.train_step(micros)
+                    if self.position.step >= self.steps:
+                        break
+        finally:
+            self.loader.close()
+            self.eval_loader.close()
         return self.state.metrics
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
@@ -206,6 +210,7 @@ class Trainer:
         self.report.phase("evaluating", self.position)
         started = time.perf_counter()
         with self.averaged_weights():
+            self.parallel.share_buffers()
             metrics = evaluate(
                 self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,
                 self.job.evaluation.batch_size, self.stop_early,

@@ -110,6 +110,9 @@ class Parallel:
         """Do what the mode does after an update; return whether all ranks hold the same weights now."""
         return True
 
+    def share_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0's model, such as batch statistics: those that a checkpoint holds."""
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag
@@ -212,6 +215,7 @@ class Distributed(Parallel):
             average([p.data for p in self.step.model.parameters()], self.world_size)
             states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
             average(states, self.world_size)
+            self.share_buffers()
         self.steps += 1
         return averages
 
@@ -223,6 +227,12 @@ class Distributed(Parallel):
         """Whether all ranks are equal when the current step ends."""
         every, start = self.job.ddp.sync_every, self.job.ddp.sync_start
         return due or not self._local() or (self.steps + 1 - start) % every == 0
+
+    def share_buffers(self) -> None:
+        """Give all ranks rank 0's buffers; DDP does it before a forward pass of training only."""
+        buffers = list(self.step.model.buffers())
+        if buffers:
+            dist._broadcast_coalesced(self.ddp.process_group, buffers, 250 * 2**20, 0)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank (one collective)."""

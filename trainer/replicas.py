@@ -73,9 +73,11 @@ def replicate(module: nn.Module, seen: dict[int, Any] | None = None) -> nn.Modul
     for name, child in module._modules.items():
         copy._modules[name] = None if child is None else replicate(child, seen)
     for name, parameter in module._parameters.items():
-        if parameter is not None:
-            tensor = seen.setdefault(id(parameter), parameter.clone())
-            setattr(copy, name, tensor)  # a plain attribute: a clone is no leaf, so no nn.Parameter
+        if parameter is None:  # a layer without bias
+            copy._parameters[name] = None
+            continue
+        tensor = seen.setdefault(id(parameter), parameter.clone())
+        setattr(copy, name, tensor)  # a plain attribute: a clone is no leaf, so no nn.Parameter
     for name, buffer in module._buffers.items():
         copy._buffers[name] = None if buffer is None else buffer.clone()
     return copy  # type: ignore[no-any-return]

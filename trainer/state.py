@@ -106,6 +106,7 @@ class State:
             self.report.warn(f"checkpoint refused: {problem}", "checkpoint_refused", problem=problem)
         if saved is None:
             return None
+        checkpoint.set_aside_newer(self.root, saved.step)
         self.report.event("resume", step=saved.step, folder=saved.folder.name)
         return str(saved.folder)
 

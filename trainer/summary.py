@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ def rows(run: Path) -> list[tuple[str, str]]:
 
 
 def resume_command(run: Path) -> str:
-    """The command that continues a run, for example with more epochs."""
-    return f"muster run {shlex.quote(str(run))}"
+    """The command that continues a run, as it can be pasted into the shell that started this process."""
+    beside = Path(sys.prefix, "bin", "muster")
+    program = "muster" if shutil.which("muster") or not beside.exists() else os.path.relpath(beside)
+    return f"{shlex.quote(program)} run {shlex.quote(str(run))}"
 
 
 def plain_table(run: Path) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 import engine_packages
 
 STOP_TIMEOUT_S = 30
+PRUNE_TIMEOUT_S = 300
+KEEP = "4GB"  # of build cache: three sets of dependencies
 
 
 def cache_folder() -> Path:
@@ -92,7 +94,8 @@ def running_engine(cache: Path) -> Iterator[Engine]:
         process_1 = _wait_until_ready(holder, cache)
         engine = Engine(root, work, process_1)
         engine.remove_all()  # left by a session that was killed
-        engine.docker("image", "prune", "--force")
+        engine.docker("image", "prune", "--force", timeout_s=PRUNE_TIMEOUT_S)
+        engine.docker("builder", "prune", "--force", f"--keep-storage={KEEP}", timeout_s=PRUNE_TIMEOUT_S)
         yield engine
     finally:
         holder.stdin.close()

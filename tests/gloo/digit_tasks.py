@@ -102,3 +102,15 @@ class Tied(Small):
     def metrics(self, output: tuple[Tensor, Tensor], batch: Example) -> Mapping[str, Tensor]:
         """Whether each image was recognised."""
         return {"accuracy": output[0].argmax(1) == batch.labels}
+
+
+class Frozen(Small):
+    """Keeps its batch statistics as they are: evaluates what it was given."""
+
+    def model(self) -> nn.Module:
+        """With a momentum of zero, running statistics never change."""
+        model = super().model()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+        return model

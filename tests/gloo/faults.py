@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import optimizer
 
-MOMENTS = ("before update", "after update", "in evaluation")
+MOMENTS = ("before update", "after update", "in evaluation", "to the whole group")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,10 @@ class Fault:
     count: int
     """At the so-manieth update, or batch of an evaluation, of this attempt; from 1."""
     moment: str = "after update"
-    """One of MOMENTS. "before update" n is after step n - 1 and all that followed it, such as its checkpoint."""
+    """One of MOMENTS. "before update" n is after step n - 1 and all that followed it, such as its checkpoint.
+
+    "to the whole group" is after an update too, and reaches the rank's loader workers as well.
+    """
     number: int = signal.SIGKILL
     rank: int = 0
 
@@ -34,10 +37,13 @@ def arm(fault: Fault) -> None:
     _armed[fault.moment] = fault.count, fault.number
     optimizer.register_optimizer_step_pre_hook(lambda *_: reach("before update"))
     optimizer.register_optimizer_step_post_hook(lambda *_: reach("after update"))
+    optimizer.register_optimizer_step_post_hook(lambda *_: reach("to the whole group"))
+    os.setpgid(0, 0)
 
 
 def reach(moment: str) -> Any:
     """Tell that a moment has come."""
     _seen[moment] += 1
     if moment in _armed and _armed[moment][0] == _seen[moment]:
-        os.kill(os.getpid(), _armed[moment][1])
+        target = 0 if moment == "to the whole group" else os.getpid()
+        os.kill(target, _armed[moment][1])

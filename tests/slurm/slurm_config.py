@@ -9,7 +9,7 @@ CONTROLLER = "ctl"
 
 @dataclass(frozen=True)
 class Layout:
-    """Size and timers of a cluster. Timers are the shortest at which a loaded two-core machine stays stable."""
+    """Size and timers of a cluster. The timers are short, and long enough for a machine with other work."""
 
     hosts: int = 4
     gpus_per_host: int = 4  # device files without a driver: Slurm counts and masks them like real ones
@@ -17,7 +17,7 @@ class Layout:
     memory_mb_per_host: int = 16000
     accounting: bool = True  # slurmdbd and a database, so that sacct answers
     node_timeout_s: int = 10  # silence after which a host is DOWN and its jobs are requeued
-    credential_s: int = 5  # a requeued job waits this long and one second more (Slurm's default: 120 s)
+    credential_s: int = 5  # Slurm's least; a requeued job waits this long and 1 s more (default: 120)
     kill_wait_s: int = 5  # between SIGTERM and SIGKILL (default 30)
     grace_s: int = 10  # between a preemption's notice and its SIGTERM
     first_job_id: int = 1000
@@ -40,6 +40,7 @@ def slurm_conf(layout: Layout) -> str:
         if layout.accounting
         else "AccountingStorageType=accounting_storage/none"
     )
+    cpus = layout.cpus_per_host
     nodes = f"n[1-{layout.hosts}]" if layout.hosts > 1 else "n1"
     return f"""\
 ClusterName=test
@@ -80,9 +81,10 @@ MessageTimeout=5
 TCPTimeout=2
 # Ids that began at 1 each time would let one session's job resume the files of another's.
 FirstJobId={layout.first_job_id}
-NodeName={nodes} CPUs={layout.cpus_per_host} Boards=1 SocketsPerBoard=1 CoresPerSocket={layout.cpus_per_host} \
-ThreadsPerCore=1 RealMemory={layout.memory_mb_per_host} Gres=gpu:{layout.gpus_per_host} State=UNKNOWN
-PartitionName=normal Nodes=ALL Default=YES State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime={layout.grace_s}
+NodeName={nodes} CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 \
+RealMemory={layout.memory_mb_per_host} Gres=gpu:{layout.gpus_per_host} State=UNKNOWN
+PartitionName=normal Nodes=ALL Default=YES State=UP PriorityTier=10 PreemptMode=REQUEUE \
+GraceTime={layout.grace_s}
 PartitionName=high Nodes=ALL State=UP PriorityTier=100 PreemptMode=OFF
 """
 

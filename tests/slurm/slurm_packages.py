@@ -1,11 +1,11 @@
-"""What the test cluster needs from the operating system: the programs, and the Debian packages with them."""
+"""What the test cluster needs of the operating system: rights, programs, and the packages with them."""
 
 import os
 import shutil
 import subprocess
 
-# Program -> Debian package that brings it. All of Slurm and its database come from the distribution:
-# what is tested is the Slurm that a user has.
+# Program -> Debian package that brings it. Slurm and its database come from the distribution: what is tested
+# is the Slurm that a user has.
 PACKAGE_OF = {
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
@@ -21,20 +21,48 @@ PACKAGE_OF = {
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
+class Unavailable(Exception):
+    """This machine cannot run a cluster. The message names the reason and the remedy."""
+
+
 def missing_packages() -> list[str]:
     """Names the Debian packages whose program is not installed, sorted."""
-    return sorted({package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=SYSTEM_PATH)})
+    programs = (name for name in PACKAGE_OF if not shutil.which(name, path=SYSTEM_PATH))
+    return sorted({PACKAGE_OF[name] for name in programs})
 
 
-def install_command(packages: list[str]) -> str:
-    return f"apt-get install --yes --no-install-recommends {' '.join(packages)}"
+def ensure(install: bool) -> None:
+    """Returns when a cluster can run here; `install` lets it install what is missing. Else Unavailable."""
+    if os.geteuid() != 0:
+        raise Unavailable("Slurm's daemons and their networks need root: run `sudo make test-slurm`")
+    missing = missing_packages()
+    if missing and not shutil.which("apt-get", path=SYSTEM_PATH):
+        raise Unavailable(
+            f"missing programs: run this tier on Debian or Ubuntu, which have {' '.join(missing)}"
+        )
+    if missing and install:
+        _install(missing)
+        missing = missing_packages()
+    if missing:
+        raise Unavailable(
+            "missing packages: run `make test-slurm`, which installs them, or "
+            f"`apt-get install --no-install-recommends {' '.join(missing)}`"
+        )
+    # Costs a millisecond, and says at once what a container without the right would say later and worse.
+    probe = subprocess.run(
+        ["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True, text=True
+    )
+    if probe.returncode:
+        raise Unavailable(
+            f"no private namespaces ({probe.stderr.strip()}): run as root on a machine, or in a container "
+            "with --privileged"
+        )
 
 
-def install(packages: list[str]) -> None:
-    """Installs packages with apt-get, as root. Raises RuntimeError with apt's own words when it cannot."""
-    # Recommended packages would start mail servers and a system database; the lock timeout waits for another apt.
-    lock = ["-o", "DPkg::Lock::Timeout=600"]
-    for command in (["apt-get", *lock, "-qq", "update"], install_command(packages).split() + lock + ["-qq"]):
+def _install(packages: list[str]) -> None:
+    # Recommended packages would start a mail server and a database; the time-out waits for another apt.
+    apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=600"]
+    for command in ([*apt, "update"], [*apt, "install", "--yes", "--no-install-recommends", *packages]):
         done = subprocess.run(
             command,
             env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
@@ -43,24 +71,6 @@ def install(packages: list[str]) -> None:
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr or done.stdout}")
-
-
-def why_not(install_missing: bool) -> str | None:
-    """Says why no cluster can run here and what would change that, or None when one can.
-
-    With install_missing, root gets the missing packages installed first.
-    """
-    if os.geteuid() != 0:
-        return "needs root, to make network namespaces and start Slurm's daemons: run `sudo make test-slurm`"
-    missing = missing_packages()
-    if missing and not shutil.which("apt-get"):
-        return f"needs Debian or Ubuntu, or programs that provide: {' '.join(missing)}"
-    if missing and install_missing:
-        install(missing)
-        missing = missing_packages()
-    if missing:
-        return f"missing packages: run `make test-slurm` as root, or `{install_command(missing)}`"
-    if not os.path.exists("/proc/self/ns/pid") or not os.access("/proc/self/ns/net", os.R_OK):
-        return "this kernel or container has no namespaces"
-    return None
+            raise Unavailable(
+                f"`{' '.join(command)}` failed; is the package mirror reachable?\n{done.stderr.strip()}"
+            )

@@ -1,4 +1,4 @@
-"""A project of a few bytes with the real .ci/setup and Makefile: real environments and pip, made in seconds, offline.
+"""A project of a few bytes with the real .ci/setup and Makefile: real environments, in seconds, offline.
 
 Its torch, its tool and its build backend are stand-ins; nothing is downloaded.
 """
@@ -62,7 +62,7 @@ def make_wheel(folder: Path, name: str, version: str, code: str = "") -> Path:
 
 
 class Project:
-    """The folder, with a space in its name, and what the wheel folder offers to pip: torch 1.5 with and without CUDA."""
+    """A folder with a space in its name, and a folder of wheels for pip: torch 1.5 with and without CUDA."""
 
     def __init__(self, parent: Path) -> None:
         self.root = parent / "a project"

@@ -1,0 +1,119 @@
+"""Committing a checkpoint: whole or not at all, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commits import commit_until_killed, payload, value_of
+from ranks import start
+
+from trainer import checkpoint
+from trainer.attempt import StaleAttempt, claim
+from trainer.checkpoint import committed, newest_good, prune, sweep
+
+OLD, NEW = 1.0, 2.0
+
+
+@pytest.mark.parametrize("steps, again, keep_last, best", [
+    ([1, 2, 3], 4, 2, "step-000000001"),  # prunes step 2
+    ([3], 3, 1, None),                    # replaces the only one there is: a resume from just before a stop does
+    ([2, 3], 3, 2, None),
+])  # fmt: skip
+def test_sigkill_at_any_file_operation_leaves_the_previous_or_the_new_one(
+    tmp_path: Path, steps: list[int], again: int, keep_last: int, best: str | None
+) -> None:
+    for step in steps:
+        checkpoint.commit(tmp_path / "before", step, payload(OLD), {}, 0)
+    seen = []
+    for count in range(1, 1000):
+        root = tmp_path / f"{count}"
+        shutil.copytree(tmp_path / "before", root)
+        process = start(commit_until_killed, root, again, NEW, keep_last, best, count)
+        process.join()
+        sweep(root)
+        saved, refused = newest_good(root)
+        assert saved is not None and not refused
+        seen.append(value_of(saved))
+        assert (saved.step, seen[-1]) in ((steps[-1], OLD), (again, NEW))
+        assert len(list(committed(root))) >= min(len(steps), keep_last)
+        checkpoint.commit(root, again + 1, payload(NEW), {}, 0)  # and the next save finds nothing in its way
+        prune(root, 1, best)
+        assert {path.name for path in root.iterdir()} == {f"step-{again + 1:09d}", *([best] if best else [])}
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert count > 20
+    assert seen == sorted(seen), "once the new one was there, it stayed"
+    assert {OLD, NEW} == set(seen)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs, to fill a disk for real, needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], check=False).returncode:
+        pytest.skip("this container may not mount a tmpfs to fill")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_previous_one_and_says_so(small_disk: Path) -> None:
+    root = small_disk / "checkpoints"
+    checkpoint.commit(root, 1, payload(OLD), {}, 0)
+    ballast, outcomes = small_disk / "ballast", []
+    for filled in range(0, 2**17, 2**12):  # so that the disk becomes full at every stage of a save
+        try:
+            ballast.write_bytes(b"x" * filled)
+        except OSError:
+            break
+        try:
+            checkpoint.commit(root, 2, payload(NEW), {}, 0)
+        except OSError as error:
+            outcomes.append("full")
+            assert "No space left on device" in str(error)
+            saved, refused = newest_good(root)
+            assert saved is not None and value_of(saved) == OLD and not refused
+            assert [path.name for path in root.iterdir()] == ["step-000000001"], "what was half written is in the way"
+        else:
+            outcomes.append("saved")
+            shutil.rmtree(root / "step-000000002")
+    assert sorted(set(outcomes)) == ["full", "saved"] and outcomes.count("full") > 2
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        checkpoint.commit(tmp_path, step, payload(OLD), {}, 0)
+    prune(tmp_path, 2, "step-000000003")
+    assert [saved.step for saved in committed(tmp_path)] == [7, 6, 3]
+
+
+def test_prune_leaves_what_a_person_put_there(tmp_path: Path) -> None:
+    for step in range(1, 4):
+        checkpoint.commit(tmp_path, step, payload(OLD), {}, 0)
+    shutil.copytree(tmp_path / "step-000000001", tmp_path / "step-000000001-for-the-paper")
+    (tmp_path / "step-notes").mkdir()
+    prune(tmp_path, 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000001-for-the-paper", "step-000000003", "step-notes",
+    ]  # fmt: skip
+    saved, refused = newest_good(tmp_path)
+    assert saved is not None and saved.step == 3 and not refused
+
+
+def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
+    claim(tmp_path, 4)
+    root = tmp_path / "checkpoints"
+    checkpoint.commit(root, 1, payload(OLD), {}, 4)
+    claim(tmp_path, 5)
+    with pytest.raises(StaleAttempt, match="attempt 4 .* replaced by attempt 5"):
+        checkpoint.commit(root, 2, payload(NEW), {}, 4)
+    assert [path.name for path in root.iterdir()] == ["step-000000001"]

@@ -1,0 +1,90 @@
+"""A stop request to any one rank, at any time: all ranks save once, exit 75, and the resumed run is the same."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from faults import Fault
+from ranks import complete, evaluations, events, losses, make_job, order_of_samples, train
+from states import difference, read_state, steps_saved
+
+STOPPED = 75
+MODEL = ["task_args.dropout=0.3", "train.optimizer=sgd", "train.optimizer_args={momentum: 0.9}"]
+MODES = {
+    "single": ["parallel=single"],
+    "dp": ["parallel=dp", "devices_per_node=2", "task_args.dropout=0"],
+    "ddp": ["devices_per_node=2"],
+    "ddp, accumulate": ["devices_per_node=2", "train.accumulate=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run to the end of each mode."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    return {mode: complete(root / mode, make_job(*MODEL, *keys)).folder for mode, keys in MODES.items()}
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    """All that the two runs leave behind is equal."""
+    assert difference(read_state(expected), read_state(run)) == ""
+    assert losses(run) == losses(expected)
+    assert evaluations(run)[-1] == evaluations(expected)[-1]
+    assert order_of_samples(run) == order_of_samples(expected)
+
+
+@pytest.mark.parametrize("mode, number, count, moment, saved", [
+    ("single", signal.SIGTERM, 7, "after update", 8),
+    ("single", signal.SIGUSR2, 6, "in evaluation", 10),  # five batches each: the first of the second evaluation
+    ("dp", signal.SIGINT, 7, "before update", 8),
+    ("ddp", signal.SIGTERM, 7, "after update", 8),
+    ("ddp", signal.SIGUSR2, 1, "before update", 2),
+    ("ddp", signal.SIGINT, 4, "after update", 5),  # it is seen at step 5, where an evaluation is due
+    ("ddp", signal.SIGTERM, 3, "in evaluation", 10),
+    ("ddp, accumulate", signal.SIGTERM, 12, "after update", 13),
+])  # fmt: skip
+def test_stop_and_resume(
+    tmp_path: Path, uninterrupted: dict[str, Path], mode: str, number: int, count: int, moment: str, saved: int
+) -> None:
+    """The request is seen at the end of the step, or of the evaluation batch, that follows it."""
+    job = make_job(*MODEL, *MODES[mode])
+    run = train(tmp_path, job, Fault(count, moment, number, rank=job.world_size - 1))
+    assert run.code == STOPPED
+    assert steps_saved(tmp_path)[-1] == saved
+    assert [event["step"] for event in events(tmp_path, "stopped")] == [saved]
+    complete(tmp_path, job)
+    assert_same(tmp_path, uninterrupted[mode])
+
+
+@pytest.mark.parametrize("moment, count", [("after update", 20), ("after update", 21), ("in evaluation", 21)])
+def test_stop_at_the_very_end(tmp_path: Path, uninterrupted: dict[str, Path], moment: str, count: int) -> None:
+    """The last step, or the last evaluation, may still end the run; a resume gives its result in any case."""
+    job = make_job(*MODEL, *MODES["single"])
+    assert train(tmp_path, job, Fault(count, moment, signal.SIGTERM)).code in (0, STOPPED)
+    complete(tmp_path, job)
+    assert_same(tmp_path, uninterrupted["single"])
+    assert len(events(tmp_path, "done")) >= 1
+
+
+def test_every_attempt_is_stopped_and_the_run_still_ends(tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
+    """Each attempt gets as far as one step and one evaluation batch."""
+    job = make_job(*MODEL, *MODES["ddp"])
+    codes = [train(tmp_path, job, Fault(1, "after update", signal.SIGTERM, rank=turn % 2)).code for turn in range(8)]
+    assert codes == [STOPPED] * 8
+    complete(tmp_path, job)
+    assert_same(tmp_path, uninterrupted["ddp"])
+
+
+def test_loader_workers_leave_the_signal_to_the_rank(tmp_path: Path) -> None:
+    """Slurm and Ctrl-C signal every process of the group; workers must neither die early nor outlive the rank."""
+    job = make_job(*MODES["ddp"], "data.workers=2")
+    complete(tmp_path / "uninterrupted", job)
+    began = time.monotonic()
+    run = train(tmp_path / "run", job, Fault(7, "to the whole group", signal.SIGTERM))
+    assert run.code == STOPPED
+    assert time.monotonic() - began < 15
+    complete(tmp_path / "run", job)
+    assert_same(tmp_path / "run", tmp_path / "uninterrupted")
