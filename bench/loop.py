@@ -89,7 +89,7 @@ def raw_steps(task: Any, batch_size: int, rank: int, world_size: int) -> Iterato
 
 
 def measure(rank: int, world_size: int, port: int, size: str, pairs: int, folder: str, answer: Any) -> None:
-    """One rank: warm up, then alternate blocks; send (trainer, raw) CPU seconds of each pair and the step's wall time."""
+    """One rank: warm up, alternate blocks; send (trainer, raw) CPU seconds of each pair and the wall time of a step."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
                    "MUSTER_HEARTBEAT": str(Path(folder) / "heartbeat")}  # fmt: skip
@@ -175,7 +175,11 @@ def main() -> None:
         for world_size in (1, 2):
             row = compare(size, world_size, options.pairs)
             rows.append(row)
-            shown = "noise too high" if row["noisy"] else f"{row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]"
+            shown = (
+                "noise too high"
+                if row["noisy"]
+                else f"{row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]"
+            )
             print(f"{size:8} {world_size:5} {row['raw_cpu_ms']:7.2f} ms {shown:>25}", flush=True)
     import torch
 

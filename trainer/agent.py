@@ -20,7 +20,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
-from trainer.autopsy import Autopsy, process_state
+from trainer.autopsy import Autopsy
 from trainer.config import Job
 from trainer.entry import run_rank
 from trainer.errors import STOPPED
@@ -88,8 +88,14 @@ class NodeAgent(LocalElasticAgent):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, FLAG._handle)  # torch has just replaced ours by one that raises anywhere
         first = self.autopsy.first_rank()
-        record_event(self.run_folder, "ranks", node=self.wiring.node_rank, attempt=self.autopsy.attempt,
-                     agent=os.getpid(), pids={first + local: pid for local, pid in pids.items()})
+        record_event(
+            self.run_folder,
+            "ranks",
+            node=self.wiring.node_rank,
+            attempt=self.autopsy.attempt,
+            agent=os.getpid(),
+            pids={first + local: pid for local, pid in pids.items()},
+        )
         return pids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:

@@ -183,8 +183,12 @@ def load_weights(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise JobError("checkpoint.load", str(path), "no such file", "Give a step-* folder or a .pt file") from None
     except Exception as error:
-        raise JobError("checkpoint.load", str(path), f"torch cannot load it ({type(error).__name__})",
-                       "Save a state dict with torch.save(model.state_dict(), path)") from error
+        raise JobError(
+            "checkpoint.load",
+            str(path),
+            f"torch cannot load it ({type(error).__name__})",
+            "Save a state dict with torch.save(model.state_dict(), path)",
+        ) from error
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -30,17 +30,22 @@ class Train:
     optimizer: str = _option("adamw", "adamw, adam, sgd, or package.module:callable(params, lr=..., **args)")
     optimizer_args: dict[str, Any] = _option({}, "further keyword arguments of the optimizer")
     lr: float = _option(1e-3, "peak learning rate", above=0)
-    weight_decay: float = _option(0.0, "decay of weights with 2 or more dimensions; 1-d ones are not decayed",
-                                  minimum=0)
+    weight_decay: float = _option(
+        0.0, "decay of weights with 2 or more dimensions; 1-d ones are not decayed", minimum=0
+    )
     schedule: str = _option("cosine", "constant, cosine, linear, or package.module:callable(step, steps) -> factor")
     warmup_steps: int = _option(0, "steps of linear warm-up from 0", minimum=0)
     min_lr_ratio: float = _option(0.0, "where cosine and linear end, as a share of `lr`", minimum=0, maximum=1)
     accumulate: int = _option(1, "micro-batches per step; the global batch stays the same", minimum=1)
     clip_norm: float | None = _option(None, "largest global gradient norm", above=0)
-    precision: str = _option("float32", "arithmetic of forward and backward; weights stay float32 in bf16 and fp16",
-                             choices=("float32", "bf16", "fp16", "float64"))
-    ema_decay: float | None = _option(None, "keep an exponential moving average of the weights and evaluate it",
-                                      above=0, maximum=1)
+    precision: str = _option(
+        "float32",
+        "arithmetic of forward and backward; weights stay float32 in bf16 and fp16",
+        choices=("float32", "bf16", "fp16", "float64"),
+    )
+    ema_decay: float | None = _option(
+        None, "keep an exponential moving average of the weights and evaluate it", above=0, maximum=1
+    )
     channels_last: bool = _option(False, "lay 4-d weights and inputs out as NHWC")
     compile: bool = _option(False, "torch.compile the model")
     on_nan: str = _option("halt", "what all ranks do when a loss is NaN or infinite", choices=("halt", "skip"))
@@ -66,8 +71,12 @@ class Ddp:
     sync_batchnorm: bool = _option(False, "batch statistics over the global batch (needs GPUs)")
     compression: str = _option("none", "gradient compression hook", choices=("none", "bf16", "fp16", "powersgd"))
     powersgd_rank: int = _option(2, "rank of the PowerSGD approximation", minimum=1)
-    sync_every: int = _option(1, "post-local SGD: average weights every so many steps after `sync_start` steps "
-                                 "(1: gradients are averaged at every step)", minimum=1)
+    sync_every: int = _option(
+        1,
+        "post-local SGD: average weights every so many steps after `sync_start` steps "
+        "(1: gradients are averaged at every step)",
+        minimum=1,
+    )
     sync_start: int = _option(0, "steps with ordinary gradient averaging before post-local SGD begins", minimum=0)
 
 
@@ -84,8 +93,9 @@ class Evaluation:
 class Checkpoints:
     """When checkpoints are committed and which are kept."""
 
-    every_steps: int | None = _option(None, "commit after so many steps; the end of each epoch always commits",
-                                      minimum=1)
+    every_steps: int | None = _option(
+        None, "commit after so many steps; the end of each epoch always commits", minimum=1
+    )
     keep_last: int = _option(2, "how many of the newest to keep", minimum=1)
     best: str | None = _option(None, "metric whose best checkpoint is kept too")
     best_mode: str = _option("max", "whether a larger or a smaller metric is better", choices=("max", "min"))
@@ -122,14 +132,18 @@ class Job:
     task_args: dict[str, Any] = _option({}, "keyword arguments of the task's class")
     script: str | None = _option(None, "instead of a task: a script that torchrun could start")
     script_args: list[str] = _option([], "arguments of the script")
-    parallel: str = _option("auto", "single, dp (one node, one process) or ddp; auto: ddp for more than one device",
-                            choices=("auto", "single", "dp", "ddp"))
+    parallel: str = _option(
+        "auto",
+        "single, dp (one node, one process) or ddp; auto: ddp for more than one device",
+        choices=("auto", "single", "dp", "ddp"),
+    )
     nodes: int = _option(1, "nodes; each runs one agent", minimum=1)
     devices_per_node: int = _option(1, "devices per node; with ddp also ranks per node", minimum=1)
     devices: list[int] | None = _option(None, "physical devices to use, the primary first, e.g. [2,3,1]")
-    device: str = _option("auto", "auto: GPUs when a node has enough of them, else CPU", choices=("auto", "cpu", "cuda"))
-    seed: int = _option(0, "of initial weights, sample order, augmentation and dropout", minimum=0,
-                        maximum=2**32 - 1)
+    device: str = _option(
+        "auto", "auto: GPUs when a node has enough of them, else CPU", choices=("auto", "cpu", "cuda")
+    )
+    seed: int = _option(0, "of initial weights, sample order, augmentation and dropout", minimum=0, maximum=2**32 - 1)
     runs: str = _option("runs", "folder that run folders are made in")
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)

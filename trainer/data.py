@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ class _Keys:
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[Sequence[Keys]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return ([keys] for keys in self.loader.keys)
 
 

@@ -54,7 +54,7 @@ def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str)
 def die_with_parent() -> None:
     """Bind this process to the template, and so to the agent: SIGKILL follows when either is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:  # held open, it would keep the template alive without its agent
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None

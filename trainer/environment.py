@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from submitit.core.job_environment import JobEnvironment
 
@@ -16,7 +16,7 @@ from submitit.core.job_environment import JobEnvironment
 class MusterJobEnvironment(JobEnvironment):
     """One agent, and so one submitit task, per node, described by MUSTER_* variables."""
 
-    _env = {
+    _env: ClassVar[dict[str, str]] = {
         "job_id": "MUSTER_JOB_ID",
         "num_tasks": "MUSTER_NODES",
         "num_nodes": "MUSTER_NODES",

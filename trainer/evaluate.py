@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def evaluate(
     `stop` is asked before each round of batches, on all ranks alike.
     """
     plan = list(evaluation_batches(count, batch_size, parallel.rank, parallel.world_size))
-    rounds = -(-(-(-count // batch_size)) // parallel.world_size)
+    rounds = math.ceil(math.ceil(count / batch_size) / parallel.world_size)
     batches = mover.move(loader.read([(0, indices) for _, indices in plan]))
     sums: list[tuple[int, dict[str, Tensor]]] = []
     parallel.step.eval()

@@ -21,8 +21,12 @@ def find_job(path: Path) -> Path:
         return path
     number = os.environ.get("SLURM_ARRAY_TASK_ID")
     if number is None or not number.isdigit() or int(number) >= len(sweep["runs"]):
-        raise JobError("SLURM_ARRAY_TASK_ID", number, f"chooses none of {len(sweep['runs'])} runs of {path}",
-                       "A sweep is started by its array")
+        raise JobError(
+            "SLURM_ARRAY_TASK_ID",
+            number,
+            f"chooses none of {len(sweep['runs'])} runs of {path}",
+            "A sweep is started by its array",
+        )
     return Path(sweep["runs"][int(number)]) / "job.yaml"
 
 

@@ -54,7 +54,8 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     if not config.name:
         stem = path.resolve().parent.name if path.name == "job.yaml" else path.stem
         config.name = stem
-    return config  # type: ignore[return-value]
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def to_job(config: DictConfig) -> Job:
@@ -86,8 +87,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), [str(p) for p in sorted(path.parent.glob("*.yaml"))], 1, 0.3)
-        raise JobError("JOB", str(path), "no such file", f"Did you mean {near[0]}?" if near
-                       else f"Working directory: {os.getcwd()}") from None
+        raise JobError(
+            "JOB",
+            str(path),
+            "no such file",
+            f"Did you mean {near[0]}?" if near else f"Working directory: {os.getcwd()}",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError("JOB", str(path), f"cannot be read ({error})", "Give a readable UTF-8 YAML file") from None
     try:
@@ -96,8 +101,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = " ".join(str(error).split())
         raise JobError("JOB", str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
     if not isinstance(content, dict):
-        raise JobError("JOB", str(path), f"holds a {type(content).__name__}, not keys",
-                       "A job file is a mapping: name, task, train, ...")
+        raise JobError(
+            "JOB",
+            str(path),
+            f"holds a {type(content).__name__}, not keys",
+            "A job file is a mapping: name, task, train, ...",
+        )
     return {str(key): value for key, value in content.items()}
 
 
@@ -105,8 +114,12 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `a.b=value` words into nested dictionaries; values are YAML."""
     for word in overrides:
         if "=" not in word or word.startswith(("=", "-")):
-            raise JobError("argument", word, "is not key=value",
-                           "Write for example train.lr=0.1 (options such as --on go before or after, with two dashes)")
+            raise JobError(
+                "argument",
+                word,
+                "is not key=value",
+                "Write for example train.lr=0.1 (options such as --on go before or after, with two dashes)",
+            )
     merged = OmegaConf.create()
     for word in overrides:
         key, _, text = word.partition("=")
@@ -132,12 +145,19 @@ def _check_key(key: str, value: Any, source: str) -> None:
 def _check_limits(key: str, value: Any, limits: Any) -> None:
     if "choices" in limits and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), limits["choices"], 1)
-        raise JobError(key, value, "is not one of " + ", ".join(limits["choices"]),
-                       f"Did you mean {near[0]}?" if near else "Choose one of them")
+        raise JobError(
+            key,
+            value,
+            "is not one of " + ", ".join(limits["choices"]),
+            f"Did you mean {near[0]}?" if near else "Choose one of them",
+        )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    for name, bad in (("minimum", lambda a, b: not a >= b), ("maximum", lambda a, b: not a <= b),
-                      ("above", lambda a, b: not a > b)):
+    for name, bad in (
+        ("minimum", lambda a, b: not a >= b),
+        ("maximum", lambda a, b: not a <= b),
+        ("above", lambda a, b: not a > b),
+    ):
         if name in limits and bad(value, limits[name]):
             word = {"minimum": "at least", "maximum": "at most", "above": "more than"}[name]
             raise JobError(key, value, f"must be {word} {limits[name]}", f"It means: {limits['help']}")
@@ -146,8 +166,8 @@ def _check_limits(key: str, value: Any, limits: Any) -> None:
 def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Yield every dotted key of the configuration with its field."""
     for item in dataclasses.fields(kind):
-        inner = item.default_factory
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+        inner: Any = item.default_factory
+        if dataclasses.is_dataclass(inner):
             yield from valid_keys(inner, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, item

@@ -120,9 +120,8 @@ class Trainer:
         whole = parallel.finish_step(self.optimizer, due)
         self.report.step(position, mean, self.optimizer.param_groups[0]["lr"], step_count)
         self.state.evaluated = not due
-        if whole and stop:
-            if position.step < self.steps:
-                self.save_and_stop()
+        if whole and stop and position.step < self.steps:
+            self.save_and_stop()
         if due:
             self.finish_step()
 
@@ -255,5 +254,9 @@ class Trainer:
             return
         unused = [name for name, p in self.state.model.named_parameters() if p.requires_grad and p.grad is None]
         if unused:
-            raise JobError("ddp.find_unused_parameters", False, "the loss does not use " + ", ".join(unused[:8]),
-                           "Set it to true, use them in the forward pass, or set requires_grad=False on them")
+            raise JobError(
+                "ddp.find_unused_parameters",
+                False,
+                "the loss does not use " + ", ".join(unused[:8]),
+                "Set it to true, use them in the forward pass, or set requires_grad=False on them",
+            )

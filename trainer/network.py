@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import socket
-from pathlib import Path
-
-import fcntl
 import struct
+from pathlib import Path
 
 PORTS = 16
 """Candidates of a job: enough that all being taken means something else is wrong."""

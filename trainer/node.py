@@ -18,9 +18,9 @@ from trainer.load import merge_job, save_job, to_job
 from trainer.postmortem import Failure, first_failure, paragraph
 from trainer.preflight import check_node, network_settings
 from trainer.record import record_event, write_json
-from trainer.rules import working_directory_first
 from trainer.stop import FLAG
 from trainer.summary import plain_table
+from trainer.symbols import working_directory_first
 from trainer.wiring import Wiring, wire
 
 
@@ -49,11 +49,18 @@ def run_node(path: Path, overrides: list[str]) -> int:
     (run / "logs").mkdir(exist_ok=True)
     if wiring.node_rank == 0 and not (run / "job.yaml").exists():
         save_job(config, run / "job.yaml")
-    record_event(run, "wired", node=wiring.node_rank, master=wiring.master_addr, platform=wiring.platform,
-                 launch=wiring.launch, pid=os.getpid())
+    record_event(
+        run,
+        "wired",
+        node=wiring.node_rank,
+        master=wiring.master_addr,
+        platform=wiring.platform,
+        launch=wiring.launch,
+        pid=os.getpid(),
+    )
     settings = network_settings(wiring)
-    for name, (value, reason) in settings.items():
-        _say(f"{name}={value}: {reason}")
+    for name, (value, why) in settings.items():
+        _say(f"{name}={value}: {why}")
     code, reason = _preflight(job, wiring, run)
     if code == DONE:
         code, reason = _supervise(job, path, run, wiring, {name: value for name, (value, _) in settings.items()})
@@ -71,9 +78,7 @@ def _preflight(job: Job, wiring: Wiring, run: Path) -> tuple[int, str | None]:
     return DONE, None
 
 
-def _supervise(
-    job: Job, path: Path, run: Path, wiring: Wiring, settings: dict[str, str]
-) -> tuple[int, str | None]:
+def _supervise(job: Job, path: Path, run: Path, wiring: Wiring, settings: dict[str, str]) -> tuple[int, str | None]:
     from trainer.agent import NodeAgent, supervise
     from trainer.rendezvous import NodeRendezvous
 
@@ -139,20 +144,30 @@ class Rounds:
             self.used = 1 if step > self.progress else self.used + 1
             self.progress = step
             left = self.job.agent.restarts - self.used
-            record_event(self.run, "failure", **{k: v for k, v in found.to_json().items() if k != "time"}, step=step,
-                         restarts_left=max(left, 0))
+            record_event(
+                self.run,
+                "failure",
+                **{k: v for k, v in found.to_json().items() if k != "time"},
+                step=step,
+                restarts_left=max(left, 0),
+            )
             if found.code == WRONG_JOB:
                 return {"end": paragraph(found, "It is not retried.", self.run), "code": WRONG_JOB}
             if left < 0:
                 outcome = f"Gave up after {self.used - 1} restarts without progress (step {max(step, 0)})."
                 return {"end": paragraph(found, outcome, self.run), "code": 1}
-            _say(paragraph(found, f"Restarting from step {max(step, 0)}; {left} restarts without progress are left.",
-                           self.run))
+            _say(
+                paragraph(
+                    found, f"Restarting from step {max(step, 0)}; {left} restarts without progress are left.", self.run
+                )
+            )
         try:
             value = attempt.newest(self.run) + 1
             attempt.claim(self.run, value)
         except OSError as error:
-            raise JobError("runs", str(self.run), f"cannot be written ({error})", "Give a writable runs folder") from None
+            raise JobError(
+                "runs", str(self.run), f"cannot be written ({error})", "Give a writable runs folder"
+            ) from None
         record_event(self.run, "restart" if found else "attempt", attempt=value, round=number)
         return {"attempt": value}
 

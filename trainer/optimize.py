@@ -31,8 +31,9 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise JobError("task", type(model).__name__, "the model has no parameter to train",
-                       "Leave requires_grad on for some")
+        raise JobError(
+            "task", type(model).__name__, "the model has no parameter to train", "Leave requires_grad on for some"
+        )
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

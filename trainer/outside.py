@@ -26,11 +26,19 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
         return 0
     if job.parallel != "ddp":
         if wiring.world_size > 1:
-            raise JobError("parallel", job.parallel, f"is one process, but {wiring.world_size} ranks were started",
-                           "Use parallel=ddp, or start one process")
+            raise JobError(
+                "parallel",
+                job.parallel,
+                f"is one process, but {wiring.world_size} ranks were started",
+                "Use parallel=ddp, or start one process",
+            )
     elif job.world_size != wiring.world_size:
-        raise JobError("devices_per_node", job.devices_per_node, f"with nodes={job.nodes} makes {job.world_size} "
-                       f"ranks, but the launcher started {wiring.world_size}", "Make the two agree")
+        raise JobError(
+            "devices_per_node",
+            job.devices_per_node,
+            f"with nodes={job.nodes} makes {job.world_size} ranks, but the launcher started {wiring.world_size}",
+            "Make the two agree",
+        )
     from trainer.rank import train
 
     try:

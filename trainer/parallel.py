@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config import Ddp, Job
+from trainer.config import Job
 from trainer.errors import JobError
 from trainer.replicas import ThreadReplicas
 from trainer.task import Task
@@ -38,8 +35,12 @@ class Step(nn.Module):
             output = self.model(self.task.inputs(batch))
             losses = self.task.loss(output, batch)
         if losses.dim() != 1:
-            raise JobError("task.loss", tuple(losses.shape), "must have one value per sample, shape (batch,)",
-                           'With torch losses use reduction="none", and average what remains over other dimensions')
+            raise JobError(
+                "task.loss",
+                tuple(losses.shape),
+                "must have one value per sample, shape (batch,)",
+                'With torch losses use reduction="none", and average what remains over other dimensions',
+            )
         if evaluate:
             return {"loss": losses, **self.task.metrics(output, batch)}
         return losses
@@ -75,8 +76,7 @@ class Parallel:
 
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Per-sample losses and metrics of a batch that this rank alone computes."""
-        module = self.step if isinstance(self.module, DistributedDataParallel) else self.module
-        result: dict[str, Tensor] = module(batch, True)
+        result: dict[str, Tensor] = self.module(batch, True)
         return result
 
     def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
@@ -136,162 +136,11 @@ class Parallel:
         """Leave the group."""
 
 
-class Distributed(Parallel):
-    """DistributedDataParallel: one process per device."""
-
-    def __init__(self, job: Job, wiring: RankWiring, supervised: bool) -> None:
-        """Join the process group: NCCL for GPUs (with gloo for CPU tensors), else gloo.
-
-        `supervised`: an agent watches heartbeats; it shall notice a hang, and name it, before a collective gives up.
-        """
-        super().__init__(job, wiring)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self.cuda else "gloo",
-            timeout=timedelta(seconds=job.agent.hang_timeout_s + (60 if supervised else 0)),
-            device_id=self.device if self.cuda else None,
-        )
-
-    def wrap(self, step: Step) -> None:
-        """Wrap in DDP, with a small parameter whose gradient carries what the ranks must agree on.
-
-        So the agreement costs no collective of its own: it travels in a gradient bucket.
-        """
-        options: Ddp = self.job.ddp
-        if options.sync_batchnorm:
-            if not self.cuda:
-                raise JobError("ddp.sync_batchnorm", True, "torch implements it for GPUs only", "Remove it")
-            step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
-        self.step = step
-        dtype = next((p.dtype for p in step.model.parameters() if p.requires_grad), torch.float32)
-        voting = Voting(step, torch.zeros(2, device=self.device, dtype=dtype))
-        self.voting = voting
-        self.module = self.ddp = DistributedDataParallel(
-            voting,
-            device_ids=[self.device] if self.cuda else None,
-            bucket_cap_mb=options.bucket_mb,  # type: ignore[arg-type]
-            gradient_as_bucket_view=True,
-            static_graph=options.static_graph,
-            find_unused_parameters=options.find_unused_parameters,
-        )
-        add_comm_hook(self.ddp, options)
-        self.steps = 0  # done so far; set by the loop on a resume
-
-    def losses(self, batch: Any) -> Tensor:
-        """Per-sample losses of this rank's batch."""
-        losses, self._vote = self.ddp(batch)
-        return losses  # type: ignore[no-any-return]
-
-    def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
-        """Accumulate gradients; the mean over ranks of `vote`'s gradient is (global loss, share that wants to stop)."""
-        ballot = torch.stack((loss.detach(), loss.new_full((), float(stop)))).to(self._vote.dtype)
-        (scaled + torch.dot(self._vote, ballot).to(scaled.dtype)).backward()
-
-    def agree(self, due: bool) -> tuple[Tensor | float, Tensor | bool]:
-        """Read the vote; its gradient has been averaged with the others."""
-        gradient = self.voting.vote.grad
-        assert gradient is not None
-        ballot = gradient.clone() if self.cuda else gradient
-        if self._local() and self._averages(due):
-            ballot = ballot.clone()
-            dist.all_reduce(ballot)
-            ballot /= self.world_size
-        values: tuple[Any, Any] = (ballot[0], ballot[1]) if self.cuda else tuple(ballot.tolist())
-        self.voting.vote.grad = None
-        return values[0], values[1] > 0
-
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
-        """Skip the gradient averaging while micro-batches follow, and under post-local SGD after its start."""
-        with self.ddp.no_sync() if more or self._local() else contextlib.nullcontext():
-            yield
-
-    def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
-        """Under post-local SGD, average weights and optimizer state when that is due.
-
-        Averaging the momenta too (Yu et al. 2019, arXiv 1905.03817) makes the ranks equal, so a checkpoint is whole.
-        """
-        averages = self._averages(due)
-        if self._local() and averages:
-            average([p.data for p in self.step.model.parameters()], self.world_size)
-            states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
-            average(states, self.world_size)
-            self.share_buffers()
-        self.steps += 1
-        return averages
-
-    def _local(self) -> bool:
-        """Whether the current step keeps its gradients to itself."""
-        return self.job.ddp.sync_every > 1 and self.steps >= self.job.ddp.sync_start
-
-    def _averages(self, due: bool) -> bool:
-        """Whether all ranks are equal when the current step ends."""
-        every, start = self.job.ddp.sync_every, self.job.ddp.sync_start
-        return due or not self._local() or (self.steps + 1 - start) % every == 0
-
-    def share_buffers(self) -> None:
-        """Give all ranks rank 0's buffers; DDP does it before a forward pass of training only."""
-        buffers = list(self.step.model.buffers())
-        if buffers:
-            dist._broadcast_coalesced(self.ddp.process_group, buffers, 250 * 2**20, 0)
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank (one collective)."""
-        tensor = torch.tensor([float(flag)])
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return bool(tensor.item())
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The CPU tensors of all ranks."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return parts
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Small picklable values of all ranks."""
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, value)
-        return parts
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier()
-
-    def close(self) -> None:
-        """Destroy the process group.
-
-        Its objects stay referenced: gloo's destructor joins a thread that may wait for the lock of the interpreter,
-        which the destructor holds (torch 2.13: one end of ten with 4 ranks hung).
-        """
-        if dist.is_initialized():
-            _ended.append((self, dist.group.WORLD))
-            dist.destroy_process_group()
-
-
-_ended: list[Any] = []
-
-
-class Voting(nn.Module):
-    """A step's module and the parameter that votes; its gradient is set in `Distributed.backward`."""
-
-    def __init__(self, step: Step, vote: Tensor) -> None:
-        super().__init__()
-        self.step = step
-        self.vote = nn.Parameter(vote)
-
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Losses, and the vote as an output: DDP looks for used parameters in the outputs' graph."""
-        return self.step(batch), self.vote.view_as(self.vote)
-
-
 def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
     """The mode that the job asks for, joined."""
     if job.parallel == "ddp":
+        from trainer.distributed import Distributed
+
         return Distributed(job, wiring, supervised)
     return Parallel(job, wiring)
 
@@ -307,36 +156,12 @@ def use_cuda(job: Job) -> bool:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found >= job.devices_per_node:
         return True
-    if job.device == "cuda" or job.devices is not None and found:
+    if job.device == "cuda" or (job.devices is not None and found):
         key = "devices" if job.devices is not None else "devices_per_node"
-        raise JobError(key, getattr(job, key), f"this node shows {found} usable GPUs",
-                       "Ask for fewer, or set device=cpu; nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible")
-    return False
-
-
-def average(tensors: list[Tensor], world_size: int) -> None:
-    """Replace tensors by their means over all ranks, in place, with one collective."""
-    if not tensors:
-        return
-    flat = torch._utils._flatten_dense_tensors(tensors)
-    dist.all_reduce(flat)
-    flat /= world_size
-    for tensor, mean in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
-        tensor.copy_(mean)
-
-
-def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:
-    """Register the gradient compression that the job asks for."""
-    if options.compression == "none":
-        return
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-
-    if options.compression == "powersgd":
-        state = powerSGD_hook.PowerSGDState(
-            process_group=None, matrix_approximation_rank=options.powersgd_rank, start_powerSGD_iter=10
+        raise JobError(
+            key,
+            getattr(job, key),
+            f"this node shows {found} usable GPUs",
+            "Ask for fewer, or set device=cpu; nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible",
         )
-        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif options.compression == "bf16":
-        ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
-    else:
-        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return False

@@ -35,10 +35,10 @@ class Failure:
 REMEDIES = {
     "config": "Correct the job file or the command; it is not retried",
     "out of memory": "Lower train.batch_size or raise train.accumulate, or ask for more memory in the site file",
-    "shm": "Give the container a larger /dev/shm (docker: --shm-size; Kubernetes: a Memory emptyDir), or data.workers=0",
+    "shm": "Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
     "port": "Another process holds the port; unset MASTER_PORT so that a free one is chosen",
     "interface": "Name the interface in the site's network profile (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
-    "DNS": "Check that the host names resolve on every node (Kubernetes: the headless Service, publishNotReadyAddresses)",
+    "DNS": "Check that the host names resolve on every node (Kubernetes: headless Service, publishNotReadyAddresses)",
     "peer lost": "Look at the named peer: its node or process went away first",
     "preempted": "Nothing is wrong: resume the run, it continues from its checkpoint",
     "hung": "Read logs/stacks-rank-*.txt; raise agent.hang_timeout_s if the step is really that slow",
@@ -60,7 +60,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ("peer lost", r"Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|ncclRemoteError"
                   r"|NCCL communicator was aborted|Timed out waiting|recvValue failed|connectFullMesh|DistNetworkError"
                   r"|DistBackendError|another rank|rank 0 could not save|wait timeout|Connection was likely closed"),
-    ("data", r"NonFiniteLoss|DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError|BadZipFile"),
+    ("data", r"NonFiniteLoss|DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
 )  # fmt: skip
 
 

@@ -37,25 +37,43 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
         free = stat.f_bavail * stat.f_frsize / 2**20
         needed = loaders * WORKER_SHM_MB
         if free < needed:
-            problems.append(Problem(
-                "shm", f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it "
-                "(docker: --shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0", True))  # fmt: skip
+            problems.append(
+                Problem(
+                    "shm",
+                    f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it "
+                    "(docker: --shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0",
+                    True,
+                )
+            )
     gpus = gpu_files()
     wanted = job.devices_per_node
     if job.device == "cuda" and len(gpus) < wanted:
-        problems.append(Problem(
-            "config", f"devices_per_node={wanted} with device=cuda, but this node has {len(gpus)} GPUs. "
-            "Ask for fewer, or set device=cpu", True))  # fmt: skip
+        problems.append(
+            Problem(
+                "config",
+                f"devices_per_node={wanted} with device=cuda, but this node has {len(gpus)} GPUs. "
+                "Ask for fewer, or set device=cpu",
+                True,
+            )
+        )
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if soft != resource.RLIM_INFINITY and soft < 2**30:
-            problems.append(Problem(
-                "interface", f"InfiniBand is here, but memlock is limited to {soft >> 10} KiB: RDMA registration "
-                "will fail. Use ulimit -l unlimited (docker: --ulimit memlock=-1)", False))  # fmt: skip
+            problems.append(
+                Problem(
+                    "interface",
+                    f"InfiniBand is here, but memlock is limited to {soft >> 10} KiB: RDMA registration "
+                    "will fail. Use ulimit -l unlimited (docker: --ulimit memlock=-1)",
+                    False,
+                )
+            )
     ranks = job.ranks_per_node
     if wiring.cpus < ranks:
-        problems.append(Problem(
-            "config", f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too", False))  # fmt: skip
+        problems.append(
+            Problem(
+                "config", f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too", False
+            )
+        )
     return problems
 
 

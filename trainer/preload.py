@@ -8,12 +8,12 @@ from trainer.template import KIND
 
 FLAG.install()  # a rank is born with its handlers: no moment at which a stop request kills it
 
-import torch.distributed.elastic.multiprocessing.errors  # noqa: E402,F401  with torch itself, 1 s
+import torch.distributed.elastic.multiprocessing.errors  # noqa: E402  with torch itself, 1 s
 
 if os.environ[KIND] == "task":
     import torch._dynamo  # noqa: F401  the first optimizer step would import it, in every rank: 1 s more
 
-    import trainer.rank  # noqa: F401
+    import trainer.rank
 
 import trainer.entry  # noqa: E402,F401
 

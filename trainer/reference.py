@@ -11,13 +11,13 @@ from trainer.config import Job
 def reference() -> str:
     """The page, in Markdown."""
     lines = ["# Every key of a job file", "",
-             "Precedence: these defaults < the job file < `key=value` on the command line. An unknown key, a wrong type",
-             "or an impossible combination is refused, with the nearest valid key, before anything starts (exit code 64).",
+             "Precedence: these defaults < the job file < `key=value` on the command line. An unknown key, a wrong",
+             "type or an impossible combination is refused before anything starts, with the nearest valid key (exit 64).",
              "Made by `python -m trainer.reference`; a test keeps it fresh.", ""]  # fmt: skip
     lines += _table("Top level", Job, "")
     for item in dataclasses.fields(Job):
-        if isinstance(item.default_factory, type) and dataclasses.is_dataclass(item.default_factory):
-            kind = item.default_factory
+        kind: Any = item.default_factory
+        if dataclasses.is_dataclass(kind):
             lines += _table(f"`{item.name}`: {(kind.__doc__ or '').strip()}", kind, f"{item.name}.")
     return "\n".join(lines) + "\n"
 

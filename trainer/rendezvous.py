@@ -1,32 +1,26 @@
 """Where agents meet: torch's extension point for it, with fixed node ranks and an identity that is checked.
 
-Node 0 hosts the agents' store on the first candidate port that it can bind; the others try the same ports and
-accept a store only when it tells the same job. Each round has a store of its own for the ranks, so a restarted
-rank never reads the addresses of a dead attempt (facts: c10d's shared store recovers 4 times of 22).
+Node 0 hosts the agents' board on the first candidate port that it can bind; the others try the same ports and
+accept a board only when it tells the same job. Each round has a store of its own for the ranks, so a restarted
+rank never reads the addresses of a dead attempt (c10d's shared store: 4 restarts of 22 recovered).
 """
 
 from __future__ import annotations
 
-import json
-import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import HashStore, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
+from trainer.board import Board, PeerLost, RemoteBoard, bind
+from trainer.errors import FAILED, STOPPED
 from trainer.wiring import Wiring
 
-IDENTITY = "muster/identity"
 STORE_TIMEOUT = timedelta(seconds=10)
-"""Of one operation on the agents' store: longer means that the master or the way to it is gone."""
-
-
-class PeerLost(RuntimeError):
-    """Another node did not answer, or did not come back, within its bound."""
 
 
 class Ended(RuntimeError):
@@ -42,18 +36,23 @@ class NodeRendezvous(RendezvousHandler):
     """Meets the other agents of the job in rounds; a round ends when any agent asks for the next."""
 
     def __init__(
-        self, wiring: Wiring, rejoin_timeout_s: float, start_round: Callable[[int, list[Any]], dict[str, Any]],
-        interrupted: Callable[[], bool], say: Callable[[str], None],
+        self, wiring: Wiring, first_s: float, rejoin_s: float, interrupted: Callable[[], bool],
+        start_round: Callable[[int, list[Any]], dict[str, Any]], say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`start_round(round, failures)` is asked on node 0: the plan of the round, or {"end": reason, "code": n}."""
-        self.wiring, self.bound, self.start_round = wiring, rejoin_timeout_s, start_round
+        """`first_s`, `rejoin_s`: how long to wait for all nodes the first time, and after a failure.
+
+        `start_round(round, failures)` is asked on node 0: the plan of the round, or {"end": reason, "code": n}.
+        """
+        self.wiring, self.bound, self.rejoin_s, self.start_round = wiring, first_s, rejoin_s, start_round
         self.interrupted, self.say = interrupted, say
         self.round = 0
         self.plan: dict[str, Any] = {}
         self.failure: dict[str, Any] | None = None
-        self.store: TCPStore | None = None
-        self.rank_store: TCPStore | None = None
         self.identity = f"{wiring.job_id}/{wiring.launch}"
+        self.board: Board | RemoteBoard | None = None
+        self.rank_store: TCPStore | None = None
+        # One node, or all on one machine: nobody else has any business with it.
+        self.address = "127.0.0.1" if wiring.nodes == 1 or wiring.platform == "local" else ""
 
     def get_backend(self) -> str:
         """Name of this kind of rendezvous."""
@@ -74,142 +73,146 @@ class NodeRendezvous(RendezvousHandler):
         deadline = time.monotonic() + self.bound
         while True:
             try:
-                return self._meet(deadline)
-            except (DistError, PeerLost) as error:
-                self._forget()
+                info = self._meet(deadline)
+                self.bound = self.rejoin_s
+                return info
+            except PeerLost as error:  # node 0: another one, or a new one in its place, may come
+                self.board, self.round = None, 0
                 if time.monotonic() > deadline:
                     raise RendezvousTimeoutError(f"node {self.wiring.node_rank}: {error}") from None
+                time.sleep(0.05)
 
     def _meet(self, deadline: float) -> RendezvousInfo:
-        store = self._connect(deadline)
         wiring = self.wiring
+        board = self.board = self.board or (self._host() if wiring.node_rank == 0 else self._find(deadline))
         if self.round == 0:  # new here: the others may be in a later round already
-            self.round = int(store.add("muster/round", 0))
+            self.round = board.add("round", 0)
         self.round += 1
-        key = f"muster/{self.round}"
-        store.set(f"{key}/failure/{wiring.node_rank}", json.dumps(self.failure))
-        self.failure = None
-        store.set(f"{key}/wanted", "1")
-        if wiring.node_rank == 0:
-            self._wait(store, [f"{key}/failure/{node}" for node in range(wiring.nodes)], deadline)
-            failures = [json.loads(store.get(f"{key}/failure/{node}")) for node in range(wiring.nodes)]
-            plan = self.start_round(self.round, failures)
+        if self.interrupted():
+            board.put("stop", True)
+        board.put(f"{self.round}/failure/{wiring.node_rank}", [self.failure])
+        board.put(f"{self.round}/wanted", True)
+        if isinstance(board, Board):
+            failures = self._wait(board, [f"{self.round}/failure/{node}" for node in range(wiring.nodes)], deadline)
+            plan = self.start_round(self.round, [failure for [failure] in failures])
             if "end" not in plan:
-                self.rank_store = TCPStore(wiring.master_addr, 0, None, True, STORE_TIMEOUT, wait_for_workers=False)
-                plan["port"] = self.rank_store.port
-                store.add("muster/round", 1)
-            store.set(f"{key}/plan", json.dumps(plan))
-        self._wait(store, [f"{key}/plan"], deadline)
-        self.plan = json.loads(store.get(f"{key}/plan"))
+                plan["port"] = self._host_ranks()
+                board.add("round", 1)
+            board.put(f"{self.round}/plan", plan)
+        [self.plan] = self._wait(board, [f"{self.round}/plan"], deadline)
+        self.failure = None
         if "end" in self.plan:
-            if wiring.node_rank:
-                store.add("muster/told", 1)
             raise Ended(self.plan["end"], self.plan["code"])
-        info = RendezvousStoreInfo(wiring.master_addr, self.plan["port"])
-        return RendezvousInfo(PrefixStore(f"{key}/agents", store), wiring.node_rank, wiring.nodes, info)
+        info = RendezvousStoreInfo(self._master(), self.plan["port"])
+        return RendezvousInfo(HashStore(), wiring.node_rank, wiring.nodes, info)
 
-    def _wait(self, store: Store, keys: list[str], deadline: float) -> None:
-        """Wait for keys with progress shown, noticing stop requests and a bound."""
+    def _wait(self, board: Board | RemoteBoard, keys: list[str], deadline: float) -> list[Any]:
+        """Wait for values with progress shown, noticing stop requests and a bound."""
         shown = time.monotonic() + 5
-        while not store.check(keys):
-            if self.interrupted() or store.check(["muster/stop"]):
-                store.set("muster/stop", "1")
-                raise Ended("stopped on request before the ranks started", 75)
-            missing = [key for key in keys if not store.check([key])]
+        while True:
+            stop, *values = board.look("stop", *keys)
+            if stop or self.interrupted():
+                board.put("stop", True)
+                raise Ended("stopped on request before the ranks started", STOPPED)
+            if None not in values:
+                return values
+            missing = [key for key, value in zip(keys, values, strict=True) if value is None]
             nodes = [key.rpartition("/")[2] for key in missing]
             who = ", ".join(f"{n} ({self.wiring.hostnames[int(n)]})" for n in nodes if n.isdigit()) or "0"
             if time.monotonic() > deadline:
-                store.set(f"muster/{self.round}/plan", json.dumps(
-                    {"end": f"peer lost: node {who} did not come within {self.bound:.0f} s", "code": 1}))  # fmt: skip
-                raise RendezvousTimeoutError(f"node {who} did not come within {self.bound:.0f} s")
+                reason = f"node {who} did not come within {self.bound:.0f} s"
+                board.put(f"{self.round}/plan", {"end": f"peer lost: {reason}", "code": FAILED})
+                raise RendezvousTimeoutError(reason)
             if time.monotonic() > shown:
                 self.say(f"waiting for node {who}: {deadline - time.monotonic():.0f} s left")
                 shown = time.monotonic() + 10
             time.sleep(0.01)
 
-    def _connect(self, deadline: float) -> TCPStore:
-        if self.store is None:
-            self.store = self._host() if self.wiring.node_rank == 0 else self._find(deadline)
-        return self.store
+    def _host(self) -> Board:
+        board = Board(self.identity)
+        if self.wiring.nodes > 1:
+            board.listen(self.address, self.wiring.ports)
+        return board
 
-    def _host(self) -> TCPStore:
-        refused = []
-        for port in self.wiring.ports:
-            try:
-                store = TCPStore(self.wiring.master_addr, port, None, True, STORE_TIMEOUT, wait_for_workers=False)
-            except (DistError, RuntimeError) as error:
-                refused.append(f"{port}: {str(error).splitlines()[0][:120]}")
-                continue
-            store.set(IDENTITY, self.identity)
-            return store
-        raise OSError(f"port: none of {len(refused)} candidates could be bound: {'; '.join(refused[:3])} ...")
+    def _host_ranks(self) -> int:
+        """Make the store where the ranks of this round find each other; return its port."""
+        with bind(self.address, 0) as listener:
+            port: int = listener.getsockname()[1]
+            self.rank_store = TCPStore(
+                "127.0.0.1", port, None, True, STORE_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        return port
 
-    def _find(self, deadline: float) -> TCPStore:
+    def _master(self) -> str:
+        """Where the ranks find their store; those of one node need no name to resolve."""
+        return "127.0.0.1" if self.wiring.nodes == 1 else self.wiring.master_addr
+
+    def _find(self, deadline: float) -> RemoteBoard:
         shown = time.monotonic() + 5
         while True:
             problem = "nobody listens"
             for port in self.wiring.ports:
                 try:
-                    with socket.create_connection((self.wiring.master_addr, port), 1):
-                        pass
-                    store = TCPStore(self.wiring.master_addr, port, None, False, timedelta(seconds=3),
-                                     wait_for_workers=False)  # fmt: skip
-                    store.wait([IDENTITY], timedelta(seconds=2))
-                    if store.get(IDENTITY).decode() == self.identity:
-                        store.set_timeout(STORE_TIMEOUT)
-                        return store
+                    return RemoteBoard(self.wiring.master_addr, port, self.identity, self.wiring.node_rank)
                 except ConnectionRefusedError:
                     continue
-                except OSError as error:
+                except OSError as error:  # unreachable, or a foreign listener: the next candidate
                     problem = str(error)
-                except (DistError, RuntimeError):
-                    continue  # a foreign listener: the next candidate
+                if self.interrupted():
+                    break
             if self.interrupted():
-                raise Ended("stopped on request before the ranks started", 75)
+                raise Ended("stopped on request before the ranks started", STOPPED)
             if time.monotonic() > deadline:
                 raise RendezvousTimeoutError(
                     f"node {self.wiring.node_rank} found no master at {self.wiring.master_addr} within "
                     f"{self.bound:.0f} s: {problem}"
                 )
             if time.monotonic() > shown:
-                self.say(f"waiting for the master {self.wiring.master_addr}: {problem}; "
-                         f"{deadline - time.monotonic():.0f} s left")
+                self.say(
+                    f"waiting for the master {self.wiring.master_addr}: {problem}; "
+                    f"{deadline - time.monotonic():.0f} s left"
+                )
                 shown = time.monotonic() + 10
             time.sleep(0.05)
 
-    def _forget(self) -> None:
-        """Drop a store that no longer answers; node 0 keeps its own."""
-        if self.wiring.node_rank:
-            self.store, self.round = None, 0
-        time.sleep(0.05)
-
-    def num_nodes_waiting(self) -> int:
-        """1 when another agent asks for the next round.
+    def news(self) -> str:
+        """What other agents want: `stop`, the next `round`, or nothing.
 
         Raises:
-            PeerLost: the master's store does not answer.
+            PeerLost: node 0 does not answer.
         """
-        if self.store is None or self.wiring.nodes == 1:
-            return 0
-        try:
-            return int(self.store.check([f"muster/{self.round + 1}/wanted"]))
-        except DistError as error:
-            raise PeerLost(f"the agent of node 0 does not answer: {str(error).splitlines()[0][:120]}") from None
-
-    def stop_wanted(self) -> bool:
-        """Whether some agent left before its ranks could vote."""
-        return self.store is not None and self.wiring.nodes > 1 and self.store.check(["muster/stop"])
+        if self.board is None or self.wiring.nodes == 1:
+            return ""
+        stop, wanted = self.board.look("stop", f"{self.round + 1}/wanted")
+        return "stop" if stop else "round" if wanted else ""
 
     def tell_stop(self) -> None:
-        """Make the other agents stop their ranks too."""
-        if self.store is not None and self.wiring.nodes > 1:
-            self.store.set("muster/stop", "1")
+        """Make the other agents stop their ranks too.
 
-    def beat(self) -> dict[int, int]:
-        """Count this agent's beat and read all agents' counters."""
-        assert self.store is not None
-        self.store.add(f"muster/beat/{self.wiring.node_rank}", 1)
-        return {node: int(self.store.add(f"muster/beat/{node}", 0)) for node in range(self.wiring.nodes)}
+        Raises:
+            PeerLost: node 0 does not answer.
+        """
+        if self.board is not None:
+            self.board.put("stop", True)
+
+    def lost_peer(self) -> tuple[int, str] | None:
+        """A node whose agent is gone, as far as this one can tell, and how that shows."""
+        return self.board.lost() if self.board is not None else None
+
+    def all_done(self) -> bool:
+        """Whether the ranks of every node are done in this round; tells that those of this node are.
+
+        Raises:
+            PeerLost: node 0 does not answer.
+        """
+        if self.board is None or self.wiring.nodes == 1:
+            return True
+        self.board.put(f"{self.round}/done/{self.wiring.node_rank}", True)
+        return all(self.board.look(*(f"{self.round}/done/{node}" for node in range(self.wiring.nodes))))
+
+    def num_nodes_waiting(self) -> int:
+        """1 when another agent asks for the next round; torch's name for it."""
+        return int(self.news() == "round")
 
     def get_run_id(self) -> str:
         """The job's identity."""
@@ -223,6 +226,8 @@ class NodeRendezvous(RendezvousHandler):
         """Nothing to close."""
 
     def shutdown(self) -> bool:
-        """Drop the stores."""
-        self.store = self.rank_store = None
+        """Leave the others; node 0 waits a moment for them to read why."""
+        if self.board is not None:
+            self.board.close()
+        self.board = self.rank_store = None
         return True

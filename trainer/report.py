@@ -40,9 +40,15 @@ class Report:
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         if self.first:
             self.metrics = Metrics(self.run, self.attempt, position.step, self.job.log.tensorboard)
-            self.event("training", step=position.step, steps=steps, steps_per_epoch=steps_per_epoch,
-                       device=str(self.parallel.device), world_size=self.parallel.world_size,
-                       parallel=self.job.parallel)
+            self.event(
+                "training",
+                step=position.step,
+                steps=steps,
+                steps_per_epoch=steps_per_epoch,
+                device=str(self.parallel.device),
+                world_size=self.parallel.world_size,
+                parallel=self.job.parallel,
+            )
         if self.job.log.samples:
             self.samples_file = (self.run / f"samples-rank{self.parallel.rank}.jsonl").open("a", buffering=1)
         self.started = self.mark = time.perf_counter()
@@ -143,7 +149,11 @@ class Report:
         else:
             devices = [self.parallel.device.index]
         return [
-            {"rank": rank, "device": f"cuda:{index}", "peak_mb": round(torch.cuda.max_memory_allocated(index) / 2**20, 1)}
+            {
+                "rank": rank,
+                "device": f"cuda:{index}",
+                "peak_mb": round(torch.cuda.max_memory_allocated(index) / 2**20, 1),
+            }
             for index in devices
         ]
 

@@ -58,8 +58,9 @@ class State:
         name = f"step-{position.step:09d}"
         value = self.metrics.get(facts.best) if facts.best and self.evaluated else None
         if facts.best and self.evaluated and self.metrics and value is None:
-            raise JobError("checkpoint.best", facts.best, "is no metric of this task",
-                           f"The metrics are {', '.join(self.metrics)}")
+            raise JobError(
+                "checkpoint.best", facts.best, "is no metric of this task", f"The metrics are {', '.join(self.metrics)}"
+            )
         best = self.best
         if value is not None and (best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])):
             best = value, name
@@ -116,8 +117,12 @@ class State:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise JobError("train.optimizer", self.job.train.optimizer, f"does not fit {folder.name}: {error}",
-                           "Resume with the optimizer that the run began with") from None
+            raise JobError(
+                "train.optimizer",
+                self.job.train.optimizer,
+                f"does not fit {folder.name}: {error}",
+                "Resume with the optimizer that the run began with",
+            ) from None
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"]:
@@ -136,5 +141,9 @@ class State:
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise JobError("task", self.job.task, "its model does not fit the checkpoint: "
-                           + " ".join(str(error).split()), "Use the task and task_args of that checkpoint") from None
+            raise JobError(
+                "task",
+                self.job.task,
+                "its model does not fit the checkpoint: " + " ".join(str(error).split()),
+                "Use the task and task_args of that checkpoint",
+            ) from None

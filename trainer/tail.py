@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -26,10 +27,8 @@ class Tail:
         except FileNotFoundError:
             return
         self.offset += len(new)
-        try:
+        with contextlib.suppress(OSError):  # nobody reads our output any more: the log has it
             os.write(sys.stdout.fileno(), new)
-        except OSError:
-            pass  # nobody reads our output any more: the log has it
 
 
 def last_lines(path: Path, size: int = 4000) -> str:

@@ -1,4 +1,4 @@
-"""Wiring: who this node is, who the others are, where they meet. The only module that reads rank and scheduler variables.
+"""Wiring: who this node is, who the others are, where they meet. Only this module reads rank and scheduler variables.
 
 Node facts come from submitit's JobEnvironment, master address and port through its TorchDistributedEnvironment,
 with one submitit task per node. Each value remembers where it came from.
@@ -60,21 +60,38 @@ class Wiring:
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether another launcher (torchrun, accelerate, PyTorchJob, srun per GPU) has wired this process as a rank.
+    """Whether a launcher (ours, torchrun, accelerate, PyTorchJob, srun per GPU) has wired this process as a rank.
 
     Raises:
         JobError: it set some of the variables and not the others.
     """
     present = [name for name in RANK_VARIABLES if environ.get(name)]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
+    if not {"RANK", "WORLD_SIZE"} & set(present) or _numbers_nodes(environ):
         return False
     missing = [name for name in RANK_VARIABLES if name not in present]
-    if missing == ["LOCAL_RANK"]:  # PyTorchJob starts one process per pod and does not number it
-        return True
-    if missing:
-        raise JobError(missing[0], None, f"is not set, but {', '.join(present)} are: a partial environment",
-                       "Unset them to let Muster wire the ranks, or start by torchrun, which sets all of them")
+    if missing and missing != ["LOCAL_RANK"]:  # PyTorchJob starts one process per pod and does not number it
+        raise JobError(
+            missing[0],
+            None,
+            f"is not set, but {', '.join(present)} are: a partial environment",
+            "Unset them to let Muster wire the ranks, or start by torchrun, which sets all of them",
+        )
     return True
+
+
+def _numbers_nodes(environ: Mapping[str, str]) -> bool:
+    """Whether RANK and WORLD_SIZE, if set, number nodes, and this process is the agent of one.
+
+    Our templates start nothing but agents. On Slurm enroot's hook 50-slurm-pytorch.sh sets both for every task, and
+    one task on each node is an agent.
+    """
+    if environ.get("MUSTER_ATTEMPT") or environ.get("TORCHELASTIC_RUN_ID"):
+        return False  # set for ranks alone, by our agent and by torchrun
+    if environ.get("MUSTER_PLATFORM"):
+        return True
+    tasks, task = environ.get("SLURM_NTASKS"), environ.get("SLURM_PROCID")
+    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES")
+    return tasks is not None and tasks == nodes == environ.get("WORLD_SIZE") and task == environ.get("RANK")
 
 
 def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
@@ -85,17 +102,29 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
     """
     if not is_rank(environ):
         return RankWiring()
-    values = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        text = environ.get(name, "0")
-        if not text.isdigit():
-            raise JobError(name, text, "is not a number", "The launcher that set it is misconfigured")
-        values[name] = int(text)
-    if values["RANK"] >= values["WORLD_SIZE"]:
-        raise JobError("RANK", values["RANK"], f"contradicts WORLD_SIZE={values['WORLD_SIZE']}",
-                       "Both are set by the launcher that started this process: it must count ranks from 0")
-    return RankWiring(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"],
-                      int(environ.get("MUSTER_ATTEMPT") or environ.get("TORCHELASTIC_RESTART_COUNT") or 0))
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    local_rank = _number(environ, "LOCAL_RANK", "0")
+    for name, value, size_name, size in (
+        ("RANK", rank, "WORLD_SIZE", world_size),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_WORLD_SIZE", str(world_size))),
+    ):
+        if value >= size:
+            raise JobError(
+                name,
+                value,
+                f"contradicts {size_name}={size}",
+                "Both are set by the launcher that started this process: it must count from 0",
+            )
+    attempt = "MUSTER_ATTEMPT" if environ.get("MUSTER_ATTEMPT") else "TORCHELASTIC_RESTART_COUNT"
+    return RankWiring(rank, world_size, local_rank, _number(environ, attempt, "0"))
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """The value of a variable that counts something; an empty one is not set."""
+    text = environ.get(name) or default
+    if text is None or not text.isdecimal():
+        raise JobError(name, text, "is not a number", "The launcher or template that set it is misconfigured")
+    return int(text)
 
 
 def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
@@ -109,21 +138,34 @@ def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) ->
     says: dict[str, str] = {"platform": source}
     if platform == "alone":
         if nodes > 1:
-            raise JobError("nodes", nodes, "this process was started by hand, on one machine",
-                           "Use `muster run` to simulate nodes here, or submit to a cluster")
+            raise JobError(
+                "nodes",
+                nodes,
+                "this process was started by hand, on one machine",
+                "Use `muster run` to simulate nodes here, or submit to a cluster",
+            )
         job_id, node_rank, hosts, count, launch = f"alone-{os.getpid()}", 0, ["127.0.0.1"], 1, 0
         says |= dict.fromkeys(("job_id", "node_rank", "hostnames", "nodes", "launch"), "started by hand: one node")
     else:
         job_id, node_rank, hosts, count, launch = _from_submitit(platform, environ, says)
     if count != nodes:
-        raise JobError("nodes", nodes, f"the job file says so, but {says['nodes']} says {count}",
-                       f"Submit with nodes={count}, or change the allocation")
+        raise JobError(
+            "nodes",
+            nodes,
+            f"the job file says so, but {says['nodes']} says {count}",
+            f"Submit with nodes={count}, or change the allocation",
+        )
     if len(hosts) != count:
-        raise JobError("hostnames", ",".join(hosts), f"names {len(hosts)} hosts for {count} nodes ({says['nodes']})",
-                       "The two must come from the same allocation")
+        raise JobError(
+            "hostnames",
+            ",".join(hosts),
+            f"names {len(hosts)} hosts for {count} nodes ({says['nodes']})",
+            "The two must come from the same allocation",
+        )
     if not 0 <= node_rank < count:
-        raise JobError("node_rank", node_rank, f"does not exist among {count} nodes", f"It comes from "
-                       f"{says['node_rank']}")
+        raise JobError(
+            "node_rank", node_rank, f"does not exist among {count} nodes", f"It comes from {says['node_rank']}"
+        )
     master_addr, ports = _master(environ, job_id, launch, hosts, says)
     interface = _interface(master_addr, says)
     cpus = len(os.sched_getaffinity(0))
@@ -132,15 +174,31 @@ def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) ->
     deadline = environ.get("SLURM_JOB_END_TIME")
     says["deadline"] = "SLURM_JOB_END_TIME" if deadline else "no limit known"
     says["devices_per_node"] = "job file"
-    return Wiring(platform, job_id, launch, count, node_rank, tuple(hosts), master_addr, ports, devices_per_node,
-                  visible, cpus, float(deadline) if deadline else None, interface, says)
+    return Wiring(
+        platform,
+        job_id,
+        launch,
+        count,
+        node_rank,
+        tuple(hosts),
+        master_addr,
+        ports,
+        devices_per_node,
+        visible,
+        cpus,
+        float(deadline) if deadline else None,
+        interface,
+        says,
+    )
 
 
 def _platform(environ: Mapping[str, str]) -> tuple[str, str]:
     named = environ.get("MUSTER_PLATFORM")
     if named:
         if named not in PLATFORMS:
-            raise JobError("MUSTER_PLATFORM", named, "is none of " + ", ".join(PLATFORMS), "Slurm needs no such variable")
+            raise JobError(
+                "MUSTER_PLATFORM", named, "is none of " + ", ".join(PLATFORMS), "Slurm needs no such variable"
+            )
         return named, "MUSTER_PLATFORM"
     if environ.get("SLURM_JOB_ID") and environ.get("SLURM_NODEID"):
         return "slurm", "SLURM_JOB_ID and SLURM_NODEID: inside an srun step"
@@ -162,16 +220,24 @@ def _from_submitit(
     if platform != "slurm" and not environ.get("MUSTER_NODE_RANK"):
         missing.append("MUSTER_NODE_RANK")
     if missing:
-        raise JobError(missing[0], None, f"is not set, though this is {says['platform']}: a partial environment",
-                       f"The template of {platform} sets it; start the job through the template")
+        raise JobError(
+            missing[0],
+            None,
+            f"is not set, though this is {says['platform']}: a partial environment",
+            f"The template of {platform} sets it; start the job through the template",
+        )
     os.environ["SUBMITIT_EXECUTOR"] = "slurm" if platform == "slurm" else "muster"
     import submitit
 
     env: Any = submitit.JobEnvironment()
     tasks = env.num_tasks
     if tasks != env.num_nodes:
-        raise JobError("SLURM_NTASKS", tasks, f"on {env.num_nodes} nodes: the agent is one task per node",
-                       "Use --ntasks-per-node=1, or let srun start ranks that know RANK and WORLD_SIZE")
+        raise JobError(
+            "SLURM_NTASKS",
+            tasks,
+            f"on {env.num_nodes} nodes: the agent is one task per node",
+            "Use --ntasks-per-node=1, or let srun start ranks that know RANK and WORLD_SIZE",
+        )
     launch = environ.get("SLURM_RESTART_COUNT" if platform == "slurm" else "MUSTER_LAUNCH") or "0"
     names = env._env
     says |= {
@@ -193,8 +259,12 @@ def _master(
     given_addr, given_port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if given_addr and given_addr != hosts[0]:
         if not _same_host(given_addr, hosts[0]):
-            raise JobError("MASTER_ADDR", given_addr, f"is set in the environment, but {says['hostnames']} says "
-                           f"{hosts[0]}", "Unset MASTER_ADDR, or find the hook or template that sets it")
+            raise JobError(
+                "MASTER_ADDR",
+                given_addr,
+                f"is set in the environment, but {says['hostnames']} says {hosts[0]}",
+                "Unset MASTER_ADDR, or find the hook or template that sets it",
+            )
         says["master_addr"] += f"; MASTER_ADDR={given_addr} in the environment is the same host"
     if given_port:
         if not given_port.isdigit() or not 0 < int(given_port) < 65536:
@@ -206,8 +276,10 @@ def _master(
 
 def _same_host(first: str, second: str) -> bool:
     try:
-        return bool({item[4][0] for item in socket.getaddrinfo(first, None)}
-                    & {item[4][0] for item in socket.getaddrinfo(second, None)})
+        return bool(
+            {item[4][0] for item in socket.getaddrinfo(first, None)}
+            & {item[4][0] for item in socket.getaddrinfo(second, None)}
+        )
     except OSError:
         return False
 
@@ -232,7 +304,11 @@ def _visible(environ: Mapping[str, str], devices: list[int] | None, says: dict[s
         return ",".join(map(str, devices))
     entries = [entry.strip() for entry in mask.split(",") if entry.strip()]
     if any(str(device) not in entries for device in devices):
-        raise JobError("devices", devices, f"contradicts CUDA_VISIBLE_DEVICES={mask}, which the scheduler or you set",
-                       "Choose among those, or unset CUDA_VISIBLE_DEVICES")
+        raise JobError(
+            "devices",
+            devices,
+            f"contradicts CUDA_VISIBLE_DEVICES={mask}, which the scheduler or you set",
+            "Choose among those, or unset CUDA_VISIBLE_DEVICES",
+        )
     says["visible_devices"] = "devices in the job file, inside CUDA_VISIBLE_DEVICES"
     return ",".join(map(str, devices))

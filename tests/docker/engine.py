@@ -34,9 +34,7 @@ class Engine:
         plugins = str(root / "usr/libexec/docker/cli-plugins")
         (config / "config.json").write_text(json.dumps({"cliPluginsExtraDirs": [plugins]}))
         programs = engine_packages.environment(root)
-        self.env = {
-            name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "COMPOSE_"))
-        }
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "COMPOSE_"))}
         self.env |= {"DOCKER_HOST": f"unix://{self.socket}", "DOCKER_CONFIG": str(config)}
         self.env |= {"PATH": f"{root}/usr/bin:{os.environ.get('PATH', programs['PATH'])}"}
 

@@ -116,9 +116,7 @@ def _answers(path: Path, engine: subprocess.Popen) -> bool:
 
 def _process_1(engine: subprocess.Popen) -> int:
     """The namespace's process 1 as seen from here, 0 when there is none. Its parent is unshare."""
-    children = subprocess.run(
-        ["pgrep", "--parent", str(engine.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = subprocess.run(["pgrep", "--parent", str(engine.pid)], capture_output=True, text=True).stdout.split()
     return int(children[0]) if children else 0
 
 

@@ -42,9 +42,7 @@ def host_suite() -> str:
     suite = release.get("VERSION_CODENAME", "")
     if release.get("ID") != "debian" or suite not in HOST_SUITES:
         name = release.get("PRETTY_NAME", platform.system())
-        raise Unavailable(
-            f"{name} has no tested engine packages: run this tier on Debian {' or '.join(HOST_SUITES)}"
-        )
+        raise Unavailable(f"{name} has no tested engine packages: run this tier on Debian {' or '.join(HOST_SUITES)}")
     return suite
 
 
@@ -101,9 +99,7 @@ def unpack(cache: Path) -> Path:
         (work / folder).mkdir(parents=True)
     apt = _private_apt(work / "apt", suite)
     _run(["apt-get", "-qq", "update"], work, apt)
-    packages = [f"{name}/{ENGINE_SUITE}" for name in ENGINE_PACKAGES] + [
-        f"{name}/{suite}" for name in HOST_PACKAGES
-    ]
+    packages = [f"{name}/{ENGINE_SUITE}" for name in ENGINE_PACKAGES] + [f"{name}/{suite}" for name in HOST_PACKAGES]
     _run(["apt-get", "-qq", "download", *packages], work, apt)
     for package in work.glob("*.deb"):
         _run(["dpkg-deb", "--extract", package.name, "root"], work, apt)
@@ -128,9 +124,7 @@ def _private_apt(folder: Path, suite: str) -> dict[str, str]:
     """An apt that shares the machine's mirror and keys and nothing else."""
     sources = {ENGINE_SUITE, suite}
     uri = mirror()
-    (folder / "sources.list").write_text(
-        "".join(f"deb [signed-by={KEYRING}] {uri} {name} main\n" for name in sources)
-    )
+    (folder / "sources.list").write_text("".join(f"deb [signed-by={KEYRING}] {uri} {name} main\n" for name in sources))
     (folder / "status").touch()
     (folder / "apt.conf").write_text(
         f'Dir::Etc::SourceList "{folder}/sources.list"; Dir::Etc::SourceParts "/dev/null";\n'
@@ -145,6 +139,4 @@ def _private_apt(folder: Path, suite: str) -> dict[str, str]:
 def _run(command: list[str], cwd: Path, env: dict[str, str]) -> None:
     done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(
-            f"`{' '.join(command[:3])}` failed; is the package mirror reachable?\n{done.stderr.strip()}"
-        )
+        raise Unavailable(f"`{' '.join(command[:3])}` failed; is the package mirror reachable?\n{done.stderr.strip()}")

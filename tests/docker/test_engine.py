@@ -10,6 +10,7 @@ from pathlib import Path
 
 import engine_base
 import engine_host
+import engine_packages
 import pytest
 from engine import Engine, cache_folder
 
@@ -49,13 +50,15 @@ def processes_in(namespace: str) -> list[int]:
     return found
 
 
+def test_without_root_the_reason_and_the_remedy_are_told(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(engine_packages.Unavailable, match="needs root: run `sudo"):
+        engine_packages.preconditions()
+
+
 def test_it_runs_containers_with_the_limits_asked_for(engine: Engine):
-    show = (
-        "cat /proc/1/cgroup /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null"
-    )
-    done = engine.docker(
-        "run", "--rm", "--memory=64m", engine_base.TAG, "sh", "-c", show + "; exit 7", check=False
-    )
+    show = "cat /proc/1/cgroup /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null"
+    done = engine.docker("run", "--rm", "--memory=64m", engine_base.TAG, "sh", "-c", show + "; exit 7", check=False)
     assert done.returncode == 7
     assert str(64 * 1024**2) in done.stdout
 

@@ -47,6 +47,17 @@ def test_the_project_and_its_dependencies_import(engine: Engine, image: Image):
     assert entry != "[]"
 
 
+def test_every_file_of_the_package_is_installed(engine: Engine, image: Image):
+    files = [path for path in (ROOT / "trainer").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    program = (
+        "import pathlib, trainer\n"
+        "root = pathlib.Path(trainer.__file__).parent.parent\n"
+        "print(*(path.relative_to(root) for path in (root / 'trainer').rglob('*') if path.is_file()), sep='\\n')"
+    )
+    installed = run_python(engine, image, program, "--rm").stdout.splitlines()
+    assert [name for path in files if (name := str(path.relative_to(ROOT))) not in installed] == []
+
+
 def test_everything_imported_was_compiled_at_build_time(engine: Engine, image: Image):
     program = (
         "import sys, trainer, torch, torch._dynamo, numpy, submitit, omegaconf, os\n"
@@ -62,9 +73,7 @@ def test_everything_imported_was_compiled_at_build_time(engine: Engine, image: I
     assert others.strip() == "[]"  # 1: by content and unchecked, so no date can make it stale
 
 
-def test_a_source_change_rebuilds_in_about_a_second(
-    engine: Engine, image: Image, wheels: Path, tmp_path: Path
-):
+def test_a_source_change_rebuilds_in_about_a_second(engine: Engine, image: Image, wheels: Path, tmp_path: Path):
     context = engine_image.copy_context(tmp_path)
     same = engine_image.build(engine, wheels, context=context, tag="muster-test-edited")
     assert same.id == image.id  # a fresh copy of the same files is the same image
@@ -86,10 +95,7 @@ def test_a_wrong_version_label_is_refused(engine: Engine, image: Image, wheels: 
 def test_labels_and_size(engine: Engine, wheels: Path, image: Image):
     labelled = engine_image.build(engine, wheels, "--build-arg=REVISION=abc123", tag="muster-test-labelled")
     found = engine.inspect(labelled.tag)
-    labels = {
-        name.removeprefix("org.opencontainers.image."): text
-        for name, text in found["Config"]["Labels"].items()
-    }
+    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in found["Config"]["Labels"].items()}
     assert labels["version"] == engine_image.project()["project"]["version"]
     assert labels["revision"] == "abc123"
     print(f"image size: {found['Size'] / 1e6:.0f} MB")

@@ -61,11 +61,14 @@ class Run:
         return "\n".join((self.folder / f"rank{rank}-{self.attempt}.log").read_text() for rank in ranks)
 
 
-def train(folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 90.0) -> Run:
+def train(
+    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 90.0, attempt: int | None = None
+) -> Run:
     """Train `job` in `folder` as its next attempt; `fault` happens to this attempt only."""
     folder.mkdir(parents=True, exist_ok=True)
-    attempt = newest(folder) + 1
-    claim(folder, attempt)
+    if attempt is None:
+        attempt = newest(folder) + 1
+        claim(folder, attempt)
     shared = {
         "WORLD_SIZE": str(job.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "MUSTER_ATTEMPT": str(attempt), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
@@ -169,7 +172,7 @@ def _train_rank(job: Job, folder: Path, environment: dict[str, str], fault: Faul
 
     torch.set_num_threads(1)
     if fault is not None:
-        arm(fault)
+        arm(fault, folder)
     try:
         code = trainer.rank.train(job, folder, None)
     except JobError as error:

@@ -83,7 +83,7 @@ def test_loader_workers_leave_the_signal_to_the_rank(tmp_path: Path) -> None:
     job = make_job(*MODES["ddp"], "data.workers=2")
     complete(tmp_path / "uninterrupted", job)
     began = time.monotonic()
-    run = train(tmp_path / "run", job, Fault(7, "to the whole group", signal.SIGTERM))
+    run = train(tmp_path / "run", job, Fault(7, number=signal.SIGTERM, group=True))
     assert run.code == STOPPED
     assert time.monotonic() - began < 15
     complete(tmp_path / "run", job)

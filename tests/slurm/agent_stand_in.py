@@ -35,7 +35,5 @@ while not asked and time.monotonic() < end:
 time.sleep(0.2)  # saves; meanwhile srun's SIGTERM follows the first agent's exit
 print(" ".join(signal.Signals(number).name for number in asked), flush=True)
 for number in (signal.SIGUSR2, signal.SIGTERM):
-    signal.signal(
-        number, signal.SIG_IGN
-    )  # Python's own end would take the handlers away, and a signal would kill
+    signal.signal(number, signal.SIG_IGN)  # Python's own end would take the handlers away, and a signal would kill
 sys.exit(int(sys.argv[1]) if signal.SIGUSR2 in asked else 1)

@@ -37,9 +37,7 @@ def ensure(install: bool) -> None:
         raise Unavailable("Slurm's daemons and their networks need root: run `sudo make test-slurm`")
     missing = missing_packages()
     if missing and not shutil.which("apt-get", path=SYSTEM_PATH):
-        raise Unavailable(
-            f"missing programs: run this tier on Debian or Ubuntu, which have {' '.join(missing)}"
-        )
+        raise Unavailable(f"missing programs: run this tier on Debian or Ubuntu, which have {' '.join(missing)}")
     if missing and install:
         _install(missing)
         missing = missing_packages()
@@ -49,9 +47,7 @@ def ensure(install: bool) -> None:
             f"`apt-get install --no-install-recommends {' '.join(missing)}`"
         )
     # Costs a millisecond, and says at once what a container without the right would say later and worse.
-    probe = subprocess.run(
-        ["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True, text=True
-    )
+    probe = subprocess.run(["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
     if probe.returncode:
         raise Unavailable(
             f"no private namespaces ({probe.stderr.strip()}): run as root on a machine, or in a container "
@@ -71,6 +67,4 @@ def _install(packages: list[str]) -> None:
             text=True,
         )
         if done.returncode:
-            raise Unavailable(
-                f"`{' '.join(command)}` failed; is the package mirror reachable?\n{done.stderr.strip()}"
-            )
+            raise Unavailable(f"`{' '.join(command)}` failed; is the package mirror reachable?\n{done.stderr.strip()}")

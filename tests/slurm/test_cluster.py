@@ -30,8 +30,7 @@ def test_hosts_are_machines_of_their_own(slurm: Cluster, shared_path: Path) -> N
     names = ["n1", "n2", "n3", "n4"]
     addresses = [slurm.layout.address(name) for name in names]
     assert sorted(said) == [
-        f"{name} {address} /dev/shm/at_{name} /tmp/at_{name}"
-        for name, address in zip(names, addresses, strict=True)
+        f"{name} {address} /dev/shm/at_{name} /tmp/at_{name}" for name, address in zip(names, addresses, strict=True)
     ]
     assert not list(Path("/tmp").glob("at_n?"))
     assert sorted(path.name for path in shared_path.iterdir()) == [f"at_{name}" for name in names]

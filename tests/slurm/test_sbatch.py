@@ -66,9 +66,7 @@ def test_an_exclusive_node_is_used_whole(slurm: Cluster, submit: Submit, log: Ca
     assert "cpus=8 gpus=0,1,2,3" in log(job)
 
 
-def test_the_mask_of_a_second_job_on_the_same_host(
-    slurm: Cluster, submit: Submit, log: Callable[..., str]
-) -> None:
+def test_the_mask_of_a_second_job_on_the_same_host(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     first = submit(["--gpus-per-node=2", "--nodelist=n1"], *AGENT, 0)
     log(first, 0, "gpus=0,1")
     second = submit(["--gpus-per-node=2", "--nodelist=n1"], *AGENT, 0, 0, 0)
@@ -76,9 +74,7 @@ def test_the_mask_of_a_second_job_on_the_same_host(
     assert "gpus=2,3" in log(second)
 
 
-def test_paths_with_spaces_a_setup_file_and_srun_options(
-    slurm: Cluster, submit: Submit, shared_path: Path
-) -> None:
+def test_paths_with_spaces_a_setup_file_and_srun_options(slurm: Cluster, submit: Submit, shared_path: Path) -> None:
     odd = shared_path / "it's, a [folder] "
     odd.mkdir()
     (odd / "set up.sh").write_text('export GREETING="two  words"\n')
@@ -93,9 +89,7 @@ def test_paths_with_spaces_a_setup_file_and_srun_options(
     assert "MUSTER_SETUP: cannot read /not there on n" in (shared_path / f"slurm-{missing}.out").read_text()
 
 
-def test_a_job_that_was_asked_to_stop_is_requeued_once(
-    slurm: Cluster, submit: Submit, log: Callable[..., str]
-) -> None:
+def test_a_job_that_was_asked_to_stop_is_requeued_once(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     job = submit(["--nodes=2"], *AGENT, 75)
     log(job, 0, "attempt=0"), log(job, 1, "attempt=0")
     slurm.run("scancel", "--signal=USR2", job)
@@ -109,9 +103,7 @@ def test_a_job_that_was_asked_to_stop_is_requeued_once(
     assert (cancelled["JobState"], cancelled["Restarts"]) == ("CANCELLED", "1")
 
 
-def test_one_task_of_an_array_is_requeued_alone(
-    slurm: Cluster, submit: Submit, log: Callable[..., str]
-) -> None:
+def test_one_task_of_an_array_is_requeued_alone(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     array = submit(["--array=0-1"], *AGENT, 75)
     slurm.wait(f"{array}_1", "RUNNING")
     # The last task's own number is the array's: the one for which an id alone means all tasks.
@@ -121,9 +113,7 @@ def test_one_task_of_an_array_is_requeued_alone(
     assert (slurm.job(f"{array}_0")["JobState"], slurm.job(f"{array}_0")["Restarts"]) == ("RUNNING", "0")
 
 
-def test_a_wrong_job_file_is_never_tried_again(
-    slurm: Cluster, submit: Submit, log: Callable[..., str]
-) -> None:
+def test_a_wrong_job_file_is_never_tried_again(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     job = submit(["--nodes=2"], *AGENT, 75, 1, 64)
     failed = slurm.wait(job)
     assert (failed["JobState"], failed["ExitCode"]) == ("FAILED", "64:0")
@@ -159,9 +149,7 @@ def test_what_slurm_ends_by_itself_is_not_requeued_by_the_script(
         log(job, 0, "attempt=1")
 
 
-def test_the_time_limit_asks_the_agents_and_requeues(
-    slurm: Cluster, submit: Submit, log: Callable[..., str]
-) -> None:
+def test_the_time_limit_asks_the_agents_and_requeues(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     job = submit(["--time=5"], *AGENT, 75)
     log(job, 0, "attempt=0")
     # Slurm looks at time limits every 30 s.
@@ -170,15 +158,11 @@ def test_the_time_limit_asks_the_agents_and_requeues(
     assert "SIGUSR2" in log(job)
 
 
-def test_preemption_asks_the_agents_and_requeues(
-    slurm: Cluster, submit: Submit, log: Callable[..., str]
-) -> None:
+def test_preemption_asks_the_agents_and_requeues(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     job = submit(["--nodes=4", "--exclusive"], *AGENT, 75)
     for node in range(4):
         log(job, node, "attempt=0")
-    other = slurm.sbatch(
-        "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "true"
-    )
+    other = slurm.sbatch("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "true")
     slurm.wait(other, "COMPLETED")
     slurm.wait_attempt(job, 1)
     for node in range(4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,10 +17,12 @@ app = typer.Typer(
     help="Run one PyTorch training job as processes or containers here, on Slurm or on Kubernetes.",
 )  # fmt: skip
 
-JobFile = Annotated[str, typer.Argument(help="A job file, or the folder of a run, which is continued.", show_default=False)]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, for example train.lr=0.1.")]
+JobFile = Annotated[
+    str, typer.Argument(help="A job file, or the folder of a run, which is continued.", show_default=False)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.lr=0.1.")]
 On = Annotated[str, typer.Option("--on", help="Platform: local, docker, slurm or kubernetes.")]
-Site = Annotated[Optional[Path], typer.Option("--site", help="Site file; default: the platform's own.")]
+Site = Annotated[Path | None, typer.Option("--site", help="Site file; default: the platform's own.")]
 RunFolder = Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
@@ -34,7 +36,7 @@ def run(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site 
 @app.command()
 def submit(
     job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None,
-    sweep: Annotated[Optional[str], typer.Option("--sweep", help="key=value,value: one array, a run for each.")] = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="key=value,value: one array, a run for each.")] = None,
 ) -> None:  # fmt: skip
     """Submit a job and return; prints its run folder."""
     if sweep is None:
@@ -60,7 +62,7 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 @app.command()
 def logs(
     run: RunFolder,
-    rank: Annotated[Optional[int], typer.Option("--rank", help="One rank's log; default: all that there is.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="One rank's log; default: all that there is.")] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
 ) -> None:
     """Print the logs of a run."""

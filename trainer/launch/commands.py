@@ -26,7 +26,7 @@ from trainer.tail import Tail
 def _load(job_path: str, overrides: Sequence[str]) -> tuple[DictConfig, Job, Path | None]:
     """The job, and its run folder when `job_path` is one."""
     path = Path(job_path)
-    if path.is_dir() or path.name == "job.yaml" and (path.parent / "events.jsonl").exists():
+    if path.is_dir() or (path.name == "job.yaml" and (path.parent / "events.jsonl").exists()):
         run: Path | None = open_run(path)
         path = Path(str(run), "job.yaml")
     else:
@@ -220,6 +220,7 @@ def list_text(found: list[dict[str, Any]]) -> str:
     if not found:
         return "no runs"
     return "\n".join(
-        f"{item['state']:10} {item['platform'] or '-':10} step {item['step'] or 0}/{item['steps'] or '?':<8} {item['run']}"
+        f"{item['state']:10} {item['platform'] or '-':10} "
+        f"step {item['step'] or 0}/{item['steps'] or '?':<8} {item['run']}"
         for item in found
     )

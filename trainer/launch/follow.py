@@ -120,8 +120,10 @@ class Lines:
             self.say(f"step {line['step']}/{self.steps}  " + scalars(line))
         elif time.monotonic() - self.shown > 5:
             self.shown = time.monotonic()
-            self.say(f"step {line['step']}/{self.steps}  loss {line['mean_loss']:.4f}  "
-                     f"{line['samples_per_s']:,.0f} samples/s")
+            self.say(
+                f"step {line['step']}/{self.steps}  loss {line['mean_loss']:.4f}  "
+                f"{line['samples_per_s']:,.0f} samples/s"
+            )
 
 
 class Bar(Lines):
@@ -178,7 +180,8 @@ def describe(event: dict[str, Any]) -> str:
     kind = event["event"]
     if kind == "training":
         begun = f"from step {event['step']} " if event["step"] else ""
-        return f"training {begun}to {event['steps']}: {event['parallel']}, {event['world_size']} rank(s) on {event['device']}"
+        where = f"{event['parallel']}, {event['world_size']} rank(s) on {event['device']}"
+        return f"training {begun}to {event['steps']}: {where}"
     if kind == "failure" and event.get("rank") is not None:
         return f"rank {event['rank']} on node {event['node']} failed [{event['kind']}]: {event['message'][:300]}"
     if kind == "failure":

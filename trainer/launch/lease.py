@@ -55,8 +55,12 @@ def wanted_devices(job: Job, visible: list[str]) -> list[str] | int:
     if count <= len(visible):
         return count
     if job.device == "cuda":
-        raise JobError("devices_per_node", job.devices_per_node, f"{count} GPUs are needed on this machine, "
-                       f"which shows {len(visible)}", "Ask for fewer, or set device=cpu")
+        raise JobError(
+            "devices_per_node",
+            job.devices_per_node,
+            f"{count} GPUs are needed on this machine, which shows {len(visible)}",
+            "Ask for fewer, or set device=cpu",
+        )
     return 0
 
 

@@ -42,8 +42,12 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise JobError(key, value, f"unknown key in {path}", f"Did you mean {near[0]}?" if near
-                           else "Known keys: " + ", ".join(known))
+            raise JobError(
+                key,
+                value,
+                f"unknown key in {path}",
+                f"Did you mean {near[0]}?" if near else "Known keys: " + ", ".join(known),
+            )
     try:
         merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:

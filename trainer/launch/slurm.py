@@ -16,7 +16,6 @@ from typing import Any
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
-from trainer.config import Job
 from trainer.errors import JobError
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.platform import Plan, Platform, State
@@ -79,7 +78,9 @@ class Slurm(Platform):
         if site.runtime not in ("none", "pyxis", "apptainer"):
             raise JobError("runtime", site.runtime, "is none of none, pyxis, apptainer", "Choose one of them")
         if site.gpus not in ("auto", "none") and "{n}" not in site.gpus:
-            raise JobError("gpus", site.gpus, "is neither auto nor none", "Or give an option with {n}: --gres=gpu:a100:{n}")
+            raise JobError(
+                "gpus", site.gpus, "is neither auto nor none", "Or give an option with {n}: --gres=gpu:a100:{n}"
+            )
         if site.runtime != "none" and not site.image:
             raise JobError("image", site.image, f"runtime={site.runtime} needs one", "Name the image")
         if site.runtime == "none" and (site.image or site.mounts):
@@ -162,7 +163,9 @@ class Slurm(Platform):
 
     def _sbatch(self, plan: Plan, site: SlurmSite, flags: list[str], words: list[str]) -> dict[str, Any]:
         if shutil.which("sbatch") is None:
-            raise JobError("--on", "slurm", "there is no sbatch on this machine", "Submit from a login node of the cluster")
+            raise JobError(
+                "--on", "slurm", "there is no sbatch on this machine", "Submit from a login node of the cluster"
+            )
         take_snapshot(Path.cwd(), plan.run)
         folder = plan.run / "plan"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -173,7 +176,9 @@ class Slurm(Platform):
                 job = executor._submit_command("")
         except FailedJobError as error:
             text = " ".join(str(error).split())
-            raise JobError("sbatch", shlex.join(flags), f"Slurm refused: {text}", "Correct slurm/site.yaml or the job") from None
+            raise JobError(
+                "sbatch", shlex.join(flags), f"Slurm refused: {text}", "Correct slurm/site.yaml or the job"
+            ) from None
         return {"job_id": job.job_id}
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
@@ -203,5 +208,3 @@ def _clean_environment(exports: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-

@@ -85,7 +85,9 @@ class SlurmState:
             code = int(events[-1]["code"])
             word = "cancelled" if self.cancelled else "stopped" if code == STOPPED else "failed"
             return State(word, events[-1]["reason"], code)
-        return State("cancelled" if self.cancelled else "lost", "Slurm knows the job no more, and its run folder no end")
+        return State(
+            "cancelled" if self.cancelled else "lost", "Slurm knows the job no more, and its run folder no end"
+        )
 
 
 def _exit_code(text: str) -> int | None:

@@ -29,8 +29,12 @@ def take_snapshot(source: Path, run: Path) -> Path:
     size = sum((source / name).stat().st_size for name in files)
     if size > LIMIT_MB * 2**20:
         largest = max(files, key=lambda name: (source / name).stat().st_size)
-        raise JobError("code", str(source), f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {largest}",
-                       "List data in .gitignore: it is not copied then")
+        raise JobError(
+            "code",
+            str(source),
+            f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {largest}",
+            "List data in .gitignore: it is not copied then",
+        )
     digest = hashlib.sha256()
     for name in files:
         copy = target / name

@@ -50,7 +50,7 @@ class Shape:
 
 
 SIZES = {
-    "1m": Shape(layers=4, heads=4, width=144, context=256),
+    "1m": Shape(layers=3, heads=5, width=160, context=256),
     "10m": Shape(layers=6, heads=6, width=384, context=512),
     "25m": Shape(layers=8, heads=8, width=512, context=1024),
     "gpt2": Shape(layers=12, heads=12, width=768, context=1024),
@@ -67,8 +67,11 @@ def find_sources(folder: Path) -> list[Path]:
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         # _sysconfigdata_*: generated when Python is built, different on every machine.
-        found += [Path(place, name).relative_to(folder) for name in files
-                  if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        found += [
+            Path(place, name).relative_to(folder)
+            for name in files
+            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
     return sorted(found, key=lambda path: path.as_posix())
 
 
@@ -178,8 +181,12 @@ class ByteLM(Task):
         for path in find_sources(self.folder):
             texts[is_held_out(path)] += (self.folder / path).read_bytes() + END_OF_FILE
         if min(map(len, texts.values())) <= self.shape.context:
-            raise JobError("task_args.folder", str(self.folder), "has too few Python sources to train on and hold out",
-                           "Give a folder of more *.py files, or install Python with its library as files")
+            raise JobError(
+                "task_args.folder",
+                str(self.folder),
+                "has too few Python sources to train on and hold out",
+                "Give a folder of more *.py files, or install Python with its library as files",
+            )
         return {held_out: torch.frombuffer(text, dtype=torch.uint8) for held_out, text in texts.items()}
 
     def model(self) -> GPT:

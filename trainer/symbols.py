@@ -1,0 +1,113 @@
+"""Finding `package.module:Name` by reading its source: nothing of the user's runs on the submitting side."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import JobError
+
+
+def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None:
+    """Find `package.module:Name` by reading its source: nothing of the user's is run on the submitting side."""
+    module, _, name = value.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
+        raise JobError(key, value, "is not package.module:Name", "For example trainer.tasks.digits:Digits")
+    source = find_source(module)
+    if source is None:
+        raise JobError(
+            key,
+            value,
+            f"no module {module}",
+            f"It must be importable from the working directory ({os.getcwd()}) or the job file's folder",
+        )
+    if source.suffix != ".py":
+        return
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise JobError(key, value, f"{source.name} line {error.lineno}: {error.msg}", "Correct the source") from None
+    found = {item.name: item for item in tree.body if isinstance(item, (ast.ClassDef, ast.FunctionDef))}
+    if name not in found:
+        if {name, "*"} & _other_names(tree):  # looked up for real when the ranks import it
+            return
+        near = difflib.get_close_matches(name, found, 1)
+        raise JobError(
+            key,
+            value,
+            f"{source.name} defines no {name}",
+            f"Did you mean {module}:{near[0]}?" if near else "It defines: " + ", ".join(found),
+        )
+    item = found[name]
+    if arguments is not None and isinstance(item, ast.ClassDef):
+        _check_arguments(item, arguments)
+
+
+def _other_names(tree: ast.Module) -> set[str]:
+    """Names that a module imports or assigns; `*` when it star-imports."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def _check_arguments(item: ast.ClassDef, arguments: dict[str, Any]) -> None:
+    start = next((part for part in item.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
+    if start is None or start.args.kwarg is not None:
+        return
+    names = [argument.arg for argument in (*start.args.args[1:], *start.args.kwonlyargs)]
+    for key, value in arguments.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            raise JobError(
+                f"task_args.{key}",
+                value,
+                f"{item.name} has no such argument",
+                f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(names) or 'none'}",
+            )
+
+
+def find_source(module: str) -> Path | None:
+    """The file that `module` would be imported from, without importing any package on the way."""
+    head, *rest = module.split(".")
+    with working_directory_first():
+        try:
+            spec = importlib.util.find_spec(head)
+        except (ImportError, ValueError):
+            return None
+    if spec is None:
+        return None
+    folders = list(spec.submodule_search_locations or [])
+    if not rest:
+        return Path(spec.origin) if spec.origin else None
+    for folder in folders:
+        base = Path(folder, *rest)
+        for candidate in (base.with_suffix(".py"), base / "__init__.py", *base.parent.glob(base.name + ".*.so")):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+@contextmanager
+def working_directory_first() -> Iterator[None]:
+    """Make user code importable from the working directory, as `python script.py` users expect."""
+    added = os.getcwd()
+    if added in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, added)
+    try:
+        yield
+    finally:
+        sys.path.remove(added)
