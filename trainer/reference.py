@@ -12,7 +12,7 @@ def reference() -> str:
     """The page, in Markdown."""
     lines = ["# Every key of a job file", "",
              "Precedence: these defaults < the job file < `key=value` on the command line. An unknown key, a wrong",
-             "type or an impossible combination is refused before anything starts, with the nearest valid key (exit 64).",
+             "type or an impossible combination is refused before anything starts, naming the nearest key (exit 64).",
              "Made by `python -m trainer.reference`; a test keeps it fresh.", ""]  # fmt: skip
     lines += _table("Top level", Job, "")
     for item in dataclasses.fields(Job):

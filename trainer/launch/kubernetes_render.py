@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -218,10 +217,3 @@ _Dumper.add_representer(str, _represent_text)
 
 def _dump(document: dict[str, Any]) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
-
-
-def iterate_pods(documents: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The pod templates among manifests."""
-    for document in documents:
-        if document["kind"] in ("Job", "JobSet"):
-            yield _find_template(document)

@@ -129,7 +129,7 @@ def quantity(key: str, text: str) -> Decimal:
     if unit is None or unit == "m":
         return Decimal(digits) / (1000 if unit else 1)
     base, power = (1024, unit[0]) if unit.endswith("i") else (1000, unit.upper())
-    return Decimal(digits) * base ** (1 + "KMGTPE".index(power))
+    return Decimal(digits) * Decimal(base) ** (1 + "KMGTPE".index(power))
 
 
 def split_mount(text: str) -> tuple[str, str, bool]:

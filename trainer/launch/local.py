@@ -31,8 +31,11 @@ class Local(Platform):
     def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
         """Start the supervisor, bound to this process when it is followed."""
         wanted_devices(plan.job, visible_devices())
+        return self._supervise(plan, self._command(plan.run), follow)
+
+    def _supervise(self, plan: Plan, command: list[str], follow: bool) -> dict[str, Any]:
+        command = command + (["--follow"] if follow else [])
         (plan.run / "exit.json").unlink(missing_ok=True)
-        command = self._command(plan.run) + (["--follow"] if follow else [])
         with (plan.run / "logs" / "supervisor.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -15,7 +15,9 @@ from trainer.errors import JobError
 
 REGISTRY = {
     "local": "trainer.launch.local:Local",
+    "docker": "trainer.launch.docker:Docker",
     "slurm": "trainer.launch.slurm:Slurm",
+    "kubernetes": "trainer.launch.kubernetes:Kubernetes",
 }
 
 

@@ -19,15 +19,59 @@ from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
 from trainer.load import load_job
-from trainer.record import record_event, write_json
+from trainer.record import read_json, record_event, write_json
+
+KILLED_CONTAINER = 137
+"""What `docker run` answers for a container that was killed, for memory for example."""
+
+
+class Nodes:
+    """The nodes of a local run: processes with addresses of their own on the loopback."""
+
+    def __init__(self, run: Path, job: Job) -> None:
+        """Remember the run."""
+        self.run, self.job = run, job
+
+    def prepare(self) -> None:
+        """Make what the nodes share."""
+
+    def finish(self) -> None:
+        """Remove what `prepare` made."""
+
+    def kill(self) -> None:
+        """End what a signal to the agents' processes would not end."""
+
+    def hostnames(self) -> list[str]:
+        """The name of each node."""
+        return [f"127.0.0.{1 + node}" for node in range(self.job.nodes)]
+
+    def variables(self, node: int, launch: int, platform: str) -> dict[str, str]:
+        """What tells an agent its place."""
+        return {
+            "MUSTER_PLATFORM": platform, "MUSTER_JOB_ID": self.run.name, "MUSTER_LAUNCH": str(launch),
+            "MUSTER_NODES": str(self.job.nodes), "MUSTER_NODE_RANK": str(node),
+            "MUSTER_HOSTNAMES": ",".join(self.hostnames()), "MUSTER_RUN": str(self.run),
+        }  # fmt: skip
+
+    def devices(self, node: int, lease: Lease) -> list[str]:
+        """The leased GPUs of a node."""
+        each = self.job.devices_per_node
+        return lease.devices[node * each : (node + 1) * each]
+
+    def command(self, node: int, launch: int, lease: Lease) -> tuple[list[str], dict[str, str]]:
+        """The command line of a node's agent, and the variables it gets."""
+        variables = self.variables(node, launch, "local")
+        if lease.devices:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices(node, lease))
+        return [sys.executable, "-m", "trainer", str(self.run / "job.yaml")], variables
 
 
 class Supervisor:
     """Starts, watches and ends the agents of one run."""
 
-    def __init__(self, run: Path, job: Job) -> None:
-        """Nothing is started yet."""
-        self.run, self.job = run, job
+    def __init__(self, run: Path, job: Job, nodes: Nodes) -> None:
+        """Nothing is started yet; `nodes` says what an agent's process is here."""
+        self.run, self.job, self.nodes = run, job, nodes
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
         self.launch = 0
         self.stop_requests = 0
@@ -55,7 +99,11 @@ class Supervisor:
         while True:
             if self.stop_requests > told:
                 told = self.stop_requests
-                self.send(signal.SIGTERM if told == 1 else signal.SIGKILL)
+                if told == 1:
+                    self.send(signal.SIGTERM)
+                else:
+                    self.nodes.kill()
+                    self.send(signal.SIGKILL)
             if self.preempted and not told:
                 self.preempted = False
                 self.send(signal.SIGUSR2)
@@ -64,10 +112,11 @@ class Supervisor:
                 if code is None:
                     continue
                 del self.agents[node]
-                if code < 0 and not told and self.may_restart(node, code):
+                killed = code < 0 or code == KILLED_CONTAINER
+                if killed and not told and self.may_restart(node, code):
                     self.start(node)
                 else:
-                    codes[node] = code if code >= 0 else FAILED
+                    codes[node] = FAILED if killed else code
             if not self.agents:
                 code = worst(list(codes.values()))
                 if code != STOPPED or told:
@@ -97,21 +146,12 @@ class Supervisor:
             time.sleep(0.5)
 
     def start(self, node: int) -> None:
-        """Start the agent of a node, with an address of its own on the loopback."""
-        hosts = [f"127.0.0.{1 + index}" for index in range(self.job.nodes)]
-        each = self.job.devices_per_node
-        environment = os.environ | {
-            "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": self.run.name, "MUSTER_LAUNCH": str(self.launch),
-            "MUSTER_NODES": str(self.job.nodes), "MUSTER_NODE_RANK": str(node), "MUSTER_HOSTNAMES": ",".join(hosts),
-            "MUSTER_RUN": str(self.run),
-        }  # fmt: skip
-        if self.lease.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.lease.devices[node * each : (node + 1) * each])
+        """Start the agent of a node."""
+        command, variables = self.nodes.command(node, self.launch, self.lease)
         with (self.run / "logs" / f"node-{node}.log").open("ab") as log:
             self.agents[node] = subprocess.Popen(
-                [sys.executable, "-m", "trainer", str(self.run / "job.yaml")],
-                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                pass_fds=self.lease.handles, preexec_fn=_end_with_parent,
+                command, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, pass_fds=self.lease.handles, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def may_restart(self, node: int, code: int) -> bool:
@@ -144,16 +184,31 @@ def worst(codes: list[int]) -> int:
 def main() -> None:
     """Entry point; the exit code is kept in `exit.json`, because the parent may be gone."""
     run = Path(sys.argv[1])
-    if len(sys.argv) > 2 and sys.argv[2] == "--follow":
+    if "--follow" in sys.argv:
         _end_with_parent()
     try:
-        code = Supervisor(run, load_job(run / "job.yaml")).main()
+        job = load_job(run / "job.yaml")
+        nodes = _nodes(run, job)
+        nodes.prepare()
+        try:
+            code = Supervisor(run, job, nodes).main()
+        finally:
+            nodes.finish()
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         record_event(run, "ended", code=WRONG_JOB, reason=str(error))
         code = WRONG_JOB
     write_json(run / "exit.json", {"code": code, "time": time.time()})
     sys.exit(code)
+
+
+def _nodes(run: Path, job: Job) -> Nodes:
+    site = read_json(run / "plan" / "docker.json")
+    if "--docker" not in sys.argv or site is None:
+        return Nodes(run, job)
+    from trainer.launch.docker import DockerNodes, DockerSite
+
+    return DockerNodes(run, job, DockerSite(**site))
 
 
 if __name__ == "__main__":
