@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-bench train test test-unit test-gloo test-slurm test-docker test-kubernetes \
-  test-gpu bench bench-gpu checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs k8s-delete clean
+  test-gpu bench checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs k8s-delete clean
 
 ##@ Start here
 
@@ -88,8 +88,6 @@ checks: setup-dev ## Check format, style, types and shell scripts
 bench: setup-bench ## Measure the training loop against hand-written PyTorch, on CPU
 	@"$(BIN)/python" bench/loop.py $(ARGS)
 
-bench-gpu: setup-bench ## Measure it on an NVIDIA GPU
-	@"$(BIN)/python" bench/loop.py --device cuda $(ARGS)
 
 clean: ## Remove caches and build output; runs and the environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

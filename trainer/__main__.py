@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from pathlib import Path
+from trainer.stop import FLAG
 
-from trainer.errors import STOPPED, WRONG_JOB, JobError
-from trainer.folder import find_job
-from trainer.wiring import is_rank
+FLAG.install()  # before all else: a stop request may come at any moment
+
+import os  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from trainer.errors import WRONG_JOB, JobError  # noqa: E402
+from trainer.folder import find_job  # noqa: E402
+from trainer.template import start_template, stop_template  # noqa: E402
+from trainer.wiring import is_rank  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
        python -m trainer --health
@@ -42,8 +47,6 @@ def main(arguments: list[str]) -> int:
         return run_outside_rank(path, words[1:])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not by C++ frames
     if "--explain" not in options:
-        from trainer.template import start_template
-
         start_template("script" if _says_script(path, words[1:]) else "task")
     from trainer.node import explain, run_node
 
@@ -68,8 +71,8 @@ def run() -> None:
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         code = WRONG_JOB
-    except KeyboardInterrupt:
-        code = STOPPED
+    finally:
+        stop_template()
     sys.exit(code)
 
 

@@ -5,39 +5,41 @@ One per node. It outlives its ranks: it names the first failure, restarts within
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from trainer.autopsy import Autopsy
+from trainer.board import PeerLost
 from trainer.config import Job
 from trainer.entry import run_rank
-from trainer.errors import STOPPED
-from trainer.heartbeat import Heartbeat
-from trainer.postmortem import Failure
+from trainer.errors import FAILED, STOPPED
+from trainer.heartbeat import HEARTBEAT, VARIABLE, Heartbeat
+from trainer.postmortem import Failure, paragraph
 from trainer.record import record_event
-from trainer.rendezvous import Ended, NodeRendezvous, PeerLost
-from trainer.stop import FLAG
+from trainer.rendezvous import Ended, NodeRendezvous
+from trainer.stop import FLAG, SIGNALS
 from trainer.tail import Tail
 from trainer.wiring import Wiring
 
 logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # we say ourselves what happens
 
+# Ours stay: torch's raise an exception wherever the agent happens to be (read by torch >= 2.9).
+os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+
 POLL_S = 0.1
-BEAT_S = 1.0
-PEER_TIMEOUT_S = 15.0
-"""Seconds without a beat of another agent until its node counts as lost."""
+LAST_WORDS_S = 0.3
+"""For the record of a rank that died, or the end of an agent's connection, to appear after what it causes."""
 
 
 class NodeAgent(LocalElasticAgent):
@@ -45,9 +47,9 @@ class NodeAgent(LocalElasticAgent):
 
     def __init__(
         self, job: Job, job_file: Path, run: Path, wiring: Wiring, rendezvous: NodeRendezvous, threads: int,
-        heartbeat_file: Path, rank_environment: dict[str, str],
+        folder: Path, rank_environment: dict[str, str],
     ) -> None:  # fmt: skip
-        """`rank_environment`: what each rank gets besides torchrun's variables."""
+        """`folder`: of this agent alone; `rank_environment`: what each rank gets besides torchrun's variables."""
         logs = run / "logs"
         spec = WorkerSpec(
             role="default",
@@ -57,14 +59,12 @@ class NodeAgent(LocalElasticAgent):
             rdzv_handler=rendezvous,
             max_restarts=job.agent.restarts,
         )
-        super().__init__(spec, DefaultLogsSpecs(), start_method="forkserver")
+        super().__init__(spec, DefaultLogsSpecs(str(folder)), start_method="forkserver")
         self.job, self.run_folder, self.wiring, self.rendezvous = job, run, wiring, rendezvous
-        self.heartbeat = Heartbeat(heartbeat_file, job.ranks_per_node)
-        self.rank_environment = rank_environment
+        self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
+        self.rank_environment = rank_environment | {VARIABLE: str(folder / HEARTBEAT)}
         self.tail = Tail(logs / "rank-0.log") if wiring.node_rank == 0 else None
         self.autopsy = Autopsy(job, run, wiring, self.heartbeat)
-        self.beats: dict[int, tuple[int, float]] = {}
-        self.next_beat = 0.0
         self.asked: float | None = None
 
     def _set_local_rank_env(self, worker_env: dict[str, Any], local_rank: int, spec: WorkerSpec) -> None:
@@ -80,13 +80,11 @@ class NodeAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.autopsy.attempt = self.rendezvous.plan["attempt"]
-        self.beats.clear()
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        FLAG.install()  # torch before 2.9 has just replaced our handlers
         self.spawned = time.monotonic()
-        pids = super()._start_workers(worker_group)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, FLAG._handle)  # torch has just replaced ours by one that raises anywhere
         first = self.autopsy.first_rank()
         record_event(
             self.run_folder,
@@ -100,7 +98,9 @@ class NodeAgent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """End ranks at once: what they would still do is lost, what is committed is not."""
-        self._kill()
+        for process in self._processes():
+            end_group(process.pid)
+        # One in uninterruptible sleep is abandoned after the bound; a stopped one dies of SIGKILL too.
         super()._shutdown(signal.SIGKILL, timeout=10)
         self._pcontext = None
 
@@ -111,140 +111,137 @@ class NodeAgent(LocalElasticAgent):
         context: Any = self._pcontext
         return list(context._pc.processes) if context is not None and context._pc is not None else []
 
-    def _kill(self) -> None:
-        for process in self._processes():
-            if process.exitcode is None:
-                process.kill()
-                # A stopped process dies of SIGKILL too; one in uninterruptible sleep is abandoned by the bound above.
-
     def _invoke_run(self, role: str = "default") -> RunResult:
         """Rounds of rendezvous, start and watch, until the ranks are done or the agents agree to end."""
         group = self._worker_group
         while True:
-            self._initialize_workers(group)
-            result, failure = self._watch(group)
-            if result is not None:
-                if self._others_done():
+            result, failure = None, None
+            try:
+                self._initialize_workers(group)
+                result, failure = self._watch()
+                if result is not None and self._others_done():
                     return result
-                continue  # another node failed meanwhile: its ranks need ours to finish
-            self.rendezvous.failure = failure.to_json() if failure else None
+            except PeerLost as error:
+                failure = self.autopsy.peer(0, str(error))
+            except (EOFError, ConnectionError) as error:  # the template is gone; the next round starts another
+                failure = self.autopsy.template(error)
+            if failure is not None and (self.asked is not None or FLAG.requested):
+                raise Ended(
+                    f"stopped on request; meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands",
+                    STOPPED,
+                )
+            if failure is not None:
+                self.rendezvous.failure = failure.to_json()
             self._stop_workers(group)
 
-    def _watch(self, group: WorkerGroup) -> tuple[RunResult | None, Failure | None]:
-        """Wait until all ranks are done, or something failed here (a failure) or elsewhere (none)."""
-        sentinels = [process.sentinel for process in self._processes()]
+    def _watch(self) -> tuple[RunResult | None, Failure | None]:
+        """Wait until all ranks are done, or something failed here (a failure) or elsewhere (none).
+
+        Raises:
+            PeerLost: node 0 does not answer.
+        """
+        processes = self._processes()
         while True:
-            connection.wait(sentinels, POLL_S)
+            connection.wait([process.sentinel for process in processes if process.exitcode is None], POLL_S)
+            codes = [process.exitcode for process in processes]
             if self.tail is not None:
                 self.tail.copy()
-            dead = [index for index, p in enumerate(self._processes()) if p.exitcode not in (None, 0)]
-            if dead:
-                return self._died(dead)
-            result = self._monitor_workers(group)
-            if result.state == WorkerState.SUCCEEDED:
-                if self.tail is not None:
-                    self.tail.copy()
-                return result, None
-            failure = self._relay_stop() or self.autopsy.find_hung(self._processes(), self.spawned)
-            if failure is not None:
-                return None, failure
-            try:
-                if self._peer_news():
-                    return None, None
-            except (PeerLost, DistError) as error:
-                return None, self.autopsy.peer(0, str(error))
-            lost = self._silent_peer()
+            if self.autopsy.failed(processes):
+                return None, self._died(processes)
+            if None not in codes:
+                first = self.autopsy.first_rank()
+                return RunResult(WorkerState.SUCCEEDED, {first + local: code for local, code in enumerate(codes)}), None
+            news = self.rendezvous.news()
+            self._relay_stop(news == "stop")
+            hung = self.autopsy.find_hung(processes, self.spawned, alarmed=news == "round")
+            if hung is not None or news == "round":
+                return None, self._died(processes) if self.autopsy.failed(processes) else hung
+            lost = self.rendezvous.lost_peer()
             if lost is not None:
-                return None, self.autopsy.peer(lost, f"no beat of its agent for {PEER_TIMEOUT_S:.0f} s")
+                return None, self.autopsy.peer(*lost)
 
-    def _died(self, dead: list[int]) -> tuple[RunResult | None, Failure | None]:
-        """Some rank ended badly: wait a moment for the first cause to show, then describe it."""
-        processes = self._processes()
-        if self.asked is not None or FLAG.requested:  # a stop request: no failure but an end
+    def _died(self, processes: list[Any]) -> Failure:
+        """Some rank ended badly: describe the first cause.
+
+        Raises:
+            Ended: it was ended by a stop request, which a script need not handle.
+        """
+        codes = [processes[index].exitcode for index in self.autopsy.failed(processes)]
+        if self.asked is not None or FLAG.requested or -codes[0] in SIGNALS:
+            self._relay_stop(True)
             end = time.monotonic() + 1
-            while time.monotonic() < end and any(p.exitcode is None for p in processes):
+            while time.monotonic() < end and any(process.exitcode is None for process in processes):
                 time.sleep(0.02)
-            codes = [processes[index].exitcode for index in dead]
             if all(code < 0 for code in codes):
-                raise Ended("stopped on request; ranks had not begun to train or were ended", STOPPED)
-        return None, self.autopsy.describe(processes, self._worker_group)
+                raise Ended("stopped on request; the ranks were ended before they had trained a step", STOPPED)
+        failure = self.autopsy.describe(processes)
+        end = time.monotonic() + LAST_WORDS_S
+        while failure.kind == "peer lost" and self.wiring.nodes > 1 and time.monotonic() < end:
+            lost = self.rendezvous.lost_peer()
+            if lost is not None:
+                return self.autopsy.peer(*lost)
+            time.sleep(0.02)
+        return failure
 
-    def _relay_stop(self) -> Failure | None:
-        """Pass a stop request on to the ranks once; enforce the grace period."""
+    def _relay_stop(self, wanted: bool) -> None:
+        """Pass a stop request on once, to the ranks and to the other agents; enforce the grace period.
+
+        Raises:
+            Ended: the ranks did not stop in time.
+        """
         now = time.monotonic()
         if self.asked is None:
-            if FLAG.requested is None and not (now >= self.next_beat and self.rendezvous.stop_wanted()):
-                return None
+            if not wanted and FLAG.requested is None:
+                return
             self.asked = now
+            self.rendezvous.tell_stop()
             for process in self._processes():
                 if process.exitcode is None:
                     os.kill(process.pid, signal.SIGTERM)
         if now - self.asked > self.job.agent.grace_s:
-            self._stop_workers(self._worker_group)
             raise Ended(
                 f"stopped on request, but the ranks did not finish a step and a save within agent.grace_s="
-                f"{self.job.agent.grace_s:.0f} s; the previous checkpoint stands", STOPPED,
+                f"{self.job.agent.grace_s:.0f} s; the last checkpoint stands", STOPPED,
             )  # fmt: skip
-        return None
-
-    def _peer_news(self) -> bool:
-        """Whether another agent wants a new round; looked up at most every poll."""
-        return self.rendezvous.num_nodes_waiting() > 0
-
-    def _silent_peer(self) -> int | None:
-        """A node whose agent has stopped beating."""
-        now = time.monotonic()
-        if self.wiring.nodes == 1 or now < self.next_beat:
-            return None
-        self.next_beat = now + BEAT_S
-        try:
-            counts = self.rendezvous.beat()
-        except DistError:
-            return 0
-        for node, count in counts.items():
-            before = self.beats.get(node)
-            if before is None or before[0] != count:
-                self.beats[node] = count, now
-            elif now - before[1] > PEER_TIMEOUT_S:
-                return node
-        return None
 
     def _others_done(self) -> bool:
         """Wait until every node's ranks are done; False when one asks for another round instead."""
-        if self.wiring.nodes == 1 or self.rendezvous.store is None:
-            return True
-        store, key = self.rendezvous.store, f"muster/{self.rendezvous.round}/done"
-        try:
-            store.set(f"{key}/{self.wiring.node_rank}", "1")
-            end = time.monotonic() + self.job.agent.rejoin_timeout_s
-            while not store.check([f"{key}/{node}" for node in range(self.wiring.nodes)]):
-                if self._peer_news():
-                    return False
-                if time.monotonic() > end or self._silent_peer() is not None:
-                    break
-                time.sleep(0.02)
-            store.add(f"{key}/seen", 1)
-            while self.wiring.node_rank == 0 and int(store.add(f"{key}/seen", 0)) < self.wiring.nodes:
-                if time.monotonic() > end:
-                    break
-                time.sleep(0.01)  # the others still read from this agent's store
-        except (DistError, PeerLost):
-            pass  # they are done and gone
+        while not self.rendezvous.all_done():
+            if self.rendezvous.news() == "round":
+                return False
+            if self.rendezvous.lost_peer() is not None:
+                break  # the ranks here are done, and a task's end is agreed on by all ranks
+            time.sleep(0.02)
         return True
 
     def _exit_barrier(self) -> None:
         """Replaced by `_others_done`."""
 
 
-def supervise(agent: NodeAgent, say: Callable[[str], None]) -> tuple[int, str | None]:
+def end_group(pid: int) -> None:
+    """Kill a rank and what it started, such as loader workers."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # gone, or it has not made its group yet
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def supervise(agent: NodeAgent) -> tuple[int, str | None]:
     """Run the agent to its end; return the exit code and, after a failure, its reason."""
     try:
         result = agent.run()
     except Ended as end:
         return end.code, str(end)
+    except SignalException:  # torch's handler, in the moment before ours was back
+        return STOPPED, "stopped on request; the last checkpoint stands"
     except RendezvousTimeoutError as error:
-        return 1, f"peer lost: {error}"
+        if agent.rendezvous.failure is None:
+            return FAILED, f"peer lost: {error}"
+        return FAILED, paragraph(Failure(**agent.rendezvous.failure), f"Then {error}.", agent.run_folder)
     except OSError as error:
-        return 1, str(error)
+        return FAILED, str(error)
+    finally:
+        agent.rendezvous.shutdown()
     codes = {int(value) for value in result.return_values.values()}
-    return max(codes, default=1), None
+    return max(codes, default=FAILED), None

@@ -108,7 +108,7 @@ class Log:
 
     every_steps: int = _option(10, "write loss, learning rate and speed every so many steps", minimum=1)
     tensorboard: bool = _option(True, "write the same scalars for TensorBoard")
-    profile_steps: list[int] = _option([], "[first, last]: write a profiler trace of these steps")
+    profile_steps: list[int] = _option([], "[first, last], counted from 1: write a profiler trace of these steps")
     samples: bool = _option(False, "record the index of every sample that each step consumed (a proof, and large)")
 
 

@@ -6,6 +6,7 @@ The other modes, and the interface, are in `trainer.parallel`.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -59,12 +60,15 @@ class Distributed(Parallel):
             find_unused_parameters=options.find_unused_parameters,
         )
         add_comm_hook(self.ddp, options)
+        self.compressed = options.compression in ("bf16", "fp16")
         self.steps = 0  # done so far; set by the loop on a resume
 
     def losses(self, batch: Any) -> Tensor:
         """Per-sample losses of this rank's batch."""
         losses, self._vote = self.ddp(batch)
         return losses  # type: ignore[no-any-return]
+
+    _ballot: Tensor | None = None
 
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Per-sample losses and metrics of a batch that this rank alone computes: without DDP's wrapper."""
@@ -74,20 +78,43 @@ class Distributed(Parallel):
     def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
         """Accumulate gradients; the mean over ranks of `vote`'s gradient is (global loss, share that wants to stop)."""
         ballot = torch.stack((loss.detach(), loss.new_full((), float(stop)))).to(self._vote.dtype)
+        if self.compressed:  # it is counted apart: in the bucket it would lose its digits, or overflow
+            self._ballot = ballot if self._ballot is None else self._ballot + ballot
         (scaled + torch.dot(self._vote, ballot).to(scaled.dtype)).backward()
 
     def agree(self, due: bool) -> tuple[Tensor | float, Tensor | bool]:
         """Read the vote; its gradient has been averaged with the others."""
+        if not self._local():
+            self._check_unused()
         gradient = self.voting.vote.grad
         assert gradient is not None
         ballot = gradient.clone() if self.cuda else gradient
-        if self._local() and self._averages(due):
-            ballot = ballot.clone()
+        if self._ballot is not None or self._local() and self._averages(due):
+            ballot = ballot.clone() if self._ballot is None else self._ballot
+            self._ballot = None
             dist.all_reduce(ballot)
             ballot /= self.world_size
         values: tuple[Any, Any] = (ballot[0], ballot[1]) if self.cuda else tuple(ballot.tolist())
         self.voting.vote.grad = None
         return values[0], values[1] > 0
+
+    def _check_unused(self) -> None:
+        """Name the parameters that DDP waits for in vain: their bucket, and all after it, were not averaged."""
+        try:
+            self.ddp._check_reducer_finalized()
+        except RuntimeError as error:
+            names = [name for name, parameter in self.voting.named_parameters() if parameter.requires_grad]
+            listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            if listed is None:
+                raise
+            unused = [names[int(index)].removeprefix("step.model.") for index in listed[1].split()]
+            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+            raise JobError(
+                "ddp.find_unused_parameters",
+                False,
+                f"the loss does not use {', '.join(unused[:8])}{more}",
+                "Set it to true, use them in the forward pass, or set requires_grad=False on them",
+            ) from None
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
@@ -201,7 +228,7 @@ def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:
             process_group=None, matrix_approximation_rank=options.powersgd_rank, start_powerSGD_iter=10
         )
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif options.compression == "bf16":
-        ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    elif options.compression == "bf16":  # under another name: torch refuses its own hook with gloo, which can do it
+        ddp.register_comm_hook(None, lambda group, bucket: default_hooks.bf16_compress_hook(group, bucket))
     else:
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
-import json
 import os
 import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
+from trainer import template
 from trainer.config import Job
-from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
-from trainer.stop import SIGNALS
+from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
+from trainer.record import write_json
+from trainer.stop import leave_signals
 
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
 
 
-def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str) -> int:
-    """The body of one rank process; the agent gets its return value (0 or 75), or its exit code."""
-    die_with_parent()
+def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str) -> NoReturn:
+    """The body of one rank process: 0, 75 or an error's code is its exit code."""
+    die_with_template()
+    os.setpgid(0, 0)  # the agent ends it with all that it started
     rank, attempt = int(os.environ["RANK"]), int(os.environ["MUSTER_ATTEMPT"])
     _redirect(Path(attempt_logs) / f"rank-{rank}.log")
     stacks = _open_stacks(Path(run) / "logs" / f"stacks-rank-{rank}.txt")
@@ -37,23 +41,28 @@ def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str)
 
         torch.set_num_threads(threads)
         if job.script:
-            return _run_script(job)
-        from trainer.rank import train
+            code = _run_script(job)
+        else:
+            from trainer.rank import train
 
-        return train(job, Path(run), Path(job_file))
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else (DONE if exit_.code is None else FAILED)
-        if code in (DONE, STOPPED):
-            return code
-        _fail(Path(run), attempt, rank, exit_, code)
+            code = train(job, Path(run), Path(job_file))
+    except Stopped:
+        code = STOPPED
     except BaseException as error:
-        _fail(Path(run), attempt, rank, error, WRONG_JOB if isinstance(error, JobError) else FAILED)
-    raise AssertionError("unreachable")
+        code = WRONG_JOB if isinstance(error, JobError) else FAILED
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) and error.code else FAILED
+        _record_failure(Path(run), attempt, rank, error, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: finalizers, of a broken process group above all, can hang
 
 
-def die_with_parent() -> None:
+def die_with_template() -> None:
     """Bind this process to the template, and so to the agent: SIGKILL follows when either is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+    if os.getppid() != template.PID:
+        os._exit(FAILED)  # it was gone already
     server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:  # held open, it would keep the template alive without its agent
         os.close(server._forkserver_alive_fd)
@@ -78,23 +87,29 @@ def _open_stacks(path: Path) -> IO[str]:
 
 
 def _run_script(job: Job) -> int:
-    """Run the user's script as `python script.py` would, with signals as a script expects them."""
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """Run the user's script as `python script.py` would, with signals as it expects them; return its exit code."""
+    leave_signals()
     script = str(job.script)
+    if not Path(script).is_file():
+        raise JobError("script", script, f"no such file on {socket.gethostname()}", f"Working directory: {os.getcwd()}")
     sys.argv = [script, *map(str, job.script_args)]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit_:
+        if exit_.code not in (None, DONE, STOPPED):
+            raise
+        return STOPPED if exit_.code == STOPPED else DONE
+    finally:  # what an interpreter does at its end, and a process of multiprocessing does not
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
     return DONE
 
 
-def _fail(run: Path, attempt: int, rank: int, error: BaseException, code: int) -> None:
-    """Leave a record for the post-mortem, and the traceback in the log; end with `code`."""
-    text = "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
-    if isinstance(error, JobError):
-        print(f"ERROR: {error}", file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
+def _record_failure(run: Path, attempt: int, rank: int, error: BaseException, code: int) -> None:
+    """Leave a record for the post-mortem, and the traceback in the log."""
+    text = "" if isinstance(error, JobError) else "".join(traceback.format_exception(error))
+    print(text or f"ERROR: {error}", file=sys.stderr, flush=True)
     record = {
         "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": code,
         "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-8000:],
@@ -102,10 +117,7 @@ def _fail(run: Path, attempt: int, rank: int, error: BaseException, code: int) -
     }  # fmt: skip
     folder = run / "failures"
     folder.mkdir(exist_ok=True)
-    (folder / f"attempt-{attempt}-rank-{rank}.json").write_text(json.dumps(record))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at once: finalizers of a broken process group can hang
+    write_json(folder / f"attempt-{attempt}-rank-{rank}.json", record)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

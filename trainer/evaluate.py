@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data import Loader, ToDevice
+from trainer.errors import JobError
 from trainer.order import evaluation_batches
 from trainer.parallel import Parallel
 from trainer.task import Task
@@ -35,6 +36,7 @@ def evaluate(
                     return None
                 if turn < len(plan):
                     values = parallel.evaluate(next(batches))
+                    check_count(values["loss"], len(plan[turn][1]))
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
                     sums.append((plan[turn][0], {k: v.double().sum(0) for k, v in values.items()}))
     finally:
@@ -47,6 +49,21 @@ def evaluate(
         total = {key: total[key] + part[key] for key in total}
     loss = float(total.pop("loss")) / count
     return {"loss": loss, **task.summary(total, count)}
+
+
+def check_count(losses: Tensor, count: int) -> None:
+    """Refuse losses that are not one for each of `count` samples: their mean would be over something else.
+
+    Raises:
+        JobError: another number.
+    """
+    if len(losses) != count:
+        raise JobError(
+            "task.loss",
+            tuple(losses.shape),
+            f"must have one value for each of the {count} samples",
+            "Average over pixels, tokens and the like inside Task.loss",
+        )
 
 
 def _on_cpu(sums: list[tuple[int, dict[str, Tensor]]]) -> list[tuple[int, dict[str, Tensor]]]:

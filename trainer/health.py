@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
-from trainer.heartbeat import SLOT, Heartbeat
+from trainer.heartbeat import HEARTBEAT, SLOT, Heartbeat, agent_folders
 
 FRESH_S = 600.0
 """A rank may be silent this long while it starts or compiles; the agent itself knows the job's tighter limits."""
@@ -14,9 +12,9 @@ FRESH_S = 600.0
 
 def check_health() -> int:
     """Exit code 0 when every rank of every agent here gave a sign of life lately, 1 otherwise."""
-    found = list(Path(os.environ.get("TMPDIR", "/tmp")).glob("muster-heartbeat-*"))
+    found = [folder / HEARTBEAT for folder, alive in agent_folders() if alive]
     for path in found:
-        ranks = path.stat().st_size // SLOT.size
+        ranks = path.stat().st_size // SLOT.size if path.exists() else 0
         heartbeat = Heartbeat(path, ranks) if ranks else None
         for local_rank in range(ranks):
             assert heartbeat is not None

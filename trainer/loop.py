@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.config import Job
 from trainer.data import Loader, ToDevice
 from trainer.errors import JobError, Stopped
-from trainer.evaluate import evaluate
+from trainer.evaluate import check_count, evaluate
 from trainer.optimize import make_average, make_optimizer, make_scaler, make_schedule, set_rate
 from trainer.order import MicroBatch, Order, Position
 from trainer.parallel import Parallel
@@ -102,12 +102,11 @@ class Trainer:
         for micro, batch in micros:
             with parallel.accumulating(more=not micro.last):
                 losses = parallel.losses(batch)
+                check_count(losses, len(micro.indices))
                 # The mean over the global batch: DDP will divide the sum over ranks by their number.
                 loss = losses.sum() * (parallel.world_size * bool(micro.count) / micro.step_count)
                 scaled = loss if self.scaler is None else self.scaler.scale(loss)
                 parallel.backward(loss, scaled, self.stop())
-        if position.step == self.first_step:
-            self.check_gradients()
         step_count = micros[0][0].step_count
         due = self.due(position.step + 1, position.samples + step_count)
         mean, stop = parallel.agree(due)
@@ -128,16 +127,13 @@ class Trainer:
     def update(self, mean: Tensor | float, micros: list[tuple[MicroBatch, Any]]) -> bool:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
         train = self.job.train
-        if not isinstance(mean, Tensor) or train.on_nan == "skip":
-            mean = float(mean)
-            if not math.isfinite(mean):
-                self.refuse_loss(mean, micros)
-                self.optimizer.zero_grad()
-                return False
-        else:  # on a GPU `halt` looks at the loss one step late rather than wait for it at every step
-            late, self.late = self.late, (mean, micros)
-            if late is not None and not math.isfinite(float(late[0])):
-                self.refuse_loss(float(late[0]), late[1])
+        if isinstance(mean, Tensor) and train.on_nan == "halt":
+            self.check_late()  # on a GPU, look at a loss one step late rather than wait for it at every step
+            self.late = mean, self.position.step + 1, micros
+        elif not math.isfinite(mean):
+            self.refuse_loss(float(mean), self.position.step + 1, micros)
+            self.optimizer.zero_grad()
+            return False
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if train.clip_norm is not None:
@@ -152,12 +148,17 @@ class Trainer:
             self.average.update_parameters(self.state.model)
         return True
 
-    late: tuple[Tensor, list[tuple[MicroBatch, Any]]] | None = None
+    late: tuple[Tensor, int, list[tuple[MicroBatch, Any]]] | None = None
 
-    def refuse_loss(self, mean: float, micros: list[tuple[MicroBatch, Any]]) -> None:
-        """Name the samples of a loss that is not finite, and halt when the job says so."""
+    def check_late(self) -> None:
+        """Look at the loss that nobody looked at yet: before weights are saved, and after each further step."""
+        late, self.late = self.late, None
+        if late is not None and not math.isfinite(late[0]):
+            self.refuse_loss(float(late[0]), *late[1:])
+
+    def refuse_loss(self, mean: float, step: int, micros: list[tuple[MicroBatch, Any]]) -> None:
+        """Name the samples of the loss of `step` that is not finite, and halt when the job says so."""
         indices = [int(index) for micro, _ in micros for index in micro.indices[: micro.count]]
-        step = self.position.step
         self.report.event("nonfinite_loss", loss=str(mean), step=step, rank=self.parallel.rank, samples=indices)
         if self.job.train.on_nan == "halt":
             raise NonFiniteLoss(
@@ -189,16 +190,13 @@ class Trainer:
     def finish_step(self) -> None:
         """Evaluate and save where that is due after the current position; a stop may come in between."""
         position = self.position
-        if self.late is not None:  # never save weights whose loss nobody looked at
-            late, self.late = self.late, None
-            if not math.isfinite(float(late[0])):
-                self.refuse_loss(float(late[0]), late[1])
+        self.check_late()
         if self.evaluation_due(position.step, position.samples):
             metrics = self.evaluate()
             if metrics is None:
                 self.save_and_stop()
                 return
-            self.state.metrics = metrics
+            self.state.measure(metrics)
             self.report.evaluation(position, metrics)
         self.state.evaluated = True
         if self.checkpoint_due(position.step, position.samples):
@@ -224,6 +222,7 @@ class Trainer:
 
     def save_and_stop(self) -> None:
         """Commit a checkpoint and end with the exit code that asks for a requeue."""
+        self.check_late()
         self.state.save()
         self.report.event("stopped", step=self.position.step)
         raise Stopped
@@ -242,21 +241,3 @@ class Trainer:
             yield
         finally:
             step.model = model
-
-    @property
-    def first_step(self) -> int:
-        """The first step of this attempt."""
-        return self.state.resumed_at
-
-    def check_gradients(self) -> None:
-        """Name parameters that the first backward pass did not reach: DDP would wait for them in vain."""
-        if self.job.parallel != "ddp" or self.job.ddp.find_unused_parameters:
-            return
-        unused = [name for name, p in self.state.model.named_parameters() if p.requires_grad and p.grad is None]
-        if unused:
-            raise JobError(
-                "ddp.find_unused_parameters",
-                False,
-                "the loss does not use " + ", ".join(unused[:8]),
-                "Set it to true, use them in the forward pass, or set requires_grad=False on them",
-            )

@@ -72,3 +72,14 @@ def resolves(address: str) -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+def same_host(first: str, second: str) -> bool:
+    """Whether two names or addresses resolve to a common address."""
+    try:
+        return bool(
+            {item[4][0] for item in socket.getaddrinfo(first, None)}
+            & {item[4][0] for item in socket.getaddrinfo(second, None)}
+        )
+    except OSError:
+        return False

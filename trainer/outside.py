@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.errors import STOPPED, JobError
 from trainer.load import merge_job, to_job
+from trainer.stop import leave_signals
 from trainer.wiring import rank_wiring
 
 
@@ -21,6 +22,8 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
     job = to_job(merge_job(path, overrides))
     wiring = rank_wiring()
     if job.script:
+        leave_signals()
+        sys.path.insert(0, str(Path(job.script).resolve().parent))
         sys.argv = [job.script, *map(str, job.script_args)]
         runpy.run_path(job.script, run_name="__main__")
         return 0

@@ -6,7 +6,7 @@ What differs between them is how a step's module is wrapped and how ranks agree;
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,9 +41,23 @@ class Step(nn.Module):
                 "must have one value per sample, shape (batch,)",
                 'With torch losses use reduction="none", and average what remains over other dimensions',
             )
+        if losses.dtype in (torch.bfloat16, torch.float16):
+            losses = losses.float()  # a sum of them would keep three digits
         if evaluate:
-            return {"loss": losses, **self.task.metrics(output, batch)}
+            return {"loss": losses, **self._metrics(output, batch, len(losses))}
         return losses
+
+    def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
+        metrics = self.task.metrics(output, batch)
+        for name, value in metrics.items():
+            if value.shape[:1] != (count,):
+                raise JobError(
+                    "task.metrics",
+                    {name: tuple(value.shape)},
+                    f"must have a value for each of the {count} samples, shape ({count}, ...)",
+                    "Leave sums and means to the trainer and to Task.summary",
+                )
+        return metrics
 
 
 class Parallel:
@@ -97,9 +111,10 @@ class Parallel:
 
         `due`: the step ends an epoch, or an evaluation or a checkpoint follows it.
         """
-        result = self._loss if self._loss is not None else 0.0, self._stop
+        loss, stop = self._loss, self._stop
+        assert loss is not None
         self._loss, self._stop = None, False
-        return result
+        return loss if self.cuda else loss.item(), stop
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:

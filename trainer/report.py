@@ -51,6 +51,7 @@ class Report:
             )
         if self.job.log.samples:
             self.samples_file = (self.run / f"samples-rank{self.parallel.rank}.jsonl").open("a", buffering=1)
+        self._profile(position.step)
         self.started = self.mark = time.perf_counter()
         self.pulse.beat(position.step, "training")
 
@@ -58,8 +59,7 @@ class Report:
         """A step is done; `loss` is the mean over its global batch."""
         self.pulse.beat(position.step, "training")
         self.total += samples
-        if self.job.log.profile_steps:
-            self._profile(position.step)
+        self._profile(position.step)
         if position.step - 1 == self.first_step and self.first:
             self.event("first_step", step=position.step)
         if self.metrics is None:
@@ -157,21 +157,28 @@ class Report:
             for index in devices
         ]
 
-    def _profile(self, step: int) -> None:
-        """Trace the steps that the job names into `profile/rank<r>.json` (chrome://tracing, Perfetto)."""
+    def _profile(self, done: int) -> None:
+        """Trace the steps that the job names, of which the first is 1, for chrome://tracing or Perfetto."""
+        if not self.job.log.profile_steps:
+            return
         first, last = self.job.log.profile_steps
-        if self.profiler is None and step == first:
+        if self.profiler is None and first <= done + 1 <= last:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
-        elif self.profiler is not None and step == last + 1:
-            self.profiler.stop()
-            folder = self.run / "profile"
-            folder.mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(str(folder / f"rank{self.parallel.rank}.json"))
-            self.profiler = None
+        elif self.profiler is not None and done >= last:
+            self._write_profile()
+
+    def _write_profile(self) -> None:
+        self.profiler.stop()
+        folder = self.run / "profile"
+        folder.mkdir(exist_ok=True)
+        self.profiler.export_chrome_trace(str(folder / f"rank{self.parallel.rank}.json"))
+        self.profiler = None
 
     def close(self) -> None:
         """Flush what is open."""
+        if self.profiler is not None:  # the run ended before the last step to trace
+            self._write_profile()
         if self.metrics is not None:
             self.metrics.close()
         if self.samples_file is not None:

@@ -92,6 +92,10 @@ def _check_parallel(job: Job) -> None:
         raise JobError(
             "nodes", job.nodes, "DataParallel (parallel=dp) works on one node", "Use parallel=ddp for several nodes"
         )
+    if job.parallel == "dp" and job.train.compile:
+        raise JobError(
+            "train.compile", True, "torch cannot compile what DataParallel replicates", "Use parallel=ddp, or remove it"
+        )
     if job.parallel != "ddp":
         default = Ddp()
         for item in dataclasses.fields(Ddp):
@@ -115,19 +119,14 @@ def _check_training(job: Job) -> None:
         )
     if ddp.static_graph and ddp.find_unused_parameters:
         raise JobError("ddp.static_graph", True, "contradicts ddp.find_unused_parameters=true", "Keep one of them")
-    if ddp.sync_every > 1 and ddp.compression != "none":
-        raise JobError(
-            "ddp.compression",
-            ddp.compression,
-            "post-local SGD (ddp.sync_every) has its own hook",
-            "Set ddp.compression=none, or ddp.sync_every=1",
-        )
-    if ddp.sync_every > 1 and train.on_nan == "skip":
+    if ddp.sync_every > 1:
+        _check_local(job)
+    if ddp.compression == "powersgd" and train.on_nan == "skip":
         raise JobError(
             "train.on_nan",
             "skip",
-            "ranks cannot agree on each step under post-local SGD",
-            "Set train.on_nan=halt, or ddp.sync_every=1",
+            "PowerSGD adds the errors of a step to the next one: one NaN would stay",
+            "Set train.on_nan=halt, or another ddp.compression",
         )
     if ddp.sync_start and ddp.sync_every == 1:
         raise JobError(
@@ -149,11 +148,41 @@ def _check_training(job: Job) -> None:
             "checkpoint.best_mode", job.checkpoint.best_mode, "would be ignored", "Name the metric in checkpoint.best"
         )
     span = job.log.profile_steps
-    if span and (len(span) != 2 or not 0 <= span[0] <= span[1]):
-        raise JobError("log.profile_steps", span, "must be [first, last]", "For example log.profile_steps=[10,12]")
+    if span and (len(span) != 2 or not 1 <= span[0] <= span[1]):
+        raise JobError(
+            "log.profile_steps", span, "must be [first, last], counted from 1", "For example log.profile_steps=[10,12]"
+        )
     for key in ("lr", "weight_decay"):
         if key in train.optimizer_args:
             raise JobError(f"train.optimizer_args.{key}", train.optimizer_args[key], "is set twice", f"Use train.{key}")
+
+
+def _check_local(job: Job) -> None:
+    """Post-local SGD: ranks differ between two averages, so nothing may depend on their being equal."""
+    train, ddp, why = job.train, job.ddp, "or ddp.sync_every=1"
+    if ddp.compression != "none":
+        raise JobError(
+            "ddp.compression",
+            ddp.compression,
+            "post-local SGD (ddp.sync_every) averages weights, which it would not compress",
+            f"Set ddp.compression=none, {why}",
+        )
+    if ddp.static_graph:
+        raise JobError(
+            "ddp.static_graph", True, "torch's reducer asserts in the steps of post-local SGD", f"Set it to false, {why}"
+        )
+    if train.on_nan == "skip":
+        raise JobError(
+            "train.on_nan", "skip", "ranks cannot agree on each step of post-local SGD", f"Set train.on_nan=halt, {why}"
+        )
+    if train.ema_decay is not None:
+        raise JobError(
+            "train.ema_decay", train.ema_decay, "each rank of post-local SGD would average other weights", f"Remove it, {why}"
+        )
+    if train.precision == "fp16":
+        raise JobError(
+            "train.precision", "fp16", "the loss scales of ranks would part under post-local SGD", f"Use bf16, {why}"
+        )
 
 
 def check_batch(job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,17 @@ class State:
         self.average, self.position, self.parallel, self.report = average, position, parallel, report
         self.root = report.run / "checkpoints"
         self.metrics: dict[str, float] = {}
+        """Of the last evaluation."""
+        self.measured_at = -1
+        """The step that `metrics` were measured after, in this attempt."""
         self.best: tuple[float, str] | None = None
         """Value of the best metric so far, and the name of its checkpoint."""
         self.evaluated = True
         """Whether what was due at the current position has been done."""
-        self.resumed_at = 0
+
+    def measure(self, metrics: dict[str, float]) -> None:
+        """Take note of an evaluation at the current position."""
+        self.metrics, self.measured_at = metrics, self.position.step
 
     def save(self) -> None:
         """Commit a checkpoint of the current position; rank 0 writes, all wait until it is committed."""
@@ -56,18 +63,22 @@ class State:
     def _commit(self, generators: torch.Tensor) -> None:
         position, facts = self.position, self.job.checkpoint
         name = f"step-{position.step:09d}"
-        value = self.metrics.get(facts.best) if facts.best and self.evaluated else None
-        if facts.best and self.evaluated and self.metrics and value is None:
+        if facts.best and self.metrics and facts.best not in self.metrics:
             raise JobError(
                 "checkpoint.best", facts.best, "is no metric of this task", f"The metrics are {', '.join(self.metrics)}"
             )
         best = self.best
-        if value is not None and (best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])):
+        value = self.metrics.get(facts.best or "", math.nan) if self.measured_at == position.step else math.nan
+        if not math.isnan(value) and (
+            best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])
+        ):
             best = value, name
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "average": self.average.state_dict() if self.average else None,
+            "average": {"model": self.average.module.state_dict(), "updates": self.average.n_averaged}
+            if self.average
+            else None,
             "generators": generators,
             "position": dataclasses.asdict(position),
             "evaluated": self.evaluated,
@@ -95,7 +106,6 @@ class State:
             self._load_weights(checkpoint.load_weights(Path(self.job.checkpoint.load)))
             if self.average is not None:
                 self.average.module.load_state_dict(self.model.state_dict())
-        self.resumed_at = self.position.step
 
     def _find(self) -> str | Exception | None:
         try:
@@ -126,7 +136,8 @@ class State:
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"]:
-            self.average.load_state_dict(state["average"])
+            self.average.module.load_state_dict(state["average"]["model"])
+            self.average.n_averaged.copy_(state["average"]["updates"])
         for item in dataclasses.fields(Position):
             setattr(self.position, item.name, state["position"][item.name])
         self.evaluated, self.metrics = state["evaluated"], state["metrics"]

@@ -16,16 +16,26 @@ class StopFlag:
     def __init__(self) -> None:
         """Nobody asked yet."""
         self.requested: str | None = None
+        self.interrupts = 0
 
     def install(self) -> None:
-        """Take over the signals; call it in the main thread, early."""
+        """Take over the signals, in the main thread and early; who started this process may have blocked them."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested == "SIGINT":
-            os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
+        if number == signal.SIGINT:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
         self.requested = signal.Signals(number).name
+
+
+def leave_signals() -> None:
+    """Let signals do what a script expects of them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 FLAG = StopFlag()

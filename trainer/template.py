@@ -6,12 +6,17 @@ step imports) beside the wiring. It has one thread and touches no device, so tha
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
+from typing import Any
 
 KIND = "MUSTER_TEMPLATE"
 """task or script: what to import beforehand."""
+PID = 0
+"""Of the template; known to itself and to the ranks that are forked from it."""
 
 
 def start_template(kind: str) -> None:
@@ -19,3 +24,12 @@ def start_template(kind: str) -> None:
     os.environ[KIND] = kind
     multiprocessing.set_forkserver_preload(["trainer.preload"])
     forkserver.ensure_running()
+
+
+def stop_template() -> None:
+    """End the template, and with it what is left of its ranks, also while it is still importing."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        with contextlib.suppress(OSError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+            os.waitpid(server._forkserver_pid, 0)

@@ -7,13 +7,12 @@ with one submitit task per node. Each value remembers where it came from.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import JobError
-from trainer.network import candidate_ports, route_to
+from trainer.network import candidate_ports, route_to, same_host
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PLATFORMS = ("local", "docker", "kubernetes")
@@ -57,6 +56,17 @@ class Wiring:
         """Each value with where it came from, a line each."""
         rows = [(name, str(getattr(self, name))) for name in self.__dataclass_fields__ if name != "provenance"]
         return "\n".join(f"{name:16} {value:40} {self.provenance.get(name, '')}".rstrip() for name, value in rows)
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What the scheduler says about this node."""
+
+    job_id: str
+    launch: int
+    node_rank: int
+    hostnames: tuple[str, ...]
+    nodes: int
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
@@ -138,150 +148,135 @@ def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) ->
     says: dict[str, str] = {"platform": source}
     if platform == "alone":
         if nodes > 1:
-            raise JobError(
-                "nodes",
-                nodes,
-                "this process was started by hand, on one machine",
-                "Use `muster run` to simulate nodes here, or submit to a cluster",
-            )
-        job_id, node_rank, hosts, count, launch = f"alone-{os.getpid()}", 0, ["127.0.0.1"], 1, 0
+            problem = f"this process was started by hand, on one machine ({source})"
+            remedy = "Use `muster run` to simulate nodes here, or submit to a cluster"
+            raise JobError("nodes", nodes, problem, remedy)
+        facts = NodeFacts(f"alone-{os.getpid()}", 0, 0, ("127.0.0.1",), 1)
         says |= dict.fromkeys(("job_id", "node_rank", "hostnames", "nodes", "launch"), "started by hand: one node")
     else:
-        job_id, node_rank, hosts, count, launch = _from_submitit(platform, environ, says)
+        facts = _from_submitit(platform, environ, says)
+    count = facts.nodes
     if count != nodes:
-        raise JobError(
-            "nodes",
-            nodes,
-            f"the job file says so, but {says['nodes']} says {count}",
-            f"Submit with nodes={count}, or change the allocation",
-        )
-    if len(hosts) != count:
-        raise JobError(
-            "hostnames",
-            ",".join(hosts),
-            f"names {len(hosts)} hosts for {count} nodes ({says['nodes']})",
-            "The two must come from the same allocation",
-        )
-    if not 0 <= node_rank < count:
-        raise JobError(
-            "node_rank", node_rank, f"does not exist among {count} nodes", f"It comes from {says['node_rank']}"
-        )
-    master_addr, ports = _master(environ, job_id, launch, hosts, says)
-    interface = _interface(master_addr, says)
-    cpus = len(os.sched_getaffinity(0))
-    says["cpus"] = "CPU affinity of this process"
-    visible = _visible(environ, devices, says)
-    deadline = environ.get("SLURM_JOB_END_TIME")
-    says["deadline"] = "SLURM_JOB_END_TIME" if deadline else "no limit known"
-    says["devices_per_node"] = "job file"
+        problem = f"the job file says so, but {says['nodes']} says {count}"
+        raise JobError("nodes", nodes, problem, f"Submit with nodes={count}, or change the allocation")
+    if len(facts.hostnames) != count:
+        problem = f"names {len(facts.hostnames)} hosts for {count} nodes ({says['nodes']})"
+        raise JobError(says["hostnames"], ",".join(facts.hostnames), problem, "Both must come from one allocation")
+    if not 0 <= facts.node_rank < count:
+        problem = f"does not exist among {count} nodes ({says['nodes']})"
+        raise JobError(says["node_rank"], facts.node_rank, problem, "Both must come from one allocation")
+    _accept_ranks(environ, facts, says)
+    ports = _ports(environ, facts, says)
+    master_addr = _master(environ, facts, says)
+    deadline = environ.get("SLURM_JOB_END_TIME", "")
+    says["deadline"] = "SLURM_JOB_END_TIME" if deadline.isdecimal() else "no limit known"
+    says["cpus"], says["devices_per_node"] = "CPU affinity of this process", "job file"
     return Wiring(
-        platform,
-        job_id,
-        launch,
-        count,
-        node_rank,
-        tuple(hosts),
-        master_addr,
-        ports,
-        devices_per_node,
-        visible,
-        cpus,
-        float(deadline) if deadline else None,
-        interface,
-        says,
-    )
+        platform, facts.job_id, facts.launch, count, facts.node_rank, facts.hostnames, master_addr, ports,
+        devices_per_node, _visible(environ, devices, says), len(os.sched_getaffinity(0)),
+        float(deadline) if deadline.isdecimal() else None, _interface(master_addr, says), says,
+    )  # fmt: skip
 
 
 def _platform(environ: Mapping[str, str]) -> tuple[str, str]:
     named = environ.get("MUSTER_PLATFORM")
     if named:
         if named not in PLATFORMS:
-            raise JobError(
-                "MUSTER_PLATFORM", named, "is none of " + ", ".join(PLATFORMS), "Slurm needs no such variable"
-            )
+            problem = "is none of " + ", ".join(PLATFORMS)
+            raise JobError("MUSTER_PLATFORM", named, problem, "Slurm needs no such variable")
         return named, "MUSTER_PLATFORM"
     if environ.get("SLURM_JOB_ID") and environ.get("SLURM_NODEID"):
-        return "slurm", "SLURM_JOB_ID and SLURM_NODEID: inside an srun step"
+        return "slurm", "SLURM_JOB_ID and SLURM_NODEID"
     if environ.get("SLURM_JOB_ID"):
-        return "alone", "inside a Slurm allocation, but not started by srun"
+        return "alone", "inside a Slurm allocation, but not on a node of it that Slurm numbers"
     return "alone", "no scheduler variable"
 
 
-def _from_submitit(
-    platform: str, environ: Mapping[str, str], says: dict[str, str]
-) -> tuple[str, int, list[str], int, int]:
-    required = {
-        "slurm": ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "SLURM_JOB_NODELIST"),
-    }.get(platform, ("MUSTER_JOB_ID", "MUSTER_NODES", "MUSTER_HOSTNAMES"))
+def _from_submitit(platform: str, environ: Mapping[str, str], says: dict[str, str]) -> NodeFacts:
+    """What submitit's JobEnvironment says about this node."""
+    slurm = platform == "slurm"
     index = environ.get("JOB_COMPLETION_INDEX")
     if platform == "kubernetes" and index and not environ.get("MUSTER_NODE_RANK"):
         os.environ["MUSTER_NODE_RANK"] = index  # the Job controller's own name for it
-    missing = [name for name in required if not environ.get(name)]
-    if platform != "slurm" and not environ.get("MUSTER_NODE_RANK"):
-        missing.append("MUSTER_NODE_RANK")
-    if missing:
-        raise JobError(
-            missing[0],
-            None,
-            f"is not set, though this is {says['platform']}: a partial environment",
-            f"The template of {platform} sets it; start the job through the template",
-        )
-    os.environ["SUBMITIT_EXECUTOR"] = "slurm" if platform == "slurm" else "muster"
+    numbers = ("SLURM_JOB_NUM_NODES", "SLURM_NODEID") if slurm else ("MUSTER_NODES", "MUSTER_NODE_RANK")
+    texts = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if slurm else ("MUSTER_JOB_ID", "MUSTER_HOSTNAMES")
+    for name in (*texts, *numbers):
+        if not environ.get(name):
+            problem = f"is not set, though this is {platform} by {says['platform']}: a partial environment"
+            remedy = f"The template of {platform} sets it; start the job through the template"
+            raise JobError(name, None, problem, remedy)
+    count = _number(environ, numbers[0])
+    if slurm:
+        _check_step(environ, count)
+    _number(environ, numbers[1])
+    restarts = "SLURM_RESTART_COUNT" if slurm else "MUSTER_LAUNCH"
+    os.environ["SUBMITIT_EXECUTOR"] = "slurm" if slurm else "muster"
     import submitit
 
     env: Any = submitit.JobEnvironment()
-    tasks = env.num_tasks
-    if tasks != env.num_nodes:
-        raise JobError(
-            "SLURM_NTASKS",
-            tasks,
-            f"on {env.num_nodes} nodes: the agent is one task per node",
-            "Use --ntasks-per-node=1, or let srun start ranks that know RANK and WORLD_SIZE",
-        )
-    launch = environ.get("SLURM_RESTART_COUNT" if platform == "slurm" else "MUSTER_LAUNCH") or "0"
     names = env._env
-    says |= {
-        "job_id": f"submitit, {names['job_id']}", "node_rank": f"submitit, {names['node']}",
-        "nodes": f"submitit, {names['num_nodes']}",
-        "hostnames": "submitit, SLURM_JOB_NODELIST" if platform == "slurm" else "submitit, MUSTER_HOSTNAMES",
-        "launch": "SLURM_RESTART_COUNT" if platform == "slurm" else "MUSTER_LAUNCH",
-    }  # fmt: skip
-    return str(env.job_id), env.node, list(env.hostnames), env.num_nodes, int(launch)
+    says |= {"job_id": f"submitit, {names['job_id']}", "node_rank": f"submitit, {names['node']}",
+             "nodes": f"submitit, {names['num_nodes']}", "hostnames": f"submitit, {texts[1]}",
+             "launch": restarts}  # fmt: skip
+    launch = _number(environ, restarts, "0")
+    return NodeFacts(str(env.job_id), launch, env.node, tuple(env.hostnames), env.num_nodes)
 
 
-def _master(
-    environ: Mapping[str, str], job_id: str, launch: int, hosts: list[str], says: dict[str, str]
-) -> tuple[str, tuple[int, ...]]:
-    """Decide master address and ports, accepting what another tool (an enroot hook, say) set and agrees."""
-    ports = tuple(candidate_ports(f"{job_id}/{launch}"))
-    says["ports"] = "derived from job id and launch, outside the ephemeral range"
+def _check_step(environ: Mapping[str, str], nodes: int) -> None:
+    """Refuse what srun did not start as one task on each node of the job."""
+    remedy = "Use srun --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=1, as slurm/job.sbatch does"
+    if nodes > 1 and not environ.get("SLURM_STEP_ID"):
+        problem = f"is not set, on a job of {nodes} nodes: this process runs in the batch script, not under srun"
+        raise JobError("SLURM_STEP_ID", None, problem, remedy)
+    here = environ.get("SLURM_STEP_NUM_NODES")
+    if here and _number(environ, "SLURM_STEP_NUM_NODES") != nodes:
+        raise JobError("SLURM_STEP_NUM_NODES", here, f"contradicts SLURM_JOB_NUM_NODES={nodes}", remedy)
+    tasks = _number(environ, "SLURM_NTASKS", "1")
+    if tasks != nodes and environ.get("SLURM_STEP_ID"):
+        problem = f"on {nodes} nodes: the agent is one task on each node"
+        raise JobError("SLURM_NTASKS", tasks, problem, remedy + ", or start ranks that know RANK and WORLD_SIZE")
+
+
+def _accept_ranks(environ: Mapping[str, str], facts: NodeFacts, says: dict[str, str]) -> None:
+    """Compare what a hook, or the shell, calls RANK and WORLD_SIZE with the numbers of nodes."""
+    for name, key, value in (("RANK", "node_rank", facts.node_rank), ("WORLD_SIZE", "nodes", facts.nodes)):
+        given = environ.get(name)
+        if given and given != str(value):
+            problem = f"is set in the environment, but {says[key]} says {value} to an agent"
+            raise JobError(name, given, problem, "Unset it, or find the image, hook or shell that sets it")
+        if given:
+            says[key] += f"; {name} in the environment agrees"
+
+
+def _master(environ: Mapping[str, str], facts: NodeFacts, says: dict[str, str]) -> str:
+    """The master's address, accepting what another tool (enroot's hook, say) set and agrees."""
+    own = facts.hostnames[0]
     says["master_addr"] = f"first of the host names ({says['hostnames']})"
-    given_addr, given_port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if given_addr and given_addr != hosts[0]:
-        if not _same_host(given_addr, hosts[0]):
-            raise JobError(
-                "MASTER_ADDR",
-                given_addr,
-                f"is set in the environment, but {says['hostnames']} says {hosts[0]}",
-                "Unset MASTER_ADDR, or find the hook or template that sets it",
-            )
-        says["master_addr"] += f"; MASTER_ADDR={given_addr} in the environment is the same host"
-    if given_port:
-        if not given_port.isdigit() or not 0 < int(given_port) < 65536:
-            raise JobError("MASTER_PORT", given_port, "is not a port", "Unset it: Muster chooses one that is free")
-        ports = (int(given_port), *ports)
+    if says["hostnames"].startswith("submitit"):
+        from submitit.helpers import TorchDistributedEnvironment
+
+        own = TorchDistributedEnvironment().master_addr
+        says["master_addr"] = f"submitit's TorchDistributedEnvironment, {says['master_addr']}"
+    given = environ.get("MASTER_ADDR")
+    if given and given != own:
+        if not same_host(given, own):
+            problem = f"is set in the environment, but {says['hostnames']} says {own}"
+            raise JobError("MASTER_ADDR", given, problem, "Unset it, or find the hook or template that sets it")
+        says["master_addr"] += f"; MASTER_ADDR={given} in the environment is the same host"
+    return own
+
+
+def _ports(environ: Mapping[str, str], facts: NodeFacts, says: dict[str, str]) -> tuple[int, ...]:
+    """Candidates for the port where the agents meet."""
+    ports = tuple(candidate_ports(f"{facts.job_id}/{facts.launch}"))
+    says["ports"] = "derived from job id and launch, outside the ephemeral range"
+    given = environ.get("MASTER_PORT")
+    if given:
+        if not given.isdecimal() or not 0 < int(given) < 65536:
+            raise JobError("MASTER_PORT", given, "is not a port", "Unset it: Muster chooses one that is free")
+        ports = (int(given), *ports)
         says["ports"] = "MASTER_PORT in the environment first, then " + says["ports"]
-    return hosts[0], ports
-
-
-def _same_host(first: str, second: str) -> bool:
-    try:
-        return bool(
-            {item[4][0] for item in socket.getaddrinfo(first, None)}
-            & {item[4][0] for item in socket.getaddrinfo(second, None)}
-        )
-    except OSError:
-        return False
+    return ports
 
 
 def _interface(master_addr: str, says: dict[str, str]) -> str:

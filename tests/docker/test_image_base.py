@@ -14,6 +14,7 @@ pytestmark = pytest.mark.timeout(600)
 
 BASE = "muster-test-torch-base"
 TAG = "muster-test-on-torch"
+DATED = "--build-arg=SOURCE_DATE_EPOCH=1700000000"
 # Stand-ins for what a vendor's image brings: a torch of a version that no index has, and a package that is
 # older than the project's pin. Small, because what counts is that the build leaves them alone.
 BROUGHT = {"torch": "2.99.0+base", "absl-py": "1.4.0"}
@@ -57,7 +58,7 @@ def context(tmp_path: Path) -> Path:
 
 
 def test_what_the_base_brings_is_kept(engine: Engine, wheels: Path, torch_base: str, context: Path):
-    engine_image.build(engine, wheels, context=context, tag=TAG, base=torch_base)
+    engine_image.build(engine, wheels, DATED, context=context, tag=TAG, base=torch_base)
     show = "import torch, absl, submitit, trainer; print(torch.__version__, absl.__version__)"
     assert output(engine, "python", "-c", show).split() == list(BROUGHT.values())
     assert not {"torch", "absl"} & set(output(engine, "ls", SITE).split())
@@ -66,13 +67,12 @@ def test_what_the_base_brings_is_kept(engine: Engine, wheels: Path, torch_base: 
 
 
 def test_equal_input_gives_an_equal_image(engine: Engine, wheels: Path, torch_base: str, context: Path):
-    dated = "--build-arg=SOURCE_DATE_EPOCH=1700000000"
-    first = engine_image.build(engine, wheels, dated, context=context, tag=TAG, base=torch_base)
+    first = engine_image.build(engine, wheels, DATED, context=context, tag=TAG, base=torch_base)
     for path in [*context.rglob("*"), context]:  # another checkout has other dates
         os.utime(path, (time.time() - 1000, time.time() - 1000))
     # Nor may the password of an index leave a trace.
     secret = context.with_name("pip.conf")
     secret.write_text("[global]\nextra-index-url = http://user:password@127.0.0.1:9/simple\n")
-    words = (dated, "--no-cache", f"--secret=id=pip.conf,src={secret}")
+    words = (DATED, "--no-cache", f"--secret=id=pip.conf,src={secret}")
     again = engine_image.build(engine, wheels, *words, context=context, tag=TAG, base=torch_base)
     assert again.id == first.id

@@ -114,3 +114,76 @@ class Frozen(Small):
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0
         return model
+
+
+class Scored(Small):
+    """Its evaluations give the scores that the job file says."""
+
+    def __init__(self, scores: list[float]) -> None:
+        """Of one evaluation after another."""
+        super().__init__()
+        self.scores = iter(scores)
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """The next one."""
+        return {"score": next(self.scores)}
+
+
+class Heads(nn.Module):
+    """Two heads, of which the second is used in the training steps [`first`, `last`] only."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.trunk, self.head, self.second = nn.Linear(64, 16), nn.Linear(16, 10), nn.Linear(16, 10)
+        self.first, self.last, self.step = first, last, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, 10)."""
+        self.step += self.training
+        trunk = torch.tanh(self.trunk(images.flatten(1)))
+        logits: Tensor = self.head(trunk)
+        return logits + self.second(trunk) if self.first <= self.step <= self.last else logits
+
+
+class Branched(Small):
+    """Some parameters are not always used."""
+
+    def __init__(self, first: int = 0, last: int = -1) -> None:
+        """In which training steps the second head is used; default: never."""
+        super().__init__()
+        self.first, self.last = first, last
+
+    def model(self) -> nn.Module:
+        """Two heads on one trunk."""
+        return Heads(self.first, self.last)
+
+
+class Poisoned(Small):
+    """One training image makes the loss NaN, or infinite, for some steps."""
+
+    def __init__(self, index: int, first: int, last: int, value: str = "nan") -> None:
+        """`index` of the image; from which training step of a process to which."""
+        super().__init__()
+        self.index, self.first, self.last, self.value, self.step = index, first, last, float(value), 0
+
+    def train_dataset(self) -> TensorDataset:
+        """With a mark on the image."""
+        images = IMAGES[: self.count].clone()
+        images[self.index, 0, 0, 0] = 0.75
+        return TensorDataset(images, LABELS[: self.count])
+
+    def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Not finite for the image."""
+        losses = super().loss(output, batch)
+        self.step += torch.is_grad_enabled()
+        if not self.first <= self.step <= self.last:
+            return losses
+        return torch.where(batch[0][:, 0, 0, 0] == 0.75, self.value, losses)
+
+
+class Large(Small):
+    """Losses in other units."""
+
+    def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy, and a large constant."""
+        return super().loss(output, batch) + 1e6

@@ -62,8 +62,8 @@ def test_two_damaged_ones_cost_no_good_one_its_place(tmp_path: Path, trained: Pa
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for step in (20, 21):
         flip(tmp_path / f"checkpoints/step-{step:09d}/model.pt")
-    job = make_job("devices_per_node=2", *KEYS, "checkpoint.keep_last=1", "checkpoint.every_steps=1", "train.steps=19")
-    complete(tmp_path, job)
+    job = make_job("devices_per_node=2", *KEYS, "checkpoint.keep_last=1", "checkpoint.every_steps=1")
+    train(tmp_path, job, Fault(2, "before update"))
     assert steps_saved(tmp_path) == [19]
     complete(tmp_path, make_job("devices_per_node=2", *KEYS))
     assert difference(read_state(trained), read_state(tmp_path)) == ""

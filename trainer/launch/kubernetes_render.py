@@ -149,7 +149,7 @@ def _without_null(value: Any) -> Any:
 def _add_extras(pod: dict[str, Any], site: KubernetesSite) -> None:
     """Append the site's own variables and claims to the lists of the template."""
     container = pod["containers"][0]
-    for name, value in {**fabric_environment(site.network), **site.env}.items():
+    for name, value in {**fabric_environment(site.fabric), **site.env}.items():
         container["env"].append({"name": name, "value": value})
     for index, text in enumerate(site.mounts):
         claim, path, read_only = split_mount(text)
@@ -199,7 +199,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-PLAIN = re.compile(r"[A-Za-z/][\w./@+()|-]*( [\w./@+()|-]+)*")
+PLAIN = re.compile(r"[A-Za-z/]([\w./@+()|:,-]*[\w./@+()|-])?( [\w./@+()|-]+)*|\d+[KMGTPE]i")
 RESERVED = re.compile(r"(?i:y|n|yes|no|on|off|true|false|null)")
 
 

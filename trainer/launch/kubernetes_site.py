@@ -68,7 +68,7 @@ class KubernetesSite:
     annotations: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     secrets: list[str] = field(default_factory=list)
-    network: str = "none"
+    fabric: str = "none"
     egress: list[Any] = field(default_factory=list)
     time_limit_min: int = 10080
     keep_finished_min: int = 10080
@@ -89,7 +89,7 @@ def load_kubernetes_site(path: Path | None) -> KubernetesSite:
         _check_keys(f"tolerations[{index}]", rule, ("key", "operator", "value", "effect", "tolerationSeconds"))
     for index, rule in enumerate(site.egress):
         _check_keys(f"egress[{index}]", rule, ("to", "ports"))
-    fabric_environment(site.network)
+    fabric_environment(site.fabric)
     return site
 
 

@@ -1,0 +1,170 @@
+"""More rules on a job's manifests: what its pods may do (restricted Pod Security, NetworkPolicy), hold and write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from manifest_rules import (
+    RULES,
+    SHM_MARGIN,
+    Manifest,
+    container,
+    job_spec,
+    number,
+    only,
+    pod_labels,
+    pod_spec,
+    variables,
+    walk,
+)  # fmt: skip
+
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+def restricted(documents: list[Manifest]) -> Iterator[str]:
+    """Pod Security Standards, level restricted, control by control (kubernetes.io, concepts/security)."""
+    pod, inner = pod_spec(documents), container(documents).get("securityContext", {})
+    outer = pod.get("securityContext", {})
+    for name in ("hostNetwork", "hostPID", "hostIPC"):
+        if pod.get(name):
+            yield f"restricted: {name}"
+    if inner.get("privileged") or inner.get("allowPrivilegeEscalation") is not False:
+        yield "restricted: privilege escalation"
+    if inner.get("capabilities", {}).get("drop") != ["ALL"] or inner["capabilities"].get("add"):
+        yield "restricted: capabilities"
+    if not inner.get("runAsNonRoot", outer.get("runAsNonRoot")) or 0 in (
+        inner.get("runAsUser"),
+        outer.get("runAsUser"),
+    ):
+        yield "restricted: runs as root"
+    profile = inner.get("seccompProfile", outer.get("seccompProfile", {}))
+    if profile.get("type") not in ("RuntimeDefault", "Localhost"):
+        yield "restricted: seccomp"
+    for volume in pod["volumes"]:
+        if not set(volume) - {"name"} <= VOLUMES:
+            yield f"restricted: volume {volume['name']}"
+    for port in container(documents).get("ports", []):
+        if port.get("hostPort"):
+            yield "restricted: host port"
+
+
+def least_privilege(documents: list[Manifest]) -> Iterator[str]:
+    """What the standard leaves open and a training job does not need."""
+    pod = pod_spec(documents)
+    if pod.get("automountServiceAccountToken") is not False:
+        yield "a service account's token is mounted"
+    if pod.get("enableServiceLinks") is not False:
+        yield "variables of other Services leak in"
+    if container(documents)["securityContext"].get("readOnlyRootFilesystem") is not True:
+        yield "the root file system is writable"
+
+
+def volumes(documents: list[Manifest]) -> Iterator[str]:
+    """What is mounted exists, and what is written to can be written to."""
+    pod = pod_spec(documents)
+    known = {volume["name"]: volume for volume in pod["volumes"]}
+    writable = []
+    for mount in container(documents)["volumeMounts"]:
+        volume = known.get(mount["name"])
+        if volume is None or len(volume) != 2:
+            yield f"{mount['name']} is no volume, or has no source or several"
+            continue
+        claim = volume.get("persistentVolumeClaim")
+        if not mount.get("readOnly") and ("emptyDir" in volume or (claim and not claim.get("readOnly"))):
+            writable.append(mount["mountPath"])
+    for name in ("HOME", "TMPDIR", "MUSTER_RUN"):
+        path = variables(documents).get(name) or ""
+        if not any(path == place or path.startswith(f"{place}/") for place in writable):
+            yield f"{name} is not on a writable volume"
+    config = only(documents, "ConfigMap")
+    mounted = [
+        volume for volume in pod["volumes"] if volume.get("configMap", {}).get("name") == config["metadata"]["name"]
+    ]
+    paths = [mount["mountPath"] for mount in container(documents)["volumeMounts"] if mount["name"] in
+             [volume["name"] for volume in mounted]]  # fmt: skip
+    if [f"{path}/{key}" for path in paths for key in config["data"]] != container(documents)["args"]:
+        yield "the agent is not given the job file of the ConfigMap"
+
+
+def memory(documents: list[Manifest]) -> Iterator[str]:
+    """A Memory emptyDir counts against the memory limit of the containers that write to it."""
+    resources, pod = container(documents)["resources"], pod_spec(documents)
+    mounts = {mount["mountPath"]: mount["name"] for mount in container(documents)["volumeMounts"]}
+    (shm,) = [volume for volume in pod["volumes"] if volume["name"] == mounts.get("/dev/shm")] or [{}]
+    if shm.get("emptyDir", {}).get("medium") != "Memory" or "sizeLimit" not in shm["emptyDir"]:
+        yield "/dev/shm is no Memory emptyDir with a size"
+    elif number(resources["limits"]["memory"]) < number(shm["emptyDir"]["sizeLimit"]) + SHM_MARGIN:
+        yield "the memory limit does not cover /dev/shm"
+    for name, amount in resources["requests"].items():
+        limit = resources["limits"].get(name)
+        if limit is None or number(limit) < number(amount):
+            yield f"{name} is limited below its request"
+        if "/" in name and (amount != limit or number(amount) != int(number(amount))):
+            yield f"{name}: extended resources are whole, and requested as they are limited"
+
+
+def network(documents: list[Manifest]) -> Iterator[str]:
+    """Pods of the job reach each other on every port, and DNS; nobody else reaches them."""
+    policy, own = only(documents, "NetworkPolicy"), pod_labels(documents)
+    strange = {"app.kubernetes.io/name": "muster", "app.kubernetes.io/instance": "another-job"}
+    if not selects(policy["spec"]["podSelector"], own) or selects(policy["spec"]["podSelector"], strange):
+        yield "the NetworkPolicy does not select the job's pods, and them alone"
+    if set(policy["spec"].get("policyTypes", [])) != {"Ingress", "Egress"}:
+        yield "the NetworkPolicy leaves a direction open"
+    for direction, side in (("ingress", "from"), ("egress", "to")):
+        rules = policy["spec"].get(direction, [])
+        for port in (20000, 45678):
+            if not any(allows(rule, side, own, port, "TCP") for rule in rules):
+                yield f"{direction} closes port {port} between the job's pods"
+    if any(allows(rule, "from", strange, port, "TCP") for rule in policy["spec"]["ingress"] for port in (53, 20000)):
+        yield "another job's pods get in"
+    for protocol in ("UDP", "TCP"):
+        if not any(allows(rule, "to", {"k8s-app": "kube-dns"}, 53, protocol) for rule in policy["spec"]["egress"]):
+            yield f"DNS over {protocol} is closed"
+
+
+def selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    assert set(selector) <= {"matchLabels"}, "only matchLabels is modelled"
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def allows(rule: Manifest, side: str, labels: dict[str, str], port: int, protocol: str) -> bool:
+    """Whether a rule lets a pod of the same namespace with these labels through; no peers or ports means all."""
+    peers, ports = rule.get(side), rule.get("ports")
+    if ports and not any(each.get("protocol", "TCP") == protocol and each.get("port", port) == port for each in ports):
+        return False
+    return not peers or any("ipBlock" in peer or selects(peer.get("podSelector", {}), labels) for peer in peers)
+
+
+def placement(documents: list[Manifest]) -> Iterator[str]:
+    """Spread constraints count the pods that they select."""
+    for constraint in pod_spec(documents).get("topologySpreadConstraints", []):
+        if not selects(constraint["labelSelector"], pod_labels(documents)):
+            yield "the spread constraint does not count the job's pods"
+
+
+def texts(documents: list[Manifest]) -> Iterator[str]:
+    """Annotations, selectors and data are strings: the API refuses numbers and booleans."""
+    for document in documents:
+        for key in ("annotations", "matchLabels", "nodeSelector", "selector", "data"):
+            for path, found in walk(document, key):
+                if not all(isinstance(value, str) for value in flat(found)):
+                    yield f"{document['kind']}{path} holds a value that is no string"
+
+
+def flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from flat(item)
+    else:
+        yield value
+
+
+def owner_is_last(documents: list[Manifest]) -> Iterator[str]:
+    """kubectl applies in order: policy, job file and Service are there before the first pod starts."""
+    if documents[-1]["kind"] not in ("Job", "JobSet") or not job_spec(documents):
+        yield "the Job is not applied last"
+
+
+RULES += [restricted, least_privilege, volumes, memory, network, placement, texts, owner_is_last]
