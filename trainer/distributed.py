@@ -89,7 +89,7 @@ class Distributed(Parallel):
         gradient = self.voting.vote.grad
         assert gradient is not None
         ballot = gradient.clone() if self.cuda else gradient
-        if self._ballot is not None or self._local() and self._averages(due):
+        if self._ballot is not None or (self._local() and self._averages(due)):
             ballot = ballot.clone() if self._ballot is None else self._ballot
             self._ballot = None
             dist.all_reduce(ballot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from trainer.config import Job
@@ -28,6 +29,30 @@ def find_job(path: Path) -> Path:
             "A sweep is started by its array",
         )
     return Path(sweep["runs"][int(number)]) / "job.yaml"
+
+
+def import_paths(job_file: Path) -> list[str]:
+    """Where user code is imported from: the working directory and the job file's folder.
+
+    Of a run they are those that it was submitted from, or their places in its snapshot of the code.
+    """
+    run = job_file.resolve().parent
+    source = read_json(run / "plan" / "source.json")
+    if source is None:
+        return [os.getcwd(), str(run)]
+    working, folder = Path(source["working_directory"]), Path(source["job_folder"])
+    code = run / "code"
+    if not code.is_dir():
+        return [str(working), str(folder)]
+    inside = folder.is_relative_to(working)
+    return [str(code), str(code / folder.relative_to(working) if inside else folder)]
+
+
+def add_import_paths(job_file: Path | None) -> None:
+    """Let user code be found and imported."""
+    sys.path[:0] = [
+        folder for folder in (import_paths(job_file) if job_file else [os.getcwd()]) if folder not in sys.path
+    ]
 
 
 def find_run(path: Path, job: Job, job_id: str, platform: str) -> Path:

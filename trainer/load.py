@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Job
 from trainer.errors import JobError
+from trainer.folder import add_import_paths
 from trainer.rules import check_job
 
 
@@ -33,6 +34,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Merge defaults, job file and overrides; interpolations such as `${oc.env:X}` stay unresolved."""
     path = Path(path)
+    add_import_paths(path / "job.yaml" if path.is_dir() else path)
     written = _read_yaml(path)
     given = parse_overrides(overrides)
     if given.get("parallel") == "single":  # one device is what single means: the file's counts step back
@@ -153,14 +155,12 @@ def _check_limits(key: str, value: Any, limits: Any) -> None:
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    for name, bad in (
-        ("minimum", lambda a, b: not a >= b),
-        ("maximum", lambda a, b: not a <= b),
-        ("above", lambda a, b: not a > b),
-    ):
-        if name in limits and bad(value, limits[name]):
-            word = {"minimum": "at least", "maximum": "at most", "above": "more than"}[name]
-            raise JobError(key, value, f"must be {word} {limits[name]}", f"It means: {limits['help']}")
+    words = {"minimum": "at least", "maximum": "at most", "above": "more than"}
+    for name in words.keys() & limits.keys():
+        limit = limits[name]
+        inside = {"minimum": value >= limit, "maximum": value <= limit, "above": value > limit}  # NaN is outside of all
+        if not inside[name]:
+            raise JobError(key, value, f"must be {words[name]} {limit}", f"It means: {limits['help']}")
 
 
 def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -168,7 +168,7 @@ def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, d
     for item in dataclasses.fields(kind):
         inner: Any = item.default_factory
         if dataclasses.is_dataclass(inner):
-            yield from valid_keys(inner, f"{prefix}{item.name}.")
+            yield from valid_keys(cast(type[Any], inner), f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, item
 

@@ -17,7 +17,6 @@ from trainer.record import record_event, write_json
 from trainer.rounds import Rounds
 from trainer.stop import FLAG
 from trainer.summary import plain_table
-from trainer.symbols import working_directory_first
 from trainer.wiring import Wiring, wire
 
 
@@ -38,8 +37,7 @@ def run_node(path: Path, overrides: list[str]) -> int:
     """Wire, check, fork, watch and report; return the exit code."""
     FLAG.install()
     config = merge_job(path, overrides)
-    with working_directory_first():
-        job = to_job(config)
+    job = to_job(config)
     wiring = wire(job.nodes, job.devices_per_node, job.devices)
     run = find_run(path, job, wiring.job_id, wiring.platform)
     run.mkdir(parents=True, exist_ok=True)

@@ -11,13 +11,14 @@ from trainer import rng
 from trainer.attempt import check_current
 from trainer.config import Job
 from trainer.errors import DONE
+from trainer.folder import add_import_paths
 from trainer.heartbeat import Pulse
 from trainer.loop import Trainer
 from trainer.optimize import autocast
 from trainer.parallel import Step, make_parallel, use_cuda
 from trainer.report import Report
 from trainer.stop import FLAG
-from trainer.task import add_import_paths, make_task
+from trainer.task import make_task
 from trainer.wiring import rank_wiring
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from trainer.config import Job
 
@@ -18,7 +18,8 @@ def reference() -> str:
     for item in dataclasses.fields(Job):
         kind: Any = item.default_factory
         if dataclasses.is_dataclass(kind):
-            lines += _table(f"`{item.name}`: {(kind.__doc__ or '').strip()}", kind, f"{item.name}.")
+            title = f"`{item.name}`: {(kind.__doc__ or '').strip()}"
+            lines += _table(title, cast(type[Any], kind), f"{item.name}.")
     return "\n".join(lines) + "\n"
 
 

@@ -169,7 +169,10 @@ def _check_local(job: Job) -> None:
         )
     if ddp.static_graph:
         raise JobError(
-            "ddp.static_graph", True, "torch's reducer asserts in the steps of post-local SGD", f"Set it to false, {why}"
+            "ddp.static_graph",
+            True,
+            "torch's reducer asserts in the steps of post-local SGD",
+            f"Set it to false, {why}",
         )
     if train.on_nan == "skip":
         raise JobError(
@@ -177,7 +180,10 @@ def _check_local(job: Job) -> None:
         )
     if train.ema_decay is not None:
         raise JobError(
-            "train.ema_decay", train.ema_decay, "each rank of post-local SGD would average other weights", f"Remove it, {why}"
+            "train.ema_decay",
+            train.ema_decay,
+            "each rank of post-local SGD would average other weights",
+            f"Remove it, {why}",
         )
     if train.precision == "fp16":
         raise JobError(

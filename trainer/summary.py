@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -32,7 +31,9 @@ def rows(run: Path) -> list[tuple[str, str]]:
 def resume_command(run: Path) -> str:
     """The command that continues a run, as it can be pasted into the shell that started this process."""
     beside = Path(sys.prefix, "bin", "muster")
-    program = "muster" if shutil.which("muster") or not beside.exists() else os.path.relpath(beside)
+    program = "muster" if shutil.which("muster") or not beside.exists() else str(beside)
+    if program != "muster" and beside.is_relative_to(Path.cwd()):
+        program = str(beside.relative_to(Path.cwd()))
     return f"{shlex.quote(program)} run {shlex.quote(str(run))}"
 
 

@@ -7,9 +7,6 @@ import difflib
 import importlib.util
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +78,10 @@ def _check_arguments(item: ast.ClassDef, arguments: dict[str, Any]) -> None:
 def find_source(module: str) -> Path | None:
     """The file that `module` would be imported from, without importing any package on the way."""
     head, *rest = module.split(".")
-    with working_directory_first():
-        try:
-            spec = importlib.util.find_spec(head)
-        except (ImportError, ValueError):
-            return None
+    try:
+        spec = importlib.util.find_spec(head)
+    except (ImportError, ValueError):
+        return None
     if spec is None:
         return None
     folders = list(spec.submodule_search_locations or [])
@@ -97,17 +93,3 @@ def find_source(module: str) -> Path | None:
             if candidate.is_file():
                 return candidate
     return None
-
-
-@contextmanager
-def working_directory_first() -> Iterator[None]:
-    """Make user code importable from the working directory, as `python script.py` users expect."""
-    added = os.getcwd()
-    if added in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, added)
-    try:
-        yield
-    finally:
-        sys.path.remove(added)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,13 +58,6 @@ class Task(ABC):
     def collate(self, samples: list[Any]) -> Any:
         """Make a batch of samples; default: torch's `default_collate`."""
         return default_collate(samples)
-
-
-def add_import_paths(job_file: Path | None) -> None:
-    """Let user code be imported from the working directory and from the job file's folder."""
-    for folder in (str(job_file.resolve().parent) if job_file else None, os.getcwd()):
-        if folder and folder not in sys.path:
-            sys.path.insert(0, folder)
 
 
 def find_object(key: str, value: str) -> Any:

@@ -187,3 +187,11 @@ class Large(Small):
     def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross entropy, and a large constant."""
         return super().loss(output, batch) + 1e6
+
+
+class Compiled(Small):
+    """Tells how many graphs the compiler made."""
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """Of this process."""
+        return {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}

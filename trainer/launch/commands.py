@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ def _load(job_path: str, overrides: Sequence[str]) -> tuple[DictConfig, Job, Pat
         path = Path(str(run), "job.yaml")
     else:
         run = None
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.resolve().parent))  # user code may lie beside the job file
     config = merge_job(path, overrides)
     return config, to_job(config), run
 
@@ -42,7 +39,9 @@ def _plan(job_path: str, overrides: Sequence[str], on: str, site: Path | None) -
     platform = find_platform(on)
     facts = platform.load_site(site)
     if run is None:
-        run = make_run(job, config)
+        if facts.get("runs"):
+            config.runs = job.runs = facts["runs"]
+        run = make_run(job, config, Path(job_path).resolve().parent)
     else:
         handle = read_json(run / "handle.json")
         if handle and find_platform(handle["platform"]).state(run, handle).word in ("pending", "running"):
@@ -94,9 +93,13 @@ def submit_sweep(job_path: str, overrides: Sequence[str], on: str, site: Path | 
     loaded = [_load(job_path, [*overrides, f"{key}={value}"]) for value in values]
     platform = find_platform(on)
     facts = platform.load_site(site)
-    runs = [make_run(job, config) for config, job, _ in loaded]
+    beside = Path(job_path).resolve().parent
+    if facts.get("runs"):
+        for config, job, _ in loaded:
+            config.runs = job.runs = facts["runs"]
+    runs = [make_run(job, config, beside) for config, job, _ in loaded]
     config, job, _ = loaded[0]
-    folder = make_run(dataclasses.replace(job, name=f"{job.name}-sweep"), config)
+    folder = make_run(dataclasses.replace(job, name=f"{job.name}-sweep"), config, beside)
     (folder / "job.yaml").unlink()  # a sweep is no run
     write_json(folder / "sweep.json", {"sweep": sweep, "runs": [str(run) for run in runs]})
     (folder / "plan").mkdir(exist_ok=True)

@@ -19,6 +19,8 @@ class Pod:
     name: str
     node: int
     phase: str
+    started: bool
+    """Whether its container ran, so that there are logs."""
     created: str
     finished: str
     code: int | None
@@ -42,7 +44,8 @@ def read_pod(item: dict[str, Any]) -> Pod:
         message = f"out of memory: the pod used more than its limit; raise memory in the site file. {message}".strip()
     return Pod(
         metadata["name"], int(metadata.get("annotations", {}).get(INDEX, 0)), status.get("phase", "Pending"),
-        metadata.get("creationTimestamp", ""), ended.get("finishedAt", ""), ended.get("exitCode"),
+        bool(ended or container.get("running")), metadata.get("creationTimestamp", ""),
+        ended.get("finishedAt", ""), ended.get("exitCode"),
         message or (status.get("message", "") if status.get("phase") == "Failed" else ""),
         _why_waiting(conditions, container.get("waiting") or {}, status.get("phase", "Pending")),
         disrupted.get("message", "") if disrupted.get("status") == "True" else "",

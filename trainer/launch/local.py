@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.lease import visible_devices, wanted_devices
 from trainer.launch.platform import Plan, Platform, State
 from trainer.record import read_json
+from trainer.stop import SIGNALS
 
 
 class Local(Platform):
@@ -34,11 +38,12 @@ class Local(Platform):
         return self._supervise(plan, self._command(plan.run), follow)
 
     def _supervise(self, plan: Plan, command: list[str], follow: bool) -> dict[str, Any]:
-        command = command + (["--follow"] if follow else [])
-        (plan.run / "exit.json").unlink(missing_ok=True)
-        with (plan.run / "logs" / "supervisor.log").open("ab") as log:
+        command = command + ([f"--follow={os.getpid()}"] if follow else [])
+        with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
+            (plan.run / "exit.json").unlink(missing_ok=True)
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*command, f"--lock={held}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, pass_fds=[held], preexec_fn=_hold_signals,
             )  # fmt: skip
         return {"pid": process.pid, "started": _start_time(process.pid)}
 
@@ -65,6 +70,28 @@ class Local(Platform):
         if not _alive(handle):
             raise JobError("RUN", handle.get("pid"), "is not running", "`muster status` says how it ended")
         os.kill(int(handle["pid"]), number)
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[int]:
+    """Open and lock a file that the supervisor and its agents then hold: nobody starts a run that still has some.
+
+    Raises:
+        JobError: it has.
+    """
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        raise JobError("RUN", str(run), "is running, or still saving", "Wait for its end, or cancel it") from None
+    finally:
+        os.close(handle)
+
+
+def _hold_signals() -> None:
+    """Keep a stop request for the supervisor until it is ready for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _start_time(pid: int) -> str:

@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import Job
 from trainer.errors import JobError
 from trainer.load import save_job
-from trainer.record import record_event
+from trainer.record import record_event, write_json
 
 
-def make_run(job: Job, config: DictConfig | None = None) -> Path:
+def make_run(job: Job, config: DictConfig | None = None, job_folder: Path | None = None) -> Path:
     """Make a new run folder `<runs>/<name>-<id>` with the job in it; no two calls ever get the same.
+
+    `job_folder`: where the job file lies; user code may lie beside it.
 
     Raises:
         JobError: the runs folder cannot be written.
@@ -33,6 +35,9 @@ def make_run(job: Job, config: DictConfig | None = None) -> Path:
             except FileExistsError:
                 continue
         (run / "logs").mkdir()
+        (run / "plan").mkdir()
+        folders = {"working_directory": os.getcwd(), "job_folder": str(job_folder or os.getcwd())}
+        write_json(run / "plan" / "source.json", folders)
         save_job(config if config is not None else OmegaConf.structured(job), run / "job.yaml")
     except OSError as error:
         raise JobError("runs", job.runs, f"cannot be written: {error}", "Give a writable folder: runs=...") from None

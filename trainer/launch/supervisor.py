@@ -6,6 +6,8 @@ It holds the lease of the GPUs, starts an agent that was killed again, and start
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +22,12 @@ from trainer.folder import steps_committed
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
 from trainer.load import load_job
 from trainer.record import read_json, record_event, write_json
+from trainer.stop import SIGNALS
+from trainer.wiring import RANK_VARIABLES
 
+POLL_S = 0.03
+LINGER_S = 60.0
+"""Once one agent has ended, for the others to end too: what `srun --wait` is on Slurm."""
 KILLED_CONTAINER = 137
 """What `docker run` answers for a container that was killed, for memory for example."""
 
@@ -69,13 +76,21 @@ class Nodes:
 class Supervisor:
     """Starts, watches and ends the agents of one run."""
 
-    def __init__(self, run: Path, job: Job, nodes: Nodes) -> None:
-        """Nothing is started yet; `nodes` says what an agent's process is here."""
+    def __init__(self, run: Path, job: Job, nodes: Nodes, lock: int | None = None) -> None:
+        """Nothing is started yet; `nodes`: what an agent's process is here; `lock`: a file that all of them hold."""
         self.run, self.job, self.nodes = run, job, nodes
+        source = read_json(run / "plan" / "source.json")
+        self.folder = source["working_directory"] if source and os.path.isdir(source["working_directory"]) else None
+        self.kept = [lock] if lock is not None else []
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
+        self.codes: dict[int, int] = {}
         self.launch = 0
-        self.stop_requests = 0
+        self.stop_requests = self.told = 0
         self.preempted = False
+        self.stopping = False
+        """Whether the agents of this launch are to end, whoever asked for it."""
+        self.deadline = math.inf
+        """When those that are still there are killed."""
         self.used, self.progress = 0, -1
         self.lease = Lease([])
 
@@ -88,45 +103,68 @@ class Supervisor:
 
     def main(self) -> int:
         """Run all agents to the end; return the job's exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for number in SIGNALS:
             signal.signal(number, self.handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if not self.take_lease():
             return STOPPED
-        for node in range(self.job.nodes):
-            self.start(node)
-        codes: dict[int, int] = {}
-        told = 0
+        self.start_all()
         while True:
-            if self.stop_requests > told:
-                told = self.stop_requests
-                if told == 1:
-                    self.send(signal.SIGTERM)
-                else:
-                    self.nodes.kill()
-                    self.send(signal.SIGKILL)
-            if self.preempted and not told:
-                self.preempted = False
-                self.send(signal.SIGUSR2)
+            self.pass_on()
             for node, agent in list(self.agents.items()):
                 code = agent.poll()
-                if code is None:
-                    continue
-                del self.agents[node]
-                killed = code < 0 or code == KILLED_CONTAINER
-                if killed and not told and self.may_restart(node, code):
-                    self.start(node)
-                else:
-                    codes[node] = FAILED if killed else code
+                if code is not None:
+                    self.ended(node, code)
             if not self.agents:
-                code = worst(list(codes.values()))
-                if code != STOPPED or told:
-                    return STOPPED if told > 1 else code
+                code = worst(list(self.codes.values()))
+                if self.told > 1:
+                    return STOPPED
+                if code != STOPPED or self.told:
+                    return code
                 self.launch += 1
                 record_event(self.run, "requeued", launch=self.launch)
-                codes.clear()
-                for node in range(self.job.nodes):
-                    self.start(node)
-            time.sleep(0.03)
+                self.start_all()
+            time.sleep(POLL_S)
+
+    def pass_on(self) -> None:
+        """Hand requests on to the agents: once to save and stop, then to end at once."""
+        if self.stop_requests > self.told:
+            self.told = self.stop_requests
+            self.stop(signal.SIGTERM)
+        elif self.preempted:
+            self.stop(signal.SIGUSR2)
+        self.preempted = False
+        if self.told > 1 or time.monotonic() > self.deadline:
+            self.nodes.kill()
+            self.send(signal.SIGKILL)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Tell all agents to save and end."""
+        if not self.stopping:
+            self.stopping = True
+            self.deadline = min(self.deadline, time.monotonic() + self.job.agent.grace_s + LINGER_S)
+        self.send(number)
+
+    def ended(self, node: int, code: int) -> None:
+        """An agent ended: start it again, or see that the others end too."""
+        del self.agents[node]
+        killed = code < 0 or code == KILLED_CONTAINER
+        if killed and not self.stopping and self.may_restart(node, code):
+            self.start(node)
+            return
+        if killed:
+            code = STOPPED if self.stopping else FAILED
+        self.codes[node] = code
+        if code == STOPPED:
+            self.stop(signal.SIGTERM)
+        self.deadline = min(self.deadline, time.monotonic() + LINGER_S)
+
+    def start_all(self) -> None:
+        """Start a launch."""
+        self.codes.clear()
+        self.stopping, self.deadline = self.told > 0, math.inf
+        for node in range(self.job.nodes):
+            self.start(node)
 
     def take_lease(self) -> bool:
         """Wait for the GPUs that the job needs; False when asked to stop meanwhile."""
@@ -150,8 +188,9 @@ class Supervisor:
         command, variables = self.nodes.command(node, self.launch, self.lease)
         with (self.run / "logs" / f"node-{node}.log").open("ab") as log:
             self.agents[node] = subprocess.Popen(
-                command, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, pass_fds=self.lease.handles, preexec_fn=_end_with_parent,
+                command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.folder, start_new_session=True, pass_fds=self.lease.handles + self.kept,
+                preexec_fn=functools.partial(end_with, os.getpid()),
             )  # fmt: skip
 
     def may_restart(self, node: int, code: int) -> bool:
@@ -169,8 +208,19 @@ class Supervisor:
                 agent.send_signal(number)
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop with a checkpoint when this process is gone
+def end_with(parent: int) -> None:
+    """Let this process stop, with a checkpoint, when its parent is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, prctl(2)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def clean_environment() -> dict[str, str]:
+    """Our environment without what makes a process a rank: we may run inside one, or in a shell that played one."""
+    return {
+        name: value for name, value in os.environ.items()
+        if name not in (*RANK_VARIABLES, "MUSTER_ATTEMPT") and not name.startswith("TORCHELASTIC_")
+    }  # fmt: skip
 
 
 def worst(codes: list[int]) -> int:
@@ -184,14 +234,15 @@ def worst(codes: list[int]) -> int:
 def main() -> None:
     """Entry point; the exit code is kept in `exit.json`, because the parent may be gone."""
     run = Path(sys.argv[1])
-    if "--follow" in sys.argv:
-        _end_with_parent()
+    words = dict(word.partition("=")[::2] for word in sys.argv[2:])
+    if "--follow" in words:
+        end_with(int(words["--follow"]))
     try:
         job = load_job(run / "job.yaml")
-        nodes = _nodes(run, job)
+        nodes = _nodes(run, job, "--docker" in words)
         nodes.prepare()
         try:
-            code = Supervisor(run, job, nodes).main()
+            code = Supervisor(run, job, nodes, int(words["--lock"]) if "--lock" in words else None).main()
         finally:
             nodes.finish()
     except JobError as error:
@@ -202,9 +253,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _nodes(run: Path, job: Job) -> Nodes:
+def _nodes(run: Path, job: Job, docker: bool) -> Nodes:
     site = read_json(run / "plan" / "docker.json")
-    if "--docker" not in sys.argv or site is None:
+    if not docker or site is None:
         return Nodes(run, job)
     from trainer.launch.docker import DockerNodes, DockerSite
 

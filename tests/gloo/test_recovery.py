@@ -1,0 +1,88 @@
+"""kill -9 of any rank, again and again: the job goes on within the second, and ends with the weights of a calm run."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from muster_runs import FULL, Run, children, kill, result, stat, submitted, wait_for
+from states import difference, read_state
+
+ONE_NODE = ["devices_per_node=2"]
+TWO_NODES = ["nodes=2", "devices_per_node=2"]
+GOAL_S = {"one node": 0.6, "two nodes": 2.0}
+"""Median from a kill to the next completed step, on a machine with nothing else to do."""
+BUSY = 5
+"""How much slower a machine that runs other tests may be before the median counts as a failure."""
+
+
+def complete(root: Path, *keys: str) -> Path:
+    """The same training, undisturbed."""
+    with submitted(root, *keys) as run:
+        assert result(run) == 0, run.log("node-0.log")
+        return run.folder
+
+
+def kill_and_wait(run: Run, rank: int, pause_s: float) -> float:
+    """Kill a rank some time after its attempt saved; return the seconds until a step of the next attempt is done."""
+    count = len(run.events("first_step"))
+    attempt = run.events("first_step")[-1]["attempt"]
+    wait_for("progress", lambda: any(event["attempt"] == attempt for event in run.events("checkpoint")))
+    time.sleep(pause_s)
+    killed = time.time()
+    kill(run.ranks()[rank])
+    seconds: float = run.wait("first_step", count + 1)["time"] - killed
+    return seconds
+
+
+@pytest.mark.parametrize("topology, keys, kills", [
+    ("one node", ONE_NODE, 50 if FULL else 6),
+    ("two nodes", TWO_NODES, 20 if FULL else 3),
+])  # fmt: skip
+def test_killed_ranks_change_nothing(tmp_path: Path, topology: str, keys: list[str], kills: int) -> None:
+    """Restarts with progress in between use up no budget: there are more kills than restarts to spend."""
+    keys = [*keys, f"train.steps={kills * 40 + 40}", "agent.restarts=2"]
+    expected = complete(tmp_path / "calm", *keys)
+    chance = random.Random(kills)
+    with submitted(tmp_path / "killed", *keys, "task_args.step_s=0.01") as run:
+        run.wait("first_step")
+        ranks = len(run.ranks())
+        times = [kill_and_wait(run, chance.randrange(ranks), chance.uniform(0, 0.1)) for _ in range(kills)]
+        assert result(run, 120) == 0, run.log("node-0.log")
+        assert [event["kind"] for event in run.events("failure")] == ["killed"] * kills
+    assert difference(read_state(expected), read_state(run.folder)) == ""
+    print(f"\n{topology}: {kills} kills, seconds to the next step: median {statistics.median(times):.2f}, "
+          f"largest {max(times):.2f}")
+    assert statistics.median(times) < GOAL_S[topology] * BUSY
+
+
+def resources(agent: int) -> dict[str, int]:
+    """What the agent and the template hold, and what is left of ranks."""
+    [template] = [pid for pid in children(agent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = {"zombies": sum(stat(pid)[:1] == ["Z"] for pid in children(agent) + children(template))}
+    for name, pid in (("agent", agent), ("template", template)):
+        found[f"{name} threads"] = len(os.listdir(f"/proc/{pid}/task"))
+        found[f"{name} files"] = len(os.listdir(f"/proc/{pid}/fd"))
+    found["children"] = len(children(agent)) + len(children(template))
+    found["shared memory"] = len(os.listdir("/dev/shm"))
+    return found
+
+
+def test_restarts_leak_nothing(tmp_path: Path) -> None:
+    """The template, which is forked again and again, has one thread, and never more."""
+    kills = 200 if FULL else 8
+    keys = [*ONE_NODE, "train.steps=1000000", "task_args.step_s=0.01", "data.workers=1"]
+    with submitted(tmp_path, *keys) as run:
+        run.wait("first_step")
+        for _ in range(3):
+            kill_and_wait(run, 1, 0)
+        agent = run.agents()[0]
+        before = resources(agent)
+        assert before["template threads"] == 1
+        for number in range(kills):
+            kill_and_wait(run, number % 2, 0)
+        wait_for(f"no more than {before}", lambda: all(resources(agent)[key] <= before[key] for key in before), 20)

@@ -1,0 +1,298 @@
+"""An API server in memory, for the real kubectl: it keeps objects and answers get, apply, patch, delete, wait and logs.
+
+It checks nothing that it is sent (schemas and rules have tests of their own) and starts nothing: a test, or the
+controller of this folder, plays the cluster on `objects`. What it models is the API as its concepts page has it
+(kubernetes.io, reference/using-api/api-concepts).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Object = dict[str, Any]
+# Plural: kind, group and version.
+RESOURCES = {
+    "pods": ("Pod", "v1"),
+    "services": ("Service", "v1"),
+    "configmaps": ("ConfigMap", "v1"),
+    "events": ("Event", "v1"),
+    "persistentvolumeclaims": ("PersistentVolumeClaim", "v1"),
+    "jobs": ("Job", "batch/v1"),
+    "networkpolicies": ("NetworkPolicy", "networking.k8s.io/v1"),
+    "jobsets": ("JobSet", "jobset.x-k8s.io/v1alpha2"),
+}
+VERBS = ["create", "delete", "get", "list", "patch", "watch"]
+NAMESPACE = "default"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Cluster:
+    """Objects by plural and name. Whoever changes one calls `changed`, which wakes who watches."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str], Object] = {}
+        self.change = threading.Condition()
+        self.version = 0
+        self.requests: list[str] = []
+        self.refusal: Callable[[str, str, Object | None], tuple[int, str, str] | None] = lambda *_: None
+        """Asked for (method, plural, body) before anything is done: status, reason and message of a refusal."""
+        self.read_log: Callable[[str, bool, str], str] = lambda pod, timestamps, since: ""
+
+    def put(self, plural: str, value: Object) -> Object:
+        """Create or replace an object."""
+        with self.change:
+            kind, version = RESOURCES[plural]
+            value = {"apiVersion": version, "kind": kind, **value}
+            metadata = value["metadata"]
+            metadata.setdefault("namespace", NAMESPACE)
+            metadata.setdefault("uid", str(uuid.uuid4()))
+            metadata.setdefault("creationTimestamp", now())
+            value.setdefault("status", {}) if plural in ("pods", "jobs", "jobsets") else None
+            self.objects[plural, metadata["name"]] = value
+            self.changed(value)
+            return value
+
+    def changed(self, value: Object) -> None:
+        with self.change:
+            self.version += 1
+            value["metadata"]["resourceVersion"] = str(self.version)
+            self.change.notify_all()
+
+    def remove(self, plural: str, name: str) -> None:
+        """Take an object away, and all that it owns."""
+        with self.change:
+            gone = self.objects.pop((plural, name), None)
+            if gone is None:
+                return
+            for key, value in list(self.objects.items()):
+                owners = value["metadata"].get("ownerReferences", [])
+                if any(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
+                    self.remove(*key)
+            self.version += 1
+            self.change.notify_all()
+
+    def delete(self, plural: str, name: str, foreground: bool) -> None:
+        """What DELETE does: pods get their grace period, and in the foreground an owner goes after its pods."""
+        value = self.objects[plural, name]
+        pods = [item for (kind, _), item in self.objects.items() if kind == "pods" and item["status"].get("phase") in (
+            "Running", "Pending") and any(owner["name"] == name for owner in item["metadata"].get("ownerReferences", []))]  # fmt: skip
+        if (plural == "pods" and value["status"].get("phase") == "Running") or (foreground and pods):
+            value["metadata"].setdefault("deletionTimestamp", now())
+            self.changed(value)
+        else:
+            self.remove(plural, name)
+
+    def select(self, plural: str, query: dict[str, str]) -> list[Object]:
+        found = [value for (kind, _), value in list(self.objects.items()) if kind == plural]
+        for part in filter(None, query.get("labelSelector", "").split(",")):
+            key, sign, wanted = part.partition("=")
+            found = [v for v in found if (v["metadata"].get("labels", {}).get(key) == wanted if sign else key in v["metadata"].get("labels", {}))]  # noqa: E501  # fmt: skip
+        for part in filter(None, query.get("fieldSelector", "").split(",")):
+            path, _, wanted = part.partition("=")
+            found = [value for value in found if _at(value, path) == wanted]
+        return found
+
+
+def _at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        value = value.get(part, {})
+    return value
+
+
+def merge(target: Any, patch: Any) -> Any:
+    """JSON merge patch (RFC 7386)."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merge(result.get(key), value)
+    return result
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request of kubectl."""
+
+    protocol_version = "HTTP/1.1"
+    cluster: Cluster
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        discovery = discover(url.path)
+        if discovery is not None:
+            return self.answer(200, discovery)
+        plural, name, rest = route(url.path)
+        self.cluster.requests.append(f"GET {plural} {name} {url.query}")
+        if rest == "log":
+            text = self.cluster.read_log(name, query.get("timestamps") == "true", query.get("sinceTime", ""))
+            return self.answer(200, text)
+        if query.get("watch"):
+            return self.watch(plural, query)
+        with self.cluster.change:
+            if name:
+                value = self.cluster.objects.get((plural, name))
+                return self.answer(200, value) if value else self.not_found(plural, name)
+            items = copy.deepcopy(self.cluster.select(plural, query))
+        kind, version = RESOURCES[plural]
+        metadata = {"resourceVersion": str(self.cluster.version)}
+        return self.answer(200, {"kind": f"{kind}List", "apiVersion": version, "metadata": metadata, "items": items})
+
+    def do_POST(self) -> None:
+        self.write("POST")
+
+    def do_PATCH(self) -> None:
+        self.write("PATCH")
+
+    def do_DELETE(self) -> None:
+        self.write("DELETE")
+
+    def write(self, method: str) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length) or "null")
+        plural, name, _ = route(urlsplit(self.path).path)
+        self.cluster.requests.append(f"{method} {plural} {name or body['metadata']['name']}")
+        refusal = self.cluster.refusal(method, plural, body)
+        if refusal is not None:
+            return self.status(*refusal)
+        with self.cluster.change:
+            value = self.cluster.objects.get((plural, name))
+            if method == "POST":
+                return self.answer(201, self.cluster.put(plural, body))
+            if value is None:
+                return self.not_found(plural, name)
+            if method == "DELETE":
+                self.cluster.delete(plural, name, (body or {}).get("propagationPolicy") == "Foreground")
+                return self.answer(200, {"kind": "Status", "apiVersion": "v1", "status": "Success"})
+            value.update(merge(value, body))
+            self.cluster.changed(value)
+            return self.answer(200, value)
+
+    def watch(self, plural: str, query: dict[str, str]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        end = time.monotonic() + min(float(query.get("timeoutSeconds", 30)), 30)
+        seen: dict[str, Object] = {item["metadata"]["name"]: item for item in self.cluster.select(plural, query)}
+        version = int(query.get("resourceVersion") or 0)
+        try:
+            while time.monotonic() < end:
+                with self.cluster.change:
+                    found = {item["metadata"]["name"]: item for item in self.cluster.select(plural, query)}
+                    events = [("DELETED", item) for name, item in seen.items() if name not in found]
+                    newer = [item for item in found.values() if int(item["metadata"]["resourceVersion"]) > version]
+                    events += [("MODIFIED" if item["metadata"]["name"] in seen else "ADDED", item) for item in newer]
+                    version, seen = self.cluster.version, found
+                    lines = [json.dumps({"type": word, "object": item}).encode() + b"\n" for word, item in events]
+                for line in lines:
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+                self.wfile.flush()
+                with self.cluster.change:
+                    self.cluster.change.wait(0.2)
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            self.close_connection = True
+
+    def answer(self, status: int, value: Any) -> None:
+        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain" if isinstance(value, str) else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def status(self, code: int, reason: str, message: str) -> None:
+        body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason}
+        self.answer(code, {**body, "message": message})
+
+    def not_found(self, plural: str, name: str) -> None:
+        self.status(404, "NotFound", f'{plural} "{name}" not found')
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def route(path: str) -> tuple[str, str, str]:
+    """Plural, name and subresource of a path below a namespace."""
+    parts = path.split("/namespaces/")[1].split("/")[1:] + ["", ""]
+    return parts[0], parts[1], parts[2]
+
+
+def discover(path: str) -> Any:
+    """What kubectl asks before anything else: groups, resources, and whether fields are validated here."""
+    groups = sorted({version for _, version in RESOURCES.values() if "/" in version})
+    if path == "/api":
+        return {"kind": "APIVersions", "versions": ["v1"]}
+    if path == "/apis":
+        listed = [{"groupVersion": group, "version": group.split("/")[1]} for group in groups]
+        items = [{"name": each["groupVersion"].split("/")[0], "versions": [each], "preferredVersion": each} for each in listed]
+        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": items}
+    version = path.removeprefix("/apis/").removeprefix("/api/")
+    if version in [*groups, "v1"] and path.startswith("/api"):
+        resources = [
+            {"name": plural, "singularName": kind.lower(), "kind": kind, "namespaced": True, "verbs": VERBS}
+            for plural, (kind, group) in RESOURCES.items() if group == version
+        ]  # fmt: skip
+        return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}
+    if path == "/openapi/v3":
+        return {"paths": {f"api{'s' if '/' in group else ''}/{group}": {"serverRelativeURL": f"/openapi/v3/{group}"}
+                          for group in [*groups, "v1"]}}  # fmt: skip
+    if path.startswith("/openapi/v3/"):
+        return describe_patches(path.removeprefix("/openapi/v3/"))
+    return None
+
+
+def describe_patches(version: str) -> Any:
+    """Says of each kind that PATCH takes `fieldValidation`: kubectl then leaves validation to the server."""
+    group, _, last = version.rpartition("/")
+    paths = {}
+    for plural, (kind, of) in RESOURCES.items():
+        if of == version:
+            operation = {
+                "x-kubernetes-group-version-kind": {"group": group, "version": last, "kind": kind},
+                "parameters": [{"name": "fieldValidation", "in": "query", "schema": {"type": "string"}}],
+                "responses": {},
+            }
+            paths[f"/{plural}/{{name}}"] = {"patch": operation}
+    return {"openapi": "3.0.0", "info": {"title": "test", "version": "0"}, "paths": paths}
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[Cluster, Path]]:
+    """Serves an empty cluster on the loopback; yields it and the file to set KUBECONFIG to."""
+    cluster = Cluster()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"cluster": cluster}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    config = folder / "kubeconfig"
+    config.write_text(
+        json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+            "users": [{"name": "test", "user": {}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": NAMESPACE}}],
+        })
+    )  # fmt: skip
+    try:
+        yield cluster, config
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
