@@ -51,6 +51,7 @@ def run_node(path: Path, overrides: list[str]) -> int:
         master=wiring.master_addr,
         platform=wiring.platform,
         launch=wiring.launch,
+        visible_devices=wiring.visible_devices,
         pid=os.getpid(),
     )
     settings = network_settings(wiring)

@@ -22,17 +22,18 @@ from trainer.wiring import RankWiring
 class Step(nn.Module):
     """What is replicated or wrapped: the model with the task's loss inside, so that only per-sample values leave it."""
 
-    def __init__(self, model: nn.Module, task: Task, autocast: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, task: Task, autocast: Callable[[], Any], compile: bool = False) -> None:
         """`autocast`: makes the context of the forward pass; entered here because each replica is a thread."""
         super().__init__()
         self.model = model
         self.task = task
         self.autocast = autocast
+        self.apply_model = torch.compile(apply_model) if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
         with self.autocast():
-            output = self.model(self.task.inputs(batch))
+            output = self.apply_model(self.model, self.task.inputs(batch))
             losses = self.task.loss(output, batch)
         if losses.dim() != 1:
             raise JobError(
@@ -58,6 +59,11 @@ class Step(nn.Module):
                     "Leave sums and means to the trainer and to Task.summary",
                 )
         return metrics
+
+
+def apply_model(model: nn.Module, inputs: Any) -> Any:
+    """What is compiled: `model.compile()` silently leaves models alone whose class is torch's, such as Sequential."""
+    return model(inputs)
 
 
 class Parallel:

@@ -56,9 +56,7 @@ def train(job: Job, run: Path | None, job_file: Path | None) -> int:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = task.train_dataset(), task.eval_dataset()
         rng.seed_all(job.seed, 0, 1 + wiring.rank)  # own dropout masks
-        if job.train.compile:
-            model.compile()
-        parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device)))
+        parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit()
         report.finish(metrics)

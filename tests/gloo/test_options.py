@@ -72,15 +72,13 @@ def test_bf16_trains_nearly_the_same(tmp_path: Path) -> None:
         assert read_state(tmp_path / mode)["model"]["0.weight"].dtype == torch.float32
 
 
-@pytest.mark.timeout(120)
 def test_compiled_it_is_the_same_and_no_name_changes(tmp_path: Path) -> None:
-    keys = ["task=digit_tasks:Compiled", "train.steps=6", "train.ema_decay=0.9"]
-    complete(tmp_path / "plain", make_job(*keys, *MODES["ddp"]))
-    complete(tmp_path / "compiled", make_job(*keys, *MODES["ddp"], "train.compile=true"))
+    keys = ["task=digit_tasks:Compiled", "train.steps=4", "task_args.held_out=8", "parallel=ddp"]
+    complete(tmp_path / "plain", make_job(*keys))
+    complete(tmp_path / "compiled", make_job(*keys, "train.compile=true"))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     assert [evaluations(tmp_path / run)[-1]["graphs"] > 0 for run in ("plain", "compiled")] == [False, True]
-    ours, theirs = read_state(tmp_path / "compiled"), read_state(tmp_path / "plain")
-    assert list(ours["model"]) == list(theirs["model"]) and list(ours["average"]["model"]) == list(theirs["model"])
+    assert list(read_state(tmp_path / "compiled")["model"]) == list(read_state(tmp_path / "plain")["model"])
 
 
 @pytest.mark.parametrize("span, steps", [("[1, 1]", 1), ("[4, 6]", 3), ("[20, 30]", 2)])

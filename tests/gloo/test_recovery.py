@@ -9,22 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from muster_runs import FULL, Run, children, kill, result, stat, submitted, wait_for
+from muster_runs import FULL, HERE, Run, children, kill, result, stat, submitted, wait_for
+from ranks import complete, make_job
 from states import difference, read_state
 
 ONE_NODE = ["devices_per_node=2"]
-TWO_NODES = ["nodes=2", "devices_per_node=2"]
+# More than two summands: torch sums them in another order in the first step of an attempt, unless it looks for unused
+# parameters, because it arranges its buckets anew after that step.
+TWO_NODES = ["nodes=2", "devices_per_node=2", "ddp.find_unused_parameters=true"]
 GOAL_S = {"one node": 0.6, "two nodes": 2.0}
 """Median from a kill to the next completed step, on a machine with nothing else to do."""
 BUSY = 5
 """How much slower a machine that runs other tests may be before the median counts as a failure."""
-
-
-def complete(root: Path, *keys: str) -> Path:
-    """The same training, undisturbed."""
-    with submitted(root, *keys) as run:
-        assert result(run) == 0, run.log("node-0.log")
-        return run.folder
 
 
 def kill_and_wait(run: Run, rank: int, pause_s: float) -> float:
@@ -46,7 +42,7 @@ def kill_and_wait(run: Run, rank: int, pause_s: float) -> float:
 def test_killed_ranks_change_nothing(tmp_path: Path, topology: str, keys: list[str], kills: int) -> None:
     """Restarts with progress in between use up no budget: there are more kills than restarts to spend."""
     keys = [*keys, f"train.steps={kills * 40 + 40}", "agent.restarts=2"]
-    expected = complete(tmp_path / "calm", *keys)
+    expected = complete(tmp_path / "calm", make_job(*keys, file=HERE / "faulty.yaml")).folder
     chance = random.Random(kills)
     with submitted(tmp_path / "killed", *keys, "task_args.step_s=0.01") as run:
         run.wait("first_step")

@@ -31,6 +31,7 @@ RESOURCES = {
     "networkpolicies": ("NetworkPolicy", "networking.k8s.io/v1"),
     "jobsets": ("JobSet", "jobset.x-k8s.io/v1alpha2"),
 }
+DESCRIBED = dict(RESOURCES)  # stays complete when a test takes a resource away
 VERBS = ["create", "delete", "get", "list", "patch", "watch"]
 NAMESPACE = "default"
 
@@ -87,8 +88,8 @@ class Cluster:
     def delete(self, plural: str, name: str, foreground: bool) -> None:
         """What DELETE does: pods get their grace period, and in the foreground an owner goes after its pods."""
         value = self.objects[plural, name]
-        pods = [item for (kind, _), item in self.objects.items() if kind == "pods" and item["status"].get("phase") in (
-            "Running", "Pending") and any(owner["name"] == name for owner in item["metadata"].get("ownerReferences", []))]  # fmt: skip
+        owned = [item for item in self.objects.values() if name in _owners(item) and item["kind"] == "Pod"]
+        pods = [item for item in owned if item["status"].get("phase") in ("Running", "Pending")]
         if (plural == "pods" and value["status"].get("phase") == "Running") or (foreground and pods):
             value["metadata"].setdefault("deletionTimestamp", now())
             self.changed(value)
@@ -99,11 +100,16 @@ class Cluster:
         found = [value for (kind, _), value in list(self.objects.items()) if kind == plural]
         for part in filter(None, query.get("labelSelector", "").split(",")):
             key, sign, wanted = part.partition("=")
-            found = [v for v in found if (v["metadata"].get("labels", {}).get(key) == wanted if sign else key in v["metadata"].get("labels", {}))]  # noqa: E501  # fmt: skip
+            labels = [(value, value["metadata"].get("labels", {})) for value in found]
+            found = [value for value, own in labels if (own.get(key) == wanted if sign else key in own)]
         for part in filter(None, query.get("fieldSelector", "").split(",")):
             path, _, wanted = part.partition("=")
             found = [value for value in found if _at(value, path) == wanted]
         return found
+
+
+def _owners(value: Object) -> list[str]:
+    return [owner["name"] for owner in value["metadata"].get("ownerReferences", [])]
 
 
 def _at(value: Any, path: str) -> Any:
@@ -137,6 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         discovery = discover(url.path)
         if discovery is not None:
             return self.answer(200, discovery)
+        if "/namespaces/" not in url.path:
+            return self.not_found("path", url.path)
         plural, name, rest = route(url.path)
         self.cluster.requests.append(f"GET {plural} {name} {url.query}")
         if rest == "log":
@@ -230,18 +238,23 @@ class Handler(BaseHTTPRequestHandler):
 
 def route(path: str) -> tuple[str, str, str]:
     """Plural, name and subresource of a path below a namespace."""
-    parts = path.split("/namespaces/")[1].split("/")[1:] + ["", ""]
+    parts = [*path.split("/namespaces/")[1].split("/")[1:], "", ""]
     return parts[0], parts[1], parts[2]
 
 
 def discover(path: str) -> Any:
     """What kubectl asks before anything else: groups, resources, and whether fields are validated here."""
     groups = sorted({version for _, version in RESOURCES.values() if "/" in version})
+    if path == "/version":
+        return {"major": "1", "minor": "36", "gitVersion": "v1.36.0"}
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
         listed = [{"groupVersion": group, "version": group.split("/")[1]} for group in groups]
-        items = [{"name": each["groupVersion"].split("/")[0], "versions": [each], "preferredVersion": each} for each in listed]
+        items = [
+            {"name": each["groupVersion"].split("/")[0], "versions": [each], "preferredVersion": each}
+            for each in listed
+        ]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": items}
     version = path.removeprefix("/apis/").removeprefix("/api/")
     if version in [*groups, "v1"] and path.startswith("/api"):
@@ -252,7 +265,7 @@ def discover(path: str) -> Any:
         return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}
     if path == "/openapi/v3":
         return {"paths": {f"api{'s' if '/' in group else ''}/{group}": {"serverRelativeURL": f"/openapi/v3/{group}"}
-                          for group in [*groups, "v1"]}}  # fmt: skip
+                          for group in {version for _, version in DESCRIBED.values()}}}  # fmt: skip
     if path.startswith("/openapi/v3/"):
         return describe_patches(path.removeprefix("/openapi/v3/"))
     return None
@@ -262,7 +275,7 @@ def describe_patches(version: str) -> Any:
     """Says of each kind that PATCH takes `fieldValidation`: kubectl then leaves validation to the server."""
     group, _, last = version.rpartition("/")
     paths = {}
-    for plural, (kind, of) in RESOURCES.items():
+    for plural, (kind, of) in DESCRIBED.items():
         if of == version:
             operation = {
                 "x-kubernetes-group-version-kind": {"group": group, "version": last, "kind": kind},

@@ -44,7 +44,7 @@ def read_pod(item: dict[str, Any]) -> Pod:
         message = f"out of memory: the pod used more than its limit; raise memory in the site file. {message}".strip()
     return Pod(
         metadata["name"], int(metadata.get("annotations", {}).get(INDEX, 0)), status.get("phase", "Pending"),
-        bool(ended or container.get("running")), metadata.get("creationTimestamp", ""),
+        bool(ended) or "running" in container, metadata.get("creationTimestamp", ""),
         ended.get("finishedAt", ""), ended.get("exitCode"),
         message or (status.get("message", "") if status.get("phase") == "Failed" else ""),
         _why_waiting(conditions, container.get("waiting") or {}, status.get("phase", "Pending")),

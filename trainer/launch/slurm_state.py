@@ -50,6 +50,11 @@ class SlurmState:
                 outcome = "cancelled"
             if word == "FAILED" and code == STOPPED:
                 outcome = "stopped"
+            if outcome == "failed" and not why and not self._wired():
+                why = (
+                    f"no node wrote into the run folder: {self.run} must be on a file system that all nodes share "
+                    "(`runs` in slurm/site.yaml), and so must the Python environment"
+                )
             return State(outcome, why, DONE if outcome == "done" else code or 1)
         return self._run_folder()
 
@@ -76,6 +81,11 @@ class SlurmState:
             return None
         word, _, code = lines[-1].partition("|")
         return word.split()[0], "", _exit_code(code)
+
+    def _wired(self) -> bool:
+        """Whether an agent of this job has begun, or left a log that says why not."""
+        agents = [*self.run.glob("logs/node-*.log"), *self.run.glob("logs/slurm-*.out")]
+        return any(e["event"] == "wired" for e in read_lines(self.run / "events.jsonl")) or bool(agents)
 
     def _run_folder(self) -> State:
         events = [e for e in read_lines(self.run / "events.jsonl") if e["event"] in ("done", "ended", "training")]

@@ -169,6 +169,8 @@ class ByteLM(Task):
             raise JobError("task_args.size", size, "no such model", f"Use one of {', '.join(SIZES)}")
         self.shape = SIZES[size]
         self.folder = Path(folder or sysconfig.get_path("stdlib"))
+        if not self.folder.is_dir():
+            raise JobError("task_args.folder", str(self.folder), "no such folder", "Name one that all nodes see")
 
     @cached_property
     def corpora(self) -> dict[bool, Tensor]:

@@ -1,0 +1,24 @@
+"""Fixtures of the Kubernetes tier: an API server in memory, which the real kubectl talks to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_api import Cluster, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """An empty cluster that kubectl, and so muster, finds as its current one."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("there is no kubectl: install kubernetes-client or kubectl")
+    with serving(tmp_path) as (found, config):
+        monkeypatch.setenv("KUBECONFIG", str(config))
+        monkeypatch.setenv("KUBECACHEDIR", str(tmp_path / "cache"))  # of discovery, else kept at home for each port
+        monkeypatch.chdir(ROOT)
+        yield found

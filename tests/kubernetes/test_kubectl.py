@@ -1,0 +1,293 @@
+"""muster's verbs on Kubernetes, through the real kubectl: what is sent, and what is made of the cluster's answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_api import Cluster
+
+from trainer.errors import JobError
+from trainer.launch import commands
+from trainer.launch.kubernetes import Kubernetes
+from trainer.record import read_json, write_json
+
+INDEX = "batch.kubernetes.io/job-completion-index"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    path = tmp_path / "site.yaml"
+    path.write_text("claim: runs\n")
+    return path
+
+
+def submit(tmp_path: Path, site: Path | None, *overrides: str) -> Path:
+    words = ["nodes=2", "devices_per_node=1", "device=cpu", f"runs={tmp_path / 'my runs'}", *overrides]
+    return commands.submit("jobs/digits.yaml", words, "kubernetes", site)
+
+
+def handle_of(run: Path) -> dict[str, Any]:
+    found = read_json(run / "handle.json")
+    assert found
+    return found
+
+
+def put_pod(cluster: Cluster, run: Path, node: int, mark: str, **status: Any) -> dict[str, Any]:
+    """A pod as the Job controller makes it, in the state that a test wants."""
+    name = handle_of(run)["name"]
+    owner = cluster.objects["jobs", name]
+    metadata = {
+        "name": f"{name}-{node}-{mark}", "annotations": {INDEX: str(node)},
+        "labels": {"app.kubernetes.io/instance": name},
+        "ownerReferences": [{"kind": "Job", "name": name, "uid": owner["metadata"]["uid"]}],
+    }  # fmt: skip
+    return cluster.put("pods", {"metadata": metadata, "spec": {"containers": [{"name": "agent"}]}, "status": status})
+
+
+def ended(code: int, message: str = "", **more: Any) -> dict[str, Any]:
+    state = {"terminated": {"exitCode": code, "message": message, "finishedAt": "2026-01-01T00:00:00Z", **more}}
+    phase = "Failed" if code else "Succeeded"
+    return {"phase": phase, "containerStatuses": [{"name": "agent", "state": state}]}
+
+
+def finish(cluster: Cluster, run: Path, kind: str, **condition: Any) -> None:
+    job = cluster.objects["jobs", handle_of(run)["name"]]
+    job["status"]["conditions"] = [{"type": kind, "status": "True", **condition}]
+    cluster.changed(job)
+
+
+RUNNING = {"phase": "Running", "containerStatuses": [{"name": "agent", "state": {"running": {}}}]}
+
+
+def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    rendered = list(yaml.safe_load_all((run / "plan" / "kubernetes.txt").read_text()))
+    assert [document["kind"] for document in rendered] == ["NetworkPolicy", "ConfigMap", "Service", "Job"]
+    assert len(cluster.objects) == 4
+    for (_, name), found in cluster.objects.items():
+        (sent,) = (document for document in rendered if document["kind"] == found["kind"])
+        assert name == sent["metadata"]["name"] == run.name
+        for key in ("spec", "data", "immutable"):
+            assert found.get(key) == sent.get(key)
+    job = cluster.objects["jobs", run.name]
+    owners = [item["metadata"].get("ownerReferences") for item in cluster.objects.values() if item is not job]
+    reference = {"apiVersion": "batch/v1", "kind": "Job", "name": run.name, "uid": job["metadata"]["uid"]}
+    assert owners == [[reference]] * 3
+    assert commands.render(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
+
+
+def test_a_jobset_makes_its_own_service(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    site.write_text("kind: jobset\nclaim: runs\n")
+    run = submit(tmp_path, site)
+    assert sorted(kind for kind, _ in cluster.objects) == ["configmaps", "jobsets", "networkpolicies"]
+    assert commands.status(str(run))["state"] == "pending"
+    job = cluster.objects["jobsets", handle_of(run)["name"]]
+    job["status"]["conditions"] = [{"type": "Completed", "status": "True"}]
+    assert Kubernetes().state(run, handle_of(run)).word == "done"
+
+
+def test_without_a_claim_it_says_so(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit(tmp_path, None)
+    assert "cannot resume" in capsys.readouterr().err
+
+
+def test_status_says_why_pods_wait(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    assert commands.status(str(run))["state"] == "pending"
+    event = {"reason": "FailedCreate", "type": "Warning", "message": "exceeded quota: gpus, requested: 8, used: 8",
+             "metadata": {"name": "e"}, "involvedObject": {"kind": "Job", "name": run.name}}  # fmt: skip
+    cluster.put("events", event)
+    assert "exceeded quota" in commands.status(str(run))["reason"]
+    unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes fit"}
+    put_pod(cluster, run, 0, "aaaaa", phase="Pending", conditions=[unschedulable])
+    found = commands.status(str(run))
+    assert found["state"] == "pending"
+    assert "0/2 nodes fit" in found["reason"]
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    put_pod(cluster, run, 0, "aaaaa", **RUNNING)
+    put_pod(cluster, run, 1, "bbbbb", phase="Pending", containerStatuses=[{"state": waiting}])
+    found = commands.status(str(run))
+    assert found["state"] == "running"
+    assert "ImagePullBackOff: no such image" in found["reason"]
+
+
+def test_logs_are_copied_once_and_follow_a_replaced_pod(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    lines = {
+        f"{run.name}-0-aaaaa": ["2026-01-01T00:00:01.1Z [muster] hello", "2026-01-01T00:00:02.5Z step 1/9  loss 2"],
+        f"{run.name}-1-bbbbb": ["2026-01-01T00:00:01.5Z [muster] node 1"],
+        f"{run.name}-0-ccccc": ["2026-01-01T00:01:00Z step 2/9  loss 1"],
+    }  # fmt: skip
+    asked = []
+
+    def read_log(pod: str, timestamps: bool, since: str) -> str:
+        asked.append(since)
+        return "".join(f"{line}\n" for line in lines[pod] if line >= since)
+
+    cluster.read_log = read_log
+    put_pod(cluster, run, 0, "aaaaa", **RUNNING)
+    put_pod(cluster, run, 1, "bbbbb", **RUNNING)
+    assert commands.status(str(run))["reason"] == "step 1/9  loss 2"
+    assert commands.status(str(run))["reason"] == "step 1/9  loss 2"
+    assert (run / "logs/node-0.log").read_text() == "[muster] hello\nstep 1/9  loss 2\n"
+    assert (run / "logs/node-1.log").read_text() == "[muster] node 1\n"
+    put_pod(cluster, run, 0, "aaaaa", **ended(75))
+    put_pod(cluster, run, 0, "ccccc", **RUNNING)
+    assert commands.status(str(run))["reason"] == "step 2/9  loss 1"
+    assert (run / "logs/node-0.log").read_text().splitlines()[-1] == "step 2/9  loss 1"
+    assert asked[0] == ""
+    assert asked[-1] == "2025-12-31T23:59:32Z"
+
+
+def test_the_end_is_told_by_node_0_and_remembered(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    put_pod(cluster, run, 0, "aaaaa", **ended(0, "accuracy  0.98\ntime  3 s"))
+    put_pod(cluster, run, 1, "bbbbb", **ended(0))
+    finish(cluster, run, "Complete")
+    found = commands.status(str(run))
+    assert (found["state"], found["code"], found["reason"]) == ("done", 0, "accuracy  0.98\ntime  3 s")
+    cluster.objects.clear()  # as its ttlSecondsAfterFinished does
+    assert commands.status(str(run))["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("pods", "condition", "word", "code", "reason"),
+    [
+        ([(0, ended(64, "ERROR: train.lr is wrong")), (1, ended(75))],
+         {"reason": "PodFailurePolicy", "message": "exit code 64 matching"}, "failed", 64, "train.lr is wrong (exit"),
+        ([(0, ended(1, "rank 3 failed first")), (1, ended(1, "node 1's view"))],
+         {"reason": "PodFailurePolicy", "message": "exit code 1 matching"}, "failed", 1, "rank 3 failed first (exit"),
+        ([(1, ended(137, "last line", reason="OOMKilled")), (0, ended(75))],
+         {"reason": "BackoffLimitExceeded", "message": "reached the limit"}, "failed", 137, "out of memory"),
+        ([(0, ended(75, "stopped"))], {"reason": "DeadlineExceeded"}, "stopped", 75, "time_limit_min"),
+        ([], {"reason": "BackoffLimitExceeded", "message": "reached the limit"}, "failed", 1, "reached the limit"),
+    ],
+)  # fmt: skip
+def test_a_failure_is_explained(
+    cluster: Cluster, tmp_path: Path, site: Path, pods: Any, condition: Any, word: str, code: int, reason: str
+) -> None:
+    run = submit(tmp_path, site)
+    for node, status in pods:
+        put_pod(cluster, run, node, "aaaaa", **status)
+    finish(cluster, run, "Failed", **condition)
+    found = commands.status(str(run))
+    assert (found["state"], found["code"]) == (word, code)
+    assert reason in found["reason"]
+
+
+def test_an_evicted_pod_is_named_while_it_is_replaced(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    put_pod(cluster, run, 0, "aaaaa", **RUNNING)
+    evicted = {"type": "DisruptionTarget", "status": "True", "message": "Eviction API: evicting"}
+    put_pod(cluster, run, 1, "bbbbb", **ended(75), conditions=[evicted])
+    found = commands.status(str(run))
+    assert (found["state"], "evicting" in found["reason"]) == ("running", True)
+
+
+def test_cancel_deletes_in_the_foreground(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    pod = put_pod(cluster, run, 0, "aaaaa", **RUNNING)
+    commands.cancel(str(run))
+    assert commands.status(str(run))["state"] == "running"
+    cluster.remove("pods", pod["metadata"]["name"])
+    cluster.remove("jobs", run.name)
+    found = commands.status(str(run))
+    assert (found["state"], found["code"]) == ("cancelled", 75)
+    assert cluster.objects == {}  # what the Job owned went with it
+
+
+def test_a_job_that_vanished_is_lost(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    cluster.remove("jobs", run.name)
+    found = commands.status(str(run))
+    assert (found["state"], "is gone" in found["reason"]) == ("lost", True)
+
+
+def test_preempt_suspends_waits_and_resumes(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    seen = []
+
+    def controller(method: str, plural: str, body: Any) -> None:
+        if method == "PATCH" and "suspend" in body.get("spec", {}):
+            seen.append((body["spec"]["suspend"], cluster.objects["jobs", run.name]["status"].get("conditions")))
+            if body["spec"]["suspend"]:
+                finish(cluster, run, "Suspended")
+
+    cluster.refusal = controller
+    commands.preempt(str(run))
+    assert [suspended for suspended, _ in seen] == [True, False]
+    assert seen[1][1] == [{"type": "Suspended", "status": "True"}]
+
+
+def test_a_run_is_continued_after_what_was_left_of_it_is_deleted(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    finish(cluster, run, "Complete")
+    first = cluster.objects["jobs", run.name]["metadata"]["uid"]
+    assert commands.status(str(run))["state"] == "done"
+    commands.submit(str(run), ["train.epochs=20"], "kubernetes", site)
+    assert cluster.objects["jobs", run.name]["metadata"]["uid"] != first
+    assert "epochs: 20" in cluster.objects["configmaps", run.name]["data"]["job.yaml"]
+    assert commands.status(str(run))["state"] == "pending"
+
+
+def test_a_running_run_is_not_submitted_again(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    with pytest.raises(JobError, match="is running"):
+        commands.submit(str(run), [], "kubernetes", site)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "message", "remedy"),
+    [
+        (403, "Forbidden", 'jobs.batch is forbidden: User "me" cannot create resource "jobs"', "auth can-i"),
+        (403, "Forbidden", "pods is forbidden: exceeded quota: compute, requested: cpu=96", "more quota"),
+        (409, "AlreadyExists", 'jobs.batch "x" already exists', "earlier submission"),
+    ],
+)
+def test_a_refusal_is_one_error_with_a_remedy(
+    cluster: Cluster, tmp_path: Path, site: Path, code: int, reason: str, message: str, remedy: str
+) -> None:
+    cluster.refusal = lambda method, plural, body: (code, reason, message) if plural == "jobs" else None
+    with pytest.raises(JobError) as caught:
+        submit(tmp_path, site)
+    assert message in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
+    import cluster_api
+
+    monkeypatch.delitem(cluster_api.RESOURCES, "jobsets")
+    site.write_text("kind: jobset\nclaim: runs\n")
+    with pytest.raises(JobError, match="kind: job in the site file"):
+        submit(tmp_path, site)
+
+
+def test_no_cluster_and_no_kubectl(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
+    run = submit(tmp_path, site)
+    config = tmp_path / "nobody"
+    text = json.loads((tmp_path / "kubeconfig").read_text())
+    text["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:9"
+    write_json(config, text)
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    found = commands.status(str(run))
+    assert (found["state"], "cluster-info" in found["reason"]) == ("lost", True)
+    with pytest.raises(JobError, match="cluster-info"):
+        submit(tmp_path, site)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(JobError, match="no kubectl on this machine"):
+        submit(tmp_path, site)
+
+
+def test_context_and_namespace_come_from_the_site(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    site.write_text("claim: runs\ncontext: elsewhere\n")
+    with pytest.raises(JobError, match='context "elsewhere" does not exist'):
+        submit(tmp_path, site)
+    site.write_text("claim: runs\ncontext: test\nnamespace: team\n")
+    run = submit(tmp_path, site)
+    assert {item["metadata"]["namespace"] for item in cluster.objects.values()} == {"team"}
+    assert handle_of(run)["namespace"] == "team"
