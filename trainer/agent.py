@@ -79,7 +79,7 @@ class NodeAgent(LocalElasticAgent):
         return super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.autopsy.attempt = self.rendezvous.plan["attempt"]
+        self.autopsy.begin(self.rendezvous.plan["attempt"])
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
         pids: dict[int, Any] = super()._start_workers(worker_group)
@@ -133,6 +133,11 @@ class NodeAgent(LocalElasticAgent):
             if failure is not None:
                 self.rendezvous.failure = failure.to_json()
             self._stop_workers(group)
+            self._copy_log()  # before the last word on it
+
+    def _copy_log(self) -> None:
+        if self.tail is not None:
+            self.tail.copy()
 
     def _watch(self) -> tuple[RunResult | None, Failure | None]:
         """Wait until all ranks are done, or something failed here (a failure) or elsewhere (none).
@@ -144,8 +149,7 @@ class NodeAgent(LocalElasticAgent):
         while True:
             connection.wait([process.sentinel for process in processes if process.exitcode is None], POLL_S)
             codes = [process.exitcode for process in processes]
-            if self.tail is not None:
-                self.tail.copy()
+            self._copy_log()
             if self.autopsy.failed(processes):
                 return None, self._died(processes)
             if None not in codes:

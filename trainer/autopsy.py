@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,27 @@ from trainer.errors import DONE, FAILED, STOPPED
 from trainer.heartbeat import Beat, Heartbeat
 from trainer.postmortem import Failure, classify, describe_exit, first_failure, oom_kills
 from trainer.record import read_json, record_event
-from trainer.tail import last_lines
+from trainer.tail import last_lines, size
 from trainer.wiring import Wiring
 
-WAITING = re.compile(r"distributed_c10d\.py|autograd/graph\.py|distributed/rendezvous\.py|_tensor\.py.*backward")
-"""Frames of a rank that waits for other ranks: a collective, or the backward pass that runs them."""
+FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
+WAITING = re.compile(r"distributed_c10d\.py|autograd/graph\.py|distributed/rendezvous\.py")
+"""Where a rank waits for other ranks: a collective, or the backward pass that runs them."""
+TORCH = re.compile(r"/torch/")
+HERE = Path(__file__).parent
 
 
-MAIN_THREAD = "most recent call first):"
-"""What faulthandler writes above each thread's frames; the main thread comes last."""
+@dataclass(frozen=True)
+class Frame:
+    """A line of a Python stack."""
+
+    file: str
+    line: str
+    function: str
+
+    def __str__(self) -> str:
+        """For a message."""
+        return f"{self.function} ({Path(self.file).name}:{self.line})"
 
 
 class Autopsy:
@@ -33,9 +47,15 @@ class Autopsy:
         """Remember where to look."""
         self.job, self.run, self.wiring, self.heartbeat = job, run, wiring, heartbeat
         self.host = socket.gethostname()
-        self.attempt = 0
+        self.begin(0)
+
+    def begin(self, attempt: int) -> None:
+        """New ranks start: remember what was there before them."""
+        self.attempt = attempt
         self.oom_before = oom_kills()
         self.moved: dict[int, float] = {}
+        ranks = range(self.first_rank(), self.first_rank() + self.job.ranks_per_node)
+        self.log_sizes = {rank: size(self.log(rank)) for rank in ranks}
 
     def first_rank(self) -> int:
         """The global rank of this node's first rank."""
@@ -80,8 +100,9 @@ class Autopsy:
         log = self.log(rank)
         oom = oom_kills() > self.oom_before
         if record is None:
-            message = describe_exit(code) + (": the kernel killed it for memory" if oom and code == -9 else "")
-            kind = classify(code, "", message, last_lines(log), oom)
+            message = describe_exit(code) + (" in the middle of the training" if code == DONE else "")
+            message += ": the kernel killed it for memory" if oom and code == -signal.SIGKILL else ""
+            kind = classify(code, "", message, last_lines(log, self.log_sizes[rank]), oom)
             return Failure(self.wiring.node_rank, self.host, rank, time.time(), code, kind, message, str(log))
         kind = classify(record["code"], " ".join(record["chain"]), record["message"], "", oom)
         message = f"{record['exception']}: {record['message']}" if record["code"] != 64 else record["message"]
@@ -119,9 +140,9 @@ class Autopsy:
                 late.append((index, silent))
         if not late:
             return None
-        stopped = [index for index, _ in late if process_state(processes[index].pid) == "T"]
+        stopped = {index for index, _ in late if process_state(processes[index].pid) == "T"}
         stacks = self.dump_stacks(processes)
-        waiting = {index for index, text in stacks.items() if WAITING.search(text)} - set(stopped)
+        waiting = {index for index, stack in stacks.items() if only_waits(stack)} - stopped
         steps = {index: self.heartbeat.read(index).step for index, _ in late}
         index, silent = min(late, key=lambda item: (item[0] not in stopped, item[0] in waiting, steps[item[0]]))
         rank = self.first_rank() + index
@@ -130,8 +151,9 @@ class Autopsy:
         if self.job.script:
             what = f"does nothing for {silent:.0f} s"
         state = " (the process is stopped)" if index in stopped else ""
-        message = (f"{what}{state}{_where(stacks.get(index, ''))}; "
-                   f"stacks of all ranks: {self.run / 'logs'}/stacks-rank-*.txt")  # fmt: skip
+        message = (
+            f"{what}{state}{where(stacks.get(index, []))}; stacks of all ranks: {self.run / 'logs'}/stacks-rank-*.txt"
+        )
         record_event(self.run, "hung", rank=rank, step=beat.step, attempt=self.attempt)
         return Failure(
             self.wiring.node_rank, self.host, rank, time.time(), FAILED, "hung", message, str(self.log(rank)),
@@ -146,31 +168,39 @@ class Autopsy:
             self.moved[index] = now
         return Beat(self.moved[index], 0, "training")
 
-    def dump_stacks(self, processes: list[Any]) -> dict[int, str]:
-        """Make every rank write its Python stacks; return that of each main thread."""
+    def dump_stacks(self, processes: list[Any]) -> dict[int, list[Frame]]:
+        """Make every rank write its Python stacks; return that of each main thread, which comes last."""
         files = [self.run / "logs" / f"stacks-rank-{self.first_rank() + i}.txt" for i in range(len(processes))]
-        before = [file.stat().st_size if file.exists() else 0 for file in files]
+        before = [size(file) for file in files]
         for process in processes:
             if process.exitcode is None:
                 os.kill(process.pid, STACKS)
-                os.kill(process.pid, 18)  # SIGCONT: a stopped process writes its stacks too, then is killed
+                os.kill(process.pid, signal.SIGCONT)  # a stopped process writes its stacks too, then is killed
         end = time.monotonic() + 1.0
-        while time.monotonic() < end and any(
-            not file.exists() or file.stat().st_size == size for file, size in zip(files, before, strict=True)
-        ):
+        while time.monotonic() < end and any(size(file) == begin for file, begin in zip(files, before, strict=True)):
             time.sleep(0.02)
         time.sleep(0.05)
-        texts = {}
-        for index, (file, size) in enumerate(zip(files, before, strict=True)):
+        stacks = {}
+        for index, (file, begin) in enumerate(zip(files, before, strict=True)):
             if file.exists():
-                texts[index] = file.read_bytes()[size:].decode(errors="replace").rpartition(MAIN_THREAD)[2]
-        return texts
+                text = file.read_bytes()[begin:].decode(errors="replace").rpartition("most recent call first):")[2]
+                stacks[index] = [Frame(*found) for found in FRAME.findall(text)]
+        return stacks
 
 
-def _where(stack: str) -> str:
-    """The innermost Python frame of a stack."""
-    match = re.search(r'File "([^"]+)", line (\d+) in (\S+)', stack)
-    return f", in {match[3]} ({Path(match[1]).name}:{match[2]})" if match else ""
+def where(stack: list[Frame]) -> str:
+    """The innermost function, and whose it is when it is torch's."""
+    if not stack:
+        return ""
+    own = next((frame for frame in stack if not TORCH.search(frame.file)), stack[0])
+    called = "" if own is stack[0] else f", called in {own}"
+    return f", in {stack[0]}{called}"
+
+
+def only_waits(stack: list[Frame]) -> bool:
+    """Whether a rank waits for others in the trainer's own collectives: not in one that user code called."""
+    own = next((frame for frame in stack if not TORCH.search(frame.file)), None)
+    return own is not None and Path(own.file).parent == HERE and any(WAITING.search(frame.file) for frame in stack)
 
 
 def process_state(pid: int) -> str:

@@ -62,6 +62,18 @@ class Distributed(Parallel):
         add_comm_hook(self.ddp, options)
         self.compressed = options.compression in ("bf16", "fp16")
         self.steps = 0  # done so far; set by the loop on a resume
+        self.settles = self.world_size > 2 or options.compression != "none"
+
+    def settle(self, batch: Any) -> None:
+        """Let DDP choose its gradient buckets, by a backward pass of zeros.
+
+        It orders them anew after its first step. With more than two ranks an element's place in its bucket decides
+        in which order the ranks' values are added, so the first step of a resumed run would differ in the last bits.
+        """
+        losses, vote = self.ddp(batch)
+        ((losses.sum() + vote.sum()) * 0).backward()
+        self._check_unused()
+        self.voting.vote.grad = None
 
     def losses(self, batch: Any) -> Tensor:
         """Per-sample losses of this rank's batch."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import rng
 from trainer.config import Job
 from trainer.data import Loader, ToDevice
 from trainer.errors import JobError, Stopped
@@ -68,6 +69,7 @@ class Trainer:
             Stopped: on request, with a checkpoint committed.
             NonFiniteLoss: with `on_nan: halt`.
         """
+        self.settle()
         self.state.resume()
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.order.steps_per_epoch)
@@ -83,6 +85,20 @@ class Trainer:
             self.loader.close()
             self.eval_loader.close()
         return self.state.metrics
+
+    def settle(self) -> None:
+        """Let the mode arrange itself by one step that changes nothing: see `Distributed.settle`."""
+        if not self.parallel.settles:
+            return
+        device, buffers = self.parallel.device, list(self.state.model.buffers())
+        before = rng.get_state(device), [buffer.clone() for buffer in buffers]
+        micro = next(self.order.epoch(Position()))
+        [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
+        self.parallel.settle(batch)
+        self.optimizer.zero_grad()
+        rng.set_state(before[0], device)
+        for buffer, value in zip(buffers, before[1], strict=True):
+            buffer.copy_(value)
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""

@@ -89,6 +89,12 @@ class Parallel:
                 nn.DataParallel(step, list(range(count))) if self.cuda else ThreadReplicas(step, count)
             )  # fmt: skip
 
+    settles = False
+    """Whether `settle` must be called, with any batch, before the first step."""
+
+    def settle(self, batch: Any) -> None:
+        """Arrange what only a step can arrange."""
+
     def losses(self, batch: Any) -> Tensor:
         """Per-sample losses of this rank's batch, on the primary device."""
         losses: Tensor = self.module(batch)

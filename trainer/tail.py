@@ -14,7 +14,7 @@ class Tail:
     def __init__(self, path: Path) -> None:
         """The file need not exist yet."""
         self.path = path
-        self.offset = path.stat().st_size if path.exists() else 0
+        self.offset = size(path)
 
     def copy(self) -> None:
         """Write what is new to standard output."""
@@ -31,12 +31,19 @@ class Tail:
             os.write(sys.stdout.fileno(), new)
 
 
-def last_lines(path: Path, size: int = 4000) -> str:
-    """The end of a log, at most `size` bytes."""
+def size(path: Path) -> int:
+    """Bytes of a file; 0 when there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def last_lines(path: Path, begin: int = 0, most: int = 4000) -> str:
+    """The end of a log from its byte `begin` on, at most `most` bytes."""
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
+            file.seek(max(begin, size(path) - most))
             return file.read().decode(errors="replace")
     except OSError:
         return ""

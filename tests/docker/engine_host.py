@@ -43,22 +43,41 @@ level = "warn"
 
 
 def main(cache: Path, work: Path) -> int:
-    with open(cache / "lock", "a+") as lock:
+    # Either says that the tests are gone: the pipe that they close, or, where a fork of theirs kept it, their end.
+    tests = select.poll()
+    for handle in (sys.stdin.fileno(), os.pidfd_open(os.getppid())):
+        tests.register(handle)
+    try:
+        with open(cache / "lock", "a+") as lock:
+            if not _locked(lock, tests):
+                return 1
+            remove_leftovers(lock)
+            lock.write(f"{os.getpid()} {work}\n")
+            lock.flush()
+            try:
+                return _hold(cache, work, tests)
+            finally:
+                remove_leftovers(lock)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _locked(lock: TextIO, tests: select.poll) -> bool:
+    """Waits for the cache, which one session at a time may use; False when the tests end first."""
+    told = False
+    while not tests.poll(0):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            print("waiting for another test session that uses this cache", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_leftovers(lock)
-        lock.write(f"{os.getpid()} {work}\n")
-        lock.flush()
-        try:
-            return _hold(cache, work)
-        finally:
-            remove_leftovers(lock)
+            if not told:
+                print("waiting for another test session that uses this cache", flush=True)
+            told = True
+            time.sleep(0.1)
+    return False
 
 
-def _hold(cache: Path, work: Path) -> int:
+def _hold(cache: Path, work: Path, tests: select.poll) -> int:
     (work / "containerd.toml").write_text(CONTAINERD.format(cache=cache, work=work))
     (work / "dockerd.json").write_text(json.dumps(_settings(cache, work)))
     with open(cache / "dockerd.log", "w") as log:
@@ -75,7 +94,9 @@ def _hold(cache: Path, work: Path) -> int:
             print("failed", flush=True)
             return 1
         print(f"ready {_process_1(engine)}", flush=True)
-        return _wait_for_the_end(engine)
+        tests.register(os.pidfd_open(engine.pid))
+        tests.poll()
+        return 0 if engine.poll() is None else 1
     finally:
         if engine.poll() is None and (process_1 := _process_1(engine)):
             os.kill(process_1, signal.SIGKILL)  # returns from wait only when the whole namespace is dead
@@ -120,26 +141,29 @@ def _process_1(engine: subprocess.Popen) -> int:
     return int(children[0]) if children else 0
 
 
-def _wait_for_the_end(engine: subprocess.Popen) -> int:
-    """Returns when the tests close our standard input or die, or when the engine dies."""
-    poll = select.poll()
-    # The pipe says that the tests are done; the parent's handle covers a fork of theirs that kept it open.
-    for handle in (sys.stdin.fileno(), os.pidfd_open(os.getppid()), os.pidfd_open(engine.pid)):
-        poll.register(handle, select.POLLIN | select.POLLHUP)
-    poll.poll()
-    return 0 if engine.poll() is None else 1
-
-
 def remove_leftovers(lock: TextIO) -> None:
     """Removes the folders of the holder that the lock file names: this one, or one that was killed."""
     lock.seek(0)
     for holder, work in (line.split(maxsplit=1) for line in lock):
         root = Path("/sys/fs/cgroup")
         for top in [root / f"{CGROUP_PREFIX}{holder}", *root.glob(f"*/{CGROUP_PREFIX}{holder}")]:
-            for folder, _, _ in os.walk(top, topdown=False):
-                os.rmdir(folder)
+            _remove_tree(top)
         shutil.rmtree(work.strip(), ignore_errors=True)
     lock.truncate(0)
+
+
+def _remove_tree(top: Path) -> None:
+    """Removes a control group, which is busy for the moment that its killed processes take to end."""
+    end = time.monotonic() + 10
+    for folder, _, _ in os.walk(top, topdown=False):
+        while True:
+            try:
+                os.rmdir(folder)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -92,13 +92,16 @@ def test_an_unknown_name_fails_at_once(engine: Engine):
     assert time.monotonic() - start < 4
 
 
-def test_a_second_session_waits_for_the_first(engine: Engine, tmp_path: Path):
+def test_a_second_session_waits_for_the_first_and_ends_with_its_tests(engine: Engine, tmp_path: Path):
+    (tmp_path / "work").mkdir()
     host = [sys.executable, "-I", str(Path(__file__).with_name("engine_host.py"))]
     with subprocess.Popen(
-        [*host, str(cache_folder()), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*host, str(cache_folder()), str(tmp_path / "work")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as second:
         assert second.stdout.readline().startswith("waiting")
-        second.terminate()
+        second.stdin.close()
+        second.wait(timeout=10)
+        assert not (tmp_path / "work").exists()
 
 
 @pytest.fixture

@@ -23,7 +23,10 @@ def payload(value: float) -> dict[str, Any]:
 
 def value_of(saved: checkpoint.Saved) -> float:
     """Of `payload`, read from both files."""
-    weight, value = checkpoint.load(saved.folder, "model.pt")["weight"], checkpoint.load(saved.folder, "state.pt")["value"]
+    weight, value = (
+        checkpoint.load(saved.folder, "model.pt")["weight"],
+        checkpoint.load(saved.folder, "state.pt")["value"],
+    )
     assert torch.equal(weight, torch.full((300,), value)), "files of two checkpoints were mixed"
     return float(value)
 

@@ -37,8 +37,8 @@ def _tensor_memory() -> None:
 
 def _shm() -> None:
     raise RuntimeError(
-        "DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-        "shared memory. Please try to raise your shared memory limit."
+        "DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+        "of shared memory. Please try to raise your shared memory limit."
     )
 
 

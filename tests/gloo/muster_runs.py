@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,8 @@ def descendants(pid: int) -> list[int]:
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     """Signal a process that may have just ended."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 class Run:
@@ -103,6 +101,13 @@ class Run:
         """The process ids of the agents, by node."""
         return {event["node"]: event["pid"] for event in self.events("wired")}
 
+    def template(self, node: int) -> int:
+        """The process that the ranks of a node are forked from."""
+        agent = self.agents()[node]
+        found = [pid for pid in children(agent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(found) == 1
+        return found[0]
+
     def order(self, rank: int, word: str) -> None:
         """Make a rank do something (`faulty_tasks`)."""
         pending = self.folder / "orders" / "pending"
@@ -121,7 +126,7 @@ class Run:
         return found
 
     def processes(self) -> list[int]:
-        """All processes of the run that still exist: those that have its folder in their command line or environment."""
+        """All processes of the run that still exist: they name its folder in command line or environment."""
         word, found = str(self.folder).encode(), []
         for path in Path("/proc").glob("[0-9]*"):
             try:

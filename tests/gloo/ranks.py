@@ -30,7 +30,7 @@ from trainer.load import load_job
 from trainer.record import read_lines
 
 HERE = Path(__file__).parent
-PRELOAD = ["torch", "torch._dynamo", "trainer.rank", "digit_tasks"]
+PRELOAD = ["torch", "torch._dynamo", "trainer.rank", "digit_tasks", "data_tasks"]
 LINGER_S = 15.0
 """From the first rank that failed until the others are killed."""
 
@@ -62,7 +62,7 @@ class Run:
 
 
 def train(
-    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 90.0, attempt: int | None = None
+    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 120.0, attempt: int | None = None
 ) -> Run:
     """Train `job` in `folder` as its next attempt; `fault` happens to this attempt only."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +72,7 @@ def train(
     shared = {
         "WORLD_SIZE": str(job.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "MUSTER_ATTEMPT": str(attempt), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or each rank starts compiler processes that import torch
     }  # fmt: skip
     processes = []
     for rank in range(job.world_size):
@@ -149,8 +150,11 @@ def order_of_samples(folder: Path) -> dict[int, list[int]]:
 
     What an attempt did after the checkpoint that the next one resumed from never happened to the weights.
     """
-    lines = [json.loads(line) for path in sorted(folder.glob("samples-rank*.jsonl"))
-             for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("samples-rank*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     began = {event["attempt"]: event["step"] for event in events(folder, "training")}
     epochs: dict[int, list[int]] = {}
     for line in sorted(lines, key=lambda line: line["step"]):  # stable: in a step, rank after rank

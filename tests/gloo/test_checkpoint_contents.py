@@ -81,8 +81,15 @@ def test_plain_pytorch_loads_it_in_two_lines(halves: dict[str, Path]) -> None:
 ])  # fmt: skip
 def test_the_best_is_kept_beside_the_last(tmp_path: Path, keys: list[str], scores: list[float], best: int) -> None:
     listed = "[" + ", ".join("." + str(score) if math.isnan(score) else str(float(score)) for score in scores) + "]"
-    job = make_job(*MODES["ddp"], "task=digit_tasks:Scored", f"task_args.scores={listed}", "checkpoint.best=score",
-                   "checkpoint.every_steps=3", "checkpoint.keep_last=1", *keys)
+    job = make_job(
+        *MODES["ddp"],
+        "task=digit_tasks:Scored",
+        f"task_args.scores={listed}",
+        "checkpoint.best=score",
+        "checkpoint.every_steps=3",
+        "checkpoint.keep_last=1",
+        *keys,
+    )
     complete(tmp_path, job)
     assert [repr(values["score"]) for values in evaluations(tmp_path)] == [repr(float(score)) for score in scores]
     assert steps_saved(tmp_path) == [best, job.train.steps]

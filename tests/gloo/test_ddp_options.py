@@ -61,8 +61,10 @@ def test_unused_parameters_are_found_when_asked_for(tmp_path: Path) -> None:
     for arguments in ("{}", "{first: 1, last: 4}", "{first: 5, last: 9}"):
         for mode in ("parallel=single", "ddp.find_unused_parameters=true"):
             ddp = ["devices_per_node=2"] if mode.startswith("ddp") else []
-            complete(tmp_path / arguments / mode, make_job("train.precision=float64", LINEAR, mode, *ddp,
-                                                           f"task_args={arguments}"))
+            complete(
+                tmp_path / arguments / mode,
+                make_job("train.precision=float64", LINEAR, mode, *ddp, f"task_args={arguments}"),
+            )
         expected = losses(tmp_path / arguments / "parallel=single")
         assert losses(tmp_path / arguments / mode) == pytest.approx(expected, rel=1e-12), arguments
 
@@ -87,9 +89,17 @@ def test_a_large_loss_survives_compression(tmp_path: Path, kind: str) -> None:
     assert losses(tmp_path) == pytest.approx([1e6] * 21, rel=1e-5)
 
 
-LOCAL = ["devices_per_node=2", "ddp.sync_every=4", "ddp.sync_start=2", "train.optimizer=sgd",
-         "train.optimizer_args={momentum: 0.9}", "train.lr=0.05", "task_args.batchnorm=true",
-         "task_args.dropout=0.2", "checkpoint.every_steps=3"]
+LOCAL = [
+    "devices_per_node=2",
+    "ddp.sync_every=4",
+    "ddp.sync_start=2",
+    "train.optimizer=sgd",
+    "train.optimizer_args={momentum: 0.9}",
+    "train.lr=0.05",
+    "task_args.batchnorm=true",
+    "task_args.dropout=0.2",
+    "checkpoint.every_steps=3",
+]
 
 
 @pytest.fixture(scope="module")

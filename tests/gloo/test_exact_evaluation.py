@@ -24,8 +24,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(folder: Path, weights: Path, ranks: int, *keys: str) -> dict[str, float]:
     """Evaluate by a training of one step that changes nothing: the learning rate is far below rounding."""
-    job = make_job(*RANKS[ranks], f"checkpoint.load={weights}", "train.steps=1", "train.lr=1e-30",
-                   "train.optimizer=sgd", "train.weight_decay=0", *keys)
+    job = make_job(
+        *RANKS[ranks],
+        f"checkpoint.load={weights}",
+        "train.steps=1",
+        "train.lr=1e-30",
+        "train.optimizer=sgd",
+        "train.weight_decay=0",
+        *keys,
+    )
     complete(folder, job)
     (values,) = evaluations(folder)
     return values
@@ -58,8 +65,9 @@ def test_ranks_evaluate_the_model_that_is_saved(tmp_path: Path) -> None:
     """Each rank's own batch statistics must not enter: a single process gives the checkpoint the same numbers."""
     complete(tmp_path / "trained", make_job("devices_per_node=2", "task_args.batchnorm=true", "task_args.held_out=371"))
     saved = tmp_path / "trained/checkpoints/step-000000021"
-    again = evaluate(tmp_path / "again", saved, 1, "task_args.batchnorm=true", "task_args.held_out=371",
-                     "task=digit_tasks:Frozen")
+    again = evaluate(
+        tmp_path / "again", saved, 1, "task_args.batchnorm=true", "task_args.held_out=371", "task=digit_tasks:Frozen"
+    )
     trained = evaluations(tmp_path / "trained")[-1]
     assert {**again, "step": 21} == trained
 
@@ -68,7 +76,18 @@ def test_data_parallel_evaluates_on_all_replicas(tmp_path: Path, weights: Path) 
     """Chunks have other sizes than a single process's batches, so sums agree within rounding only."""
     keys = ["task_args.held_out=371", "train.precision=float64"]
     expected = evaluate(tmp_path / "1", weights, 1, *keys)
-    complete(tmp_path / "dp", make_job("parallel=dp", "devices_per_node=3", f"checkpoint.load={weights}",
-                                       "train.steps=1", "train.lr=1e-30", "train.optimizer=sgd", "train.weight_decay=0", *keys))
+    complete(
+        tmp_path / "dp",
+        make_job(
+            "parallel=dp",
+            "devices_per_node=3",
+            f"checkpoint.load={weights}",
+            "train.steps=1",
+            "train.lr=1e-30",
+            "train.optimizer=sgd",
+            "train.weight_decay=0",
+            *keys,
+        ),
+    )
     (values,) = evaluations(tmp_path / "dp")
     assert values == pytest.approx(expected, rel=1e-12)

@@ -12,8 +12,13 @@ from states import difference, read_state, steps_saved
 
 STEPS = 21
 """In epochs of five: 4 batches of 24 and one of 5."""
-MODEL = ["task_args.dropout=0.3", "task_args.batchnorm=true", "train.optimizer=sgd",
-         "train.optimizer_args={momentum: 0.9}", "train.lr=0.05"]
+MODEL = [
+    "task_args.dropout=0.3",
+    "task_args.batchnorm=true",
+    "train.optimizer=sgd",
+    "train.optimizer_args={momentum: 0.9}",
+    "train.lr=0.05",
+]
 MODES = {"single": ["parallel=single"], "ddp": ["devices_per_node=2"]}
 
 

@@ -51,14 +51,17 @@ def test_killed_ranks_change_nothing(tmp_path: Path, topology: str, keys: list[s
         assert result(run, 120) == 0, run.log("node-0.log")
         assert [event["kind"] for event in run.events("failure")] == ["killed"] * kills
     assert difference(read_state(expected), read_state(run.folder)) == ""
-    print(f"\n{topology}: {kills} kills, seconds to the next step: median {statistics.median(times):.2f}, "
-          f"largest {max(times):.2f}")
+    print(
+        f"\n{topology}: {kills} kills, seconds to the next step: median {statistics.median(times):.2f}, "
+        f"largest {max(times):.2f}"
+    )
     assert statistics.median(times) < GOAL_S[topology] * BUSY
 
 
-def resources(agent: int) -> dict[str, int]:
+def resources(run: Run) -> dict[str, int]:
     """What the agent and the template hold, and what is left of ranks."""
-    [template] = [pid for pid in children(agent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    agent = run.agents()[0]
+    template = run.template(0)
     found = {"zombies": sum(stat(pid)[:1] == ["Z"] for pid in children(agent) + children(template))}
     for name, pid in (("agent", agent), ("template", template)):
         found[f"{name} threads"] = len(os.listdir(f"/proc/{pid}/task"))
@@ -76,9 +79,8 @@ def test_restarts_leak_nothing(tmp_path: Path) -> None:
         run.wait("first_step")
         for _ in range(3):
             kill_and_wait(run, 1, 0)
-        agent = run.agents()[0]
-        before = resources(agent)
+        before = resources(run)
         assert before["template threads"] == 1
         for number in range(kills):
             kill_and_wait(run, number % 2, 0)
-        wait_for(f"no more than {before}", lambda: all(resources(agent)[key] <= before[key] for key in before), 20)
+        wait_for(f"no more than {before}", lambda: all(resources(run)[key] <= before[key] for key in before), 20)

@@ -256,6 +256,8 @@ def discover(path: str) -> Any:
             for each in listed
         ]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": items}
+    if path.startswith("/api/v1/namespaces/") and path.count("/") == 4:
+        return {"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": path.rpartition("/")[2]}}
     version = path.removeprefix("/apis/").removeprefix("/api/")
     if version in [*groups, "v1"] and path.startswith("/api"):
         resources = [

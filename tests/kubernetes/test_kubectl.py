@@ -80,6 +80,14 @@ def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site:
     assert commands.render(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
 
 
+def test_the_claim_belongs_to_nobody(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    site.write_text("claim: runs\nclaim_size: 1Gi\n")
+    run = submit(tmp_path, site)
+    assert "ownerReferences" not in cluster.objects["persistentvolumeclaims", "runs"]["metadata"]
+    cluster.remove("jobs", run.name)
+    assert list(cluster.objects) == [("persistentvolumeclaims", "runs")]
+
+
 def test_a_jobset_makes_its_own_service(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     site.write_text("kind: jobset\nclaim: runs\n")
     run = submit(tmp_path, site)

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.errors import STOPPED
 from trainer.launch.kubernetes_client import KINDS, Kubectl, Refused, remedy
 from trainer.launch.kubernetes_logs import copy_logs
-from trainer.launch.kubernetes_render import object_name, render_manifests
+from trainer.launch.kubernetes_render import make_manifests, object_name, render_manifests
 from trainer.launch.kubernetes_site import KubernetesSite, load_kubernetes_site
 from trainer.launch.kubernetes_state import read_pod, read_state
 from trainer.launch.platform import Plan, Platform, State
@@ -49,30 +49,31 @@ class Kubernetes(Platform):
             JobError: no kubectl, no cluster, or the API server refused.
         """
         site = KubernetesSite(**plan.site)
-        name, kind, manifests = object_name(plan), KINDS[site.kind], self.render(plan) + "\n"
-        kubectl = Kubectl(site.context, site.namespace)
+        name, kind, kubectl = object_name(plan), KINDS[site.kind], Kubectl(site.context, site.namespace)
         for stale in ("exit.json", "logs/.kubernetes.json"):
             (plan.run / stale).unlink(missing_ok=True)
         if (plan.run / "handle.json").exists():  # the run is continued: what was left of it would be in the way
             left = [f"{kind}/{name}", f"configmap/{name}"]
             kubectl.demand("delete", *left, "--ignore-not-found", "--cascade=foreground")
-        kubectl.demand("apply", "--filename=-", text=manifests)
-        self._adopt(kubectl, kind, name)
+        kubectl.demand("apply", "--filename=-", text=self.render(plan) + "\n")
+        self._adopt(kubectl, f"{kind}/{name}", make_manifests(plan)[:-1])
         if site.claim is None:
             print("note: the site names no claim: this run cannot resume when its pods are replaced", file=sys.stderr)
         self.following = follow
         return {"context": site.context, "namespace": site.namespace, "kind": kind, "name": name}
 
-    def _adopt(self, kubectl: Kubectl, kind: str, name: str) -> None:
-        """Let the Job own what was made for it, so that deleting it, by hand or by its TTL, leaves nothing."""
+    def _adopt(self, kubectl: Kubectl, what: str, manifests: list[dict[str, Any]]) -> None:
+        """Let the Job own what was made for it: deleting it, by hand or by its TTL, leaves nothing but the claim."""
+        others = [item for item in manifests if item["kind"] != "PersistentVolumeClaim"]
         try:
-            owner = kubectl.get(f"{kind}/{name}")[0]
-            keys = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "uid": owner["metadata"]["uid"]}
-            patch = json.dumps({"metadata": {"ownerReferences": [{"name": name, **keys}]}})
-            for other in ("networkpolicy", "configmap", *(["service"] if owner["kind"] == "Job" else [])):
-                kubectl.run("patch", f"{other}/{name}", "--type=merge", f"--patch={patch}")
+            [owner] = kubectl.get(what)
+            reference = {key: owner[key] for key in ("apiVersion", "kind")}
+            reference |= {key: owner["metadata"][key] for key in ("name", "uid")}
+            patch = json.dumps({"metadata": {"ownerReferences": [reference]}})
+            listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": others})
+            kubectl.run("patch", "--filename=-", "--type=merge", f"--patch={patch}", text=listed)
         except Refused as error:
-            print(f"note: {name}'s other objects will outlive it: {error}", file=sys.stderr)
+            print(f"note: what was made for {what} will outlive it: {error}", file=sys.stderr)
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
         """By the cluster's objects; what the pods print is copied to `logs/` on the way.

@@ -1,0 +1,88 @@
+"""Ranks that hang are noticed by their heartbeat, named, looked into, ended and started again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from muster_runs import Run, alive, kill, result, submitted, wait_for
+
+HANG_TIMEOUT_S = 5
+NOTICE_S = HANG_TIMEOUT_S + 5
+RESTART_S = 10
+KEYS = [f"agent.hang_timeout_s={HANG_TIMEOUT_S}", "train.steps=1000000", "task_args.step_s=0.01", "agent.restarts=9"]
+WORDS = {
+    "hang": "in <lambda> (faulty_tasks.py",
+    "load: hang": "in <lambda> (faulty_tasks.py",  # in the data set, while the others wait for the gradients
+    "hang in C": "in <lambda> (faulty_tasks.py",  # with the interpreter's lock held
+    "skip": "called in obey (faulty_tasks.py",  # in a collective that nobody else calls
+    "SIGSTOP": "the process is stopped",
+}
+
+
+def hang(run: Run, rank: int, word: str) -> str:
+    """Let a rank hang; return what is said of it, once the next attempt trains."""
+    hangs, starts, failures = (len(run.events(name)) for name in ("hung", "first_step", "failure"))
+    pids = run.ranks()
+    if word == "SIGSTOP":
+        os.kill(pids[rank], signal.SIGSTOP)
+    else:
+        run.order(rank, word)
+        wait_for("obedience", lambda: not (run.folder / "orders" / f"rank-{rank}").exists())
+    began = time.time()
+    noticed = run.wait("hung", hangs + 1)["time"]
+    assert noticed - began < NOTICE_S, word
+    failure = run.wait("failure", failures + 1)
+    assert (failure["rank"], failure["kind"]) == (rank, "hung"), (word, failure)
+    assert run.wait("first_step", starts + 1)["time"] - noticed < RESTART_S, word
+    assert not any(map(alive, pids.values()))
+    for other in pids:
+        assert "most recent call first" in run.log(f"stacks-rank-{other}.txt"), (word, other)
+        (run.folder / "logs" / f"stacks-rank-{other}.txt").unlink()
+    return str(failure["message"])
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    with submitted(tmp_path, *KEYS) as run:
+        run.wait("first_step")
+        for number, (word, place) in enumerate(WORDS.items()):
+            message = hang(run, (number + 1) % 2, word)
+            assert place in message, (word, message)
+            assert re.search(r"no heartbeat for \d+ s after step \d+ while training", message), message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_it_is_named_from_another_node_too(tmp_path: Path, rank: int) -> None:
+    """The ranks that wait for it are as silent as it is, and their agent may notice them first."""
+    with submitted(tmp_path, *KEYS, "nodes=2", "devices_per_node=1") as run:
+        run.wait("first_step")
+        assert "the process is stopped" in hang(run, rank, "SIGSTOP")
+        assert f"rank {rank} on node {rank}" in run.log("node-0.log")
+
+
+def test_one_that_never_begins_is_noticed_too(tmp_path: Path) -> None:
+    keys = ["agent.start_timeout_s=5", "agent.restarts=0", "task_args.start_s=3600"]
+    with submitted(tmp_path, "train.steps=5", *keys) as run:
+        run.wait("ranks")
+        began = time.time()
+        assert result(run, 40) == 1
+        assert run.wait("hung")["time"] - began < 10
+        assert "while starting" in run.status()["reason"] and "in __init__ (faulty_tasks.py" in run.status()["reason"]
+
+
+def test_a_stopped_script_is_noticed_too(tmp_path: Path) -> None:
+    script = tmp_path / "sleep.py"
+    script.write_text("import time\ntime.sleep(3600)\n")
+    keys = ["task=null", f"script={script}", f"agent.hang_timeout_s={HANG_TIMEOUT_S}", "agent.restarts=0"]
+    with submitted(tmp_path, *keys) as run:
+        run.wait("ranks")
+        time.sleep(HANG_TIMEOUT_S + 1)
+        assert run.status()["state"] == "running", "a script that sleeps is none of our business"
+        kill(run.ranks()[1], signal.SIGSTOP)
+        assert result(run, 40) == 1
+        reason = run.status()["reason"]
+        assert "rank 1 on node 0" in reason and "[hung]" in reason and "the process is stopped" in reason

@@ -1,0 +1,121 @@
+"""The Kubernetes site file: what no cluster would take is refused here, naming key, value and remedy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.errors import JobError
+from trainer.launch.kubernetes_site import KubernetesSite, load_kubernetes_site, quantity
+
+K8S = Path(__file__).parents[2] / "k8s"
+
+
+def load(tmp_path: Path, **values: Any) -> KubernetesSite:
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_kubernetes_site(path)
+
+
+def test_the_documented_defaults_are_the_defaults() -> None:
+    assert yaml.safe_load((K8S / "site.yaml").read_text()) == asdict(KubernetesSite())
+
+
+@pytest.mark.parametrize("path", sorted((K8S / "sites").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sites_to_begin_from_are_accepted(path: Path) -> None:
+    assert load_kubernetes_site(path) != KubernetesSite()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("imgae", "x", ["imgae='x'", "unknown key", "Did you mean image?"]),
+        ("kind", "deployment", ["kind='deployment'", "job, jobset"]),
+        ("image_pull_policy", "always", ["image_pull_policy='always'", "Always"]),
+        ("claim_access_mode", "RWX", ["claim_access_mode='RWX'", "ReadWriteMany"]),
+        ("spread_policy", "hard", ["spread_policy='hard'", "DoNotSchedule"]),
+        ("image", "", ["image=''", "no image name"]),
+        ("image", "two words", ["image='two words'", "For example"]),
+        ("namespace", "Team_A", ["namespace='Team_A'", "a-z"]),
+        ("namespace", "n" * 64, ["namespace=", "63 characters"]),
+        ("claim", "My Claim", ["claim='My Claim'", "a-z"]),
+        ("secrets", ["API_KEY"], ["secrets='API_KEY'", "a-z"]),
+        ("image_pull_secrets", ["a b"], ["image_pull_secrets='a b'"]),
+        ("queue", "a/b", ["queue='a/b'", "LocalQueue"]),
+        ("spread", "a b", ["spread='a b'", "topology.kubernetes.io/zone"]),
+        ("gpu", "nvidia gpu", ["gpu='nvidia gpu'", "nvidia.com/gpu"]),
+        ("resources", {"rdma/hca/1": "1"}, ["resources.rdma/hca/1", "[domain/]name"]),
+        ("resources", {"rdma/hca": "one"}, ["resources.rdma/hca='one'", "quantity"]),
+        ("resources", {"memory": "4Gi"}, ["resources.memory='4Gi'", "key of its own"]),
+        ("node_selector", {"pool": "a b"}, ["node_selector.pool='a b'", "show-labels"]),
+        ("node_selector", {"a b": "pool"}, ["node_selector.a b", "[domain/]name"]),
+        ("annotations", {"a b": "c"}, ["annotations.a b"]),
+        ("env", {"1A": "x"}, ["env.1A", "letters, digits"]),
+        ("env", {"MASTER_PORT": "29500"}, ["env.MASTER_PORT='29500'", "set by the launch"]),
+        ("env", {"MUSTER_NODES": "3"}, ["env.MUSTER_NODES='3'", "Remove it"]),
+        ("env", {"RANK": "0"}, ["env.RANK='0'"]),
+        ("cpu", "many", ["cpu='many'", "500m"]),
+        ("cpu", "0", ["cpu='0'", "100m"]),
+        ("memory", "4 GB", ["memory='4 GB'", "quantity"]),
+        ("memory", "1536Mi", ["memory='1536Mi'", "shm=1Gi", "lower shm"]),
+        ("shm", "4Gi", ["memory='4Gi'", "does not cover shm=4Gi"]),
+        ("user_id", 0, ["user_id=0", "at least 1", "root"]),
+        ("time_limit_min", 0, ["time_limit_min=0", "at least 1"]),
+        ("keep_finished_min", -1, ["keep_finished_min=-1", "at least 0"]),
+        ("time_limit_min", "soon", ["time_limit_min='soon'", "int"]),
+        ("claim_size", "1Ti", ["claim_size='1Ti'", "claim is null"]),
+        ("claim_storage_class", "nfs", ["claim_storage_class='nfs'", "claim_size"]),
+        ("mounts", ["data"], ["mounts='data'", "claim:/path"]),
+        ("mounts", ["data:data"], ["mounts='data:data'"]),
+        ("mounts", ["data:/runs"], ["mounts='data:/runs'", "is taken"]),
+        ("mounts", ["data:/data:rw"], ["mounts='data:/data:rw'", "/path:ro"]),
+        ("mounts", ["a:/data", "b:/data"], ["mounts='/data'", "twice"]),
+        ("tolerations", [{"kee": "gpu"}], ["tolerations[0].kee='gpu'", "key, operator"]),
+        ("tolerations", ["gpu"], ["tolerations[0]='gpu'", "no mapping"]),
+        ("egress", [{"from": []}], ["egress[0].from", "to, ports"]),
+        ("fabric", "infiniban", ["infiniban", "infiniband"]),
+    ],
+)
+def test_a_wrong_value_is_refused(tmp_path: Path, key: str, value: Any, words: list[str]) -> None:
+    with pytest.raises(JobError) as caught:
+        load(tmp_path, **{key: value})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_policy_without_a_spread_would_be_ignored(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="spread_policy='DoNotSchedule': would be ignored"):
+        load(tmp_path, spread=None, spread_policy="DoNotSchedule")
+
+
+def test_numbers_are_taken_where_texts_are_meant(tmp_path: Path) -> None:
+    site = load(tmp_path, cpu=2, env={"A": 1}, annotations={"a/b": "false"})
+    assert (site.cpu, site.env, site.annotations) == ("2", {"A": "1"}, {"a/b": "false"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("500m", "0.5"),
+        ("2", "2"),
+        ("1.5", "1.5"),
+        ("1Ki", "1024"),
+        ("1k", "1000"),
+        ("2Gi", "2147483648"),
+        ("1T", "1e12"),
+    ],
+)
+def test_quantities(text: str, value: str) -> None:
+    assert quantity("memory", text) == Decimal(value)
+
+
+def test_every_field_is_documented_beside_its_key() -> None:
+    text = (K8S / "site.yaml").read_text()
+    assert [item.name for item in fields(KubernetesSite)] == [
+        line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()
+    ]
