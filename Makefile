@@ -69,7 +69,7 @@ test-gloo: setup-dev ## Run the tests with real ranks on CPU
 	@"$(BIN)/pytest" tests/gloo $(ARGS)
 
 test-slurm: setup-dev ## Run the tests on a real Slurm
-	@"$(BIN)/pytest" tests/slurm $(ARGS)
+	@MUSTER_INSTALL=1 "$(BIN)/pytest" tests/slurm $(ARGS)
 
 test-docker: setup-dev ## Run the tests on a real container engine
 	@"$(BIN)/pytest" tests/docker $(ARGS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.stop import FLAG
+from trainer.stop import FLAG, ignore_signals
 
 FLAG.install()  # before all else: a stop request may come at any moment
 
@@ -72,6 +72,7 @@ def run() -> None:
         print(f"ERROR: {error}", file=sys.stderr)
         code = WRONG_JOB
     finally:
+        ignore_signals()
         stop_template()
     sys.exit(code)
 

@@ -24,6 +24,7 @@ from trainer.board import PeerLost
 from trainer.config import Job
 from trainer.entry import run_rank
 from trainer.errors import FAILED, STOPPED
+from trainer.folder import is_shared
 from trainer.heartbeat import HEARTBEAT, VARIABLE, Heartbeat
 from trainer.postmortem import Failure, paragraph
 from trainer.record import record_event
@@ -63,7 +64,9 @@ class NodeAgent(LocalElasticAgent):
         self.job, self.run_folder, self.wiring, self.rendezvous = job, run, wiring, rendezvous
         self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
         self.rank_environment = rank_environment | {VARIABLE: str(folder / HEARTBEAT)}
-        self.tail = Tail(logs / "rank-0.log") if wiring.node_rank == 0 else None
+        first = wiring.node_rank * job.ranks_per_node
+        shown = range(0 if wiring.node_rank else 1) if is_shared() else range(first, first + job.ranks_per_node)
+        self.tails = [Tail(logs / f"rank-{rank}.log") for rank in shown]  # logs that go with the node are all shown
         self.autopsy = Autopsy(job, run, wiring, self.heartbeat)
         self.asked: float | None = None
 
@@ -136,8 +139,8 @@ class NodeAgent(LocalElasticAgent):
             self._copy_log()  # before the last word on it
 
     def _copy_log(self) -> None:
-        if self.tail is not None:
-            self.tail.copy()
+        for tail in self.tails:
+            tail.copy()
 
     def _watch(self) -> tuple[RunResult | None, Failure | None]:
         """Wait until all ranks are done, or something failed here (a failure) or elsewhere (none).
@@ -236,6 +239,10 @@ def supervise(agent: NodeAgent) -> tuple[int, str | None]:
     try:
         result = agent.run()
     except Ended as end:
+        # srun answers with the highest code of all agents and SIGTERMs the others when one fails: without a vote,
+        # 75 here would hide why the first one failed, and requeue the job for ever. A preemption sends USR2 first.
+        if end.code == STOPPED and agent.wiring.platform == "slurm" and "SIGUSR2" not in FLAG.seen:
+            return FAILED, f"{end} (SIGTERM from Slurm: another agent failed, or the job was cancelled)"
         return end.code, str(end)
     except SignalException:  # torch's handler, in the moment before ours was back
         return STOPPED, "stopped on request; the last checkpoint stands"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -21,8 +22,10 @@ from trainer.tail import last_lines, size
 from trainer.wiring import Wiring
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
-WAITING = re.compile(r"distributed_c10d\.py|autograd/graph\.py|distributed/rendezvous\.py")
-"""Where a rank waits for other ranks: a collective, or the backward pass that runs them."""
+WAITING = re.compile(r"distributed_c10d\.py|autograd/graph\.py|distributed/rendezvous\.py|parallel/distributed\.py")
+"""Where in torch a rank waits for others: a collective, the backward pass that runs them, what DDP does between."""
+STACKS_S = 2.0
+"""For the stacks to be written: longer means that a rank is in uninterruptible sleep."""
 TORCH = re.compile(r"/torch/")
 HERE = Path(__file__).parent
 
@@ -128,25 +131,23 @@ class Autopsy:
         `alarmed`: another node found something already, maybe its ranks waiting for the one that hangs here.
         """
         now = time.monotonic()
-        late: list[tuple[int, float]] = []
+        late: dict[int, Beat] = {}
         for index, process in enumerate(processes):
             if process.exitcode is not None:
                 continue
             beat = self._beat(index, process.pid, now)
             starting = beat.time == 0 or beat.phase == "starting"
             limit = self.job.agent.start_timeout_s if starting else self.job.agent.hang_timeout_s
-            silent = now - max(beat.time, spawned)
-            if silent > (limit / 2 if alarmed else limit):
-                late.append((index, silent))
+            if now - max(beat.time, spawned) > (limit / 2 if alarmed else limit):
+                late[index] = beat
         if not late:
             return None
-        stopped = {index for index, _ in late if process_state(processes[index].pid) == "T"}
+        stopped = {index for index in late if process_state(processes[index].pid) == "T"}
         stacks = self.dump_stacks(processes)
         waiting = {index for index, stack in stacks.items() if only_waits(stack)} - stopped
-        steps = {index: self.heartbeat.read(index).step for index, _ in late}
-        index, silent = min(late, key=lambda item: (item[0] not in stopped, item[0] in waiting, steps[item[0]]))
-        rank = self.first_rank() + index
-        beat = self.heartbeat.read(index)
+        index = min(late, key=lambda index: (index not in stopped, index in waiting, late[index].step))
+        rank, beat = self.first_rank() + index, late[index]
+        silent = now - max(beat.time, spawned)
         what = f"no heartbeat for {silent:.0f} s after step {beat.step} while {beat.phase}"
         if self.job.script:
             what = f"does nothing for {silent:.0f} s"
@@ -170,21 +171,28 @@ class Autopsy:
 
     def dump_stacks(self, processes: list[Any]) -> dict[int, list[Frame]]:
         """Make every rank write its Python stacks; return that of each main thread, which comes last."""
-        files = [self.run / "logs" / f"stacks-rank-{self.first_rank() + i}.txt" for i in range(len(processes))]
-        before = [size(file) for file in files]
-        for process in processes:
-            if process.exitcode is None:
+        first = self.first_rank()
+        files = {i: self.run / "logs" / f"stacks-rank-{first + i}.txt" for i in range(len(processes))}
+        before = {index: size(file) for index, file in files.items()}
+        for index, process in enumerate(processes):
+            try:
                 os.kill(process.pid, STACKS)
                 os.kill(process.pid, signal.SIGCONT)  # a stopped process writes its stacks too, then is killed
-        end = time.monotonic() + 1.0
-        while time.monotonic() < end and any(size(file) == begin for file, begin in zip(files, before, strict=True)):
-            time.sleep(0.02)
-        time.sleep(0.05)
+            except ProcessLookupError:
+                del files[index]
+        end, last = time.monotonic() + STACKS_S, before
+        while time.monotonic() < end:
+            time.sleep(0.05)
+            sizes = {index: size(file) for index, file in files.items()}
+            if sizes == last and all(sizes[index] > before[index] for index in files):
+                break
+            last = sizes
         stacks = {}
-        for index, (file, begin) in enumerate(zip(files, before, strict=True)):
+        for index, file in files.items():
             if file.exists():
-                text = file.read_bytes()[begin:].decode(errors="replace").rpartition("most recent call first):")[2]
-                stacks[index] = [Frame(*found) for found in FRAME.findall(text)]
+                text = file.read_bytes()[before[index] :].decode(errors="replace")
+                frames = FRAME.findall(text.rpartition("most recent call first):")[2])
+                stacks[index] = [Frame(*found) for found in frames]
         return stacks
 
 
@@ -199,8 +207,9 @@ def where(stack: list[Frame]) -> str:
 
 def only_waits(stack: list[Frame]) -> bool:
     """Whether a rank waits for others in the trainer's own collectives: not in one that user code called."""
-    own = next((frame for frame in stack if not TORCH.search(frame.file)), None)
-    return own is not None and Path(own.file).parent == HERE and any(WAITING.search(frame.file) for frame in stack)
+    inner = list(itertools.takewhile(lambda frame: TORCH.search(frame.file), stack))
+    called_by_us = len(inner) < len(stack) and Path(stack[len(inner)].file).parent == HERE
+    return called_by_us and any(WAITING.search(frame.file) for frame in inner)
 
 
 def process_state(pid: int) -> str:

@@ -169,6 +169,7 @@ class RemoteBoard:
         self.broken = ""
         self.connection = socket.create_connection((address, port), CONNECT_S)
         try:
+            self.address: str = self.connection.getpeername()[0]
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.reader = self.connection.makefile("rb")
             self.connection.sendall(json.dumps([identity, node]).encode() + b"\n")

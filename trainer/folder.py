@@ -71,6 +71,11 @@ def find_run(path: Path, job: Job, job_id: str, platform: str) -> Path:
     return Path(job.runs).resolve() / f"{job.name}-{job_id}"
 
 
+def is_shared() -> bool:
+    """Whether all nodes see the run folder, and it outlives them; a platform without a shared volume says no."""
+    return os.environ.get("MUSTER_RUN_SHARED") != "0"
+
+
 def steps_committed(run: Path) -> int:
     """The step of the newest checkpoint, -1 before the first."""
     try:

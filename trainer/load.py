@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,6 +70,10 @@ def to_job(config: DictConfig) -> Job:
         key = str(getattr(error, "full_key", None) or "?")
         raise JobError(key, "${...}", _first_line(error), "Set what the interpolation refers to") from None
     assert isinstance(job, Job)
+    for name, item in valid_keys():
+        value = functools.reduce(getattr, name.split("."), job)
+        if value is not None:
+            _check_limits(name, value, item.metadata)
     check_job(job)
     return job
 
@@ -135,13 +141,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_key(key: str, value: Any, source: str) -> None:
-    found = _find_field(key)
-    if found is None:
+    if _find_field(key) is None:
         near = nearest_key(key)
         hint = f"Did you mean {near}?" if near else "See docs/configuration.md for every key"
         raise JobError(key, value, f"unknown key in {source}", hint)
-    if found.metadata and value is not None and not (isinstance(value, str) and "${" in value):
-        _check_limits(key, value, found.metadata)
 
 
 def _check_limits(key: str, value: Any, limits: Any) -> None:
@@ -155,10 +158,12 @@ def _check_limits(key: str, value: Any, limits: Any) -> None:
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
+    if not math.isfinite(value):
+        raise JobError(key, value, "must be a finite number", f"It means: {limits['help']}")
     words = {"minimum": "at least", "maximum": "at most", "above": "more than"}
     for name in words.keys() & limits.keys():
         limit = limits[name]
-        inside = {"minimum": value >= limit, "maximum": value <= limit, "above": value > limit}  # NaN is outside of all
+        inside = {"minimum": value >= limit, "maximum": value <= limit, "above": value > limit}
         if not inside[name]:
             raise JobError(key, value, f"must be {words[name]} {limit}", f"It means: {limits['help']}")
 

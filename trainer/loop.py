@@ -69,11 +69,11 @@ class Trainer:
             Stopped: on request, with a checkpoint committed.
             NonFiniteLoss: with `on_nan: halt`.
         """
-        self.settle()
-        self.state.resume()
-        self.parallel.steps = self.position.step
-        self.report.start(self.position, self.steps, self.order.steps_per_epoch)
         try:
+            self.settle()
+            self.state.resume()
+            self.parallel.steps = self.position.step
+            self.report.start(self.position, self.steps, self.order.steps_per_epoch)
             if self.position.step and not self.state.evaluated:
                 self.finish_step()
             while self.position.step < self.steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import socket
@@ -83,3 +84,16 @@ def same_host(first: str, second: str) -> bool:
         )
     except OSError:
         return False
+
+
+def own_address(name: str) -> str:
+    """The address of this host that `name` leads to; the loopback while it leads nowhere or to another host."""
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    for family, kind, _, _, target in found:
+        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+            probe.bind(target)  # fails for an address that is not ours
+            return str(target[0])
+    return "127.0.0.1"

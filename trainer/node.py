@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.config import Job
 from trainer.errors import DONE, STOPPED, WRONG_JOB
-from trainer.folder import find_run
+from trainer.folder import find_run, is_shared
 from trainer.heartbeat import own_folder
 from trainer.load import merge_job, save_job, to_job
 from trainer.preflight import check_node, network_settings
@@ -54,6 +54,8 @@ def run_node(path: Path, overrides: list[str]) -> int:
         visible_devices=wiring.visible_devices,
         pid=os.getpid(),
     )
+    if not is_shared():
+        say("the run folder goes with this node: the run resumes in place, but not on another node")
     settings = network_settings(wiring)
     for name, (value, why) in settings.items():
         say(f"{name}={value}: {why}")

@@ -7,7 +7,9 @@ rank never reads the addresses of a dead attempt (c10d's shared store: 4 restart
 
 from __future__ import annotations
 
+import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
 from trainer.board import Board, PeerLost, RemoteBoard, bind
 from trainer.errors import FAILED, STOPPED
+from trainer.network import own_address
 from trainer.wiring import Wiring
 
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -144,22 +147,34 @@ class NodeRendezvous(RendezvousHandler):
         return port
 
     def _master(self) -> str:
-        """Where the ranks find their store; those of one node need no name to resolve."""
-        return "127.0.0.1" if self.wiring.nodes == 1 else self.wiring.master_addr
+        """Where the ranks find their store: the address that was tried, because the name may lead elsewhere by now.
+
+        A host that was replaced under its name, as a pod is, has a new address; resolvers remember the old one a while.
+        """
+        if isinstance(self.board, RemoteBoard):
+            return self.board.address
+        return "127.0.0.1" if self.wiring.nodes == 1 else own_address(self.wiring.master_addr)
 
     def _find(self, deadline: float) -> RemoteBoard:
+        """Node 0's board; its name is looked up anew at every try."""
         shown = time.monotonic() + 5
+        ports = deque(self.wiring.ports)
         while True:
             problem = "nobody listens"
-            for port in self.wiring.ports:
+            for tried, port in enumerate(list(ports), 1):
                 try:
                     return RemoteBoard(self.wiring.master_addr, port, self.identity, self.wiring.node_rank)
                 except ConnectionRefusedError:
                     continue
-                except OSError as error:  # unreachable, or a foreign listener: the next candidate
-                    problem = str(error)
-                if self.interrupted():
+                except socket.gaierror as error:
+                    problem = f"the name does not resolve: {error.strerror}"
                     break
+                except TimeoutError:  # a host that is gone, or a foreign listener: again from the next candidate on
+                    problem = "no answer"
+                    ports.rotate(-tried)
+                    break
+                except OSError as error:
+                    problem = str(error)
             if self.interrupted():
                 raise Ended("stopped on request before the ranks started", STOPPED)
             if time.monotonic() > deadline:

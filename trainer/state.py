@@ -121,9 +121,19 @@ class State:
         self.report.event("resume", step=saved.step, folder=saved.folder.name)
         return str(saved.folder)
 
+    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights and state; rank 0's where some node does not see the folder: no shared volume, or one that lags."""
+        if not self.parallel.any(not (folder / "manifest.json").is_file()):
+            return checkpoint.load(folder, "model.pt"), checkpoint.load(folder, "state.pt")
+        first = self.parallel.rank == 0
+        payload: tuple[dict[str, Any], dict[str, Any]] = self.parallel.share(
+            (checkpoint.load(folder, "model.pt"), checkpoint.load(folder, "state.pt")) if first else None
+        )
+        return payload
+
     def _restore(self, folder: Path) -> None:
-        self._load_weights(checkpoint.unwrapped(checkpoint.load(folder, "model.pt")))
-        state = checkpoint.load(folder, "state.pt")
+        weights, state = self._read(folder)
+        self._load_weights(checkpoint.unwrapped(weights))
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:

@@ -16,6 +16,7 @@ class StopFlag:
     def __init__(self) -> None:
         """Nobody asked yet."""
         self.requested: str | None = None
+        self.seen: set[str] = set()
         self.interrupts = 0
 
     def install(self) -> None:
@@ -30,6 +31,13 @@ class StopFlag:
             if self.interrupts > 1:
                 os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
         self.requested = signal.Signals(number).name
+        self.seen.add(self.requested)
+
+
+def ignore_signals() -> None:
+    """Let nothing change the exit code any more: Python ends with default handlers, where SIGTERM would win."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def leave_signals() -> None:

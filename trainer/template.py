@@ -13,6 +13,8 @@ import signal
 from multiprocessing import forkserver
 from typing import Any
 
+from trainer.stop import SIGNALS
+
 KIND = "MUSTER_TEMPLATE"
 """task or script: what to import beforehand."""
 PID = 0
@@ -23,7 +25,13 @@ def start_template(kind: str) -> None:
     """Start the fork server; ranks started with start method `forkserver` come from it."""
     os.environ[KIND] = kind
     multiprocessing.set_forkserver_preload(["trainer.preload"])
-    forkserver.ensure_running()
+    # Schedulers signal every process of a job. Blocked here, a stop request waits until the template has its handlers,
+    # and never ends Python's resource tracker, which would take the semaphores of living ranks with it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_template() -> None:

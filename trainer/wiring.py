@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.errors import JobError
 from trainer.network import candidate_ports, route_to, same_host
+from trainer.processors import usable_processors
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PLATFORMS = ("local", "docker", "kubernetes")
@@ -170,10 +171,11 @@ def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) ->
     master_addr = _master(environ, facts, says)
     deadline = environ.get("SLURM_JOB_END_TIME", "")
     says["deadline"] = "SLURM_JOB_END_TIME" if deadline.isdecimal() else "no limit known"
-    says["cpus"], says["devices_per_node"] = "CPU affinity of this process", "job file"
+    cpus, says["cpus"] = usable_processors()
+    says["devices_per_node"] = "job file"
     return Wiring(
         platform, facts.job_id, facts.launch, count, facts.node_rank, facts.hostnames, master_addr, ports,
-        devices_per_node, _visible(environ, devices, says), len(os.sched_getaffinity(0)),
+        devices_per_node, _visible(environ, devices, says), cpus,
         float(deadline) if deadline.isdecimal() else None, _interface(master_addr, says), says,
     )  # fmt: skip
 

@@ -27,10 +27,10 @@ def cache_folder() -> Path:
 class Engine:
     """A running engine. `env` is the environment in which `docker` means this engine and no other."""
 
-    def __init__(self, root: Path, work: Path, process_1: int):
+    def __init__(self, root: Path, cache: Path, work: Path, process_1: int):
         self.root, self.socket, self.process_1 = root, work / "docker.sock", process_1
-        config = work / "client"
-        config.mkdir()
+        config = cache / "client"  # kept: it holds the name under which the engine remembers build contexts
+        config.mkdir(exist_ok=True)
         plugins = str(root / "usr/libexec/docker/cli-plugins")
         (config / "config.json").write_text(json.dumps({"cliPluginsExtraDirs": [plugins]}))
         programs = engine_packages.environment(root)
@@ -90,7 +90,7 @@ def running_engine(cache: Path) -> Iterator[Engine]:
     )
     try:
         process_1 = _wait_until_ready(holder, cache)
-        engine = Engine(root, work, process_1)
+        engine = Engine(root, cache, work, process_1)
         engine.remove_all()  # left by a session that was killed
         engine.docker("image", "prune", "--force", timeout_s=PRUNE_TIMEOUT_S)
         engine.docker("builder", "prune", "--force", f"--keep-storage={KEEP}", timeout_s=PRUNE_TIMEOUT_S)

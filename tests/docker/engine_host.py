@@ -46,7 +46,7 @@ def main(cache: Path, work: Path) -> int:
     # Either says that the tests are gone: the pipe that they close, or, where a fork of theirs kept it, their end.
     tests = select.poll()
     for handle in (sys.stdin.fileno(), os.pidfd_open(os.getppid())):
-        tests.register(handle)
+        tests.register(handle, select.POLLIN)
     try:
         with open(cache / "lock", "a+") as lock:
             if not _locked(lock, tests):
@@ -94,7 +94,7 @@ def _hold(cache: Path, work: Path, tests: select.poll) -> int:
             print("failed", flush=True)
             return 1
         print(f"ready {_process_1(engine)}", flush=True)
-        tests.register(os.pidfd_open(engine.pid))
+        tests.register(os.pidfd_open(engine.pid), select.POLLIN)
         tests.poll()
         return 0 if engine.poll() is None else 1
     finally:

@@ -26,6 +26,7 @@ def test_two_nodes_have_the_launch_contract(engine: Engine):
         "MUSTER_NODES": "2",
         "MUSTER_HOSTNAMES": "node0,node1",
         "MUSTER_JOB_ID": "compose",
+        "OMP_NUM_THREADS": "1",
     }
     for rank, name in enumerate(common["MUSTER_HOSTNAMES"].split(",")):
         assert services[name]["environment"] == common | {"MUSTER_NODE_RANK": str(rank)}

@@ -46,6 +46,13 @@ def _job_error() -> None:
     raise JobError("task_args.width", 7, "does not fit these images", "Use 8")
 
 
+def _deadlock() -> None:
+    """Wait for oneself, holding the interpreter's lock (PyDLL); no signal interrupts it."""
+    lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "raise": _raise,
     "exit 3": lambda: sys.exit(3),
@@ -57,7 +64,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "job error": _job_error,
     "crash": lambda: ctypes.string_at(8),
     "hang": lambda: time.sleep(3600),
-    "hang in C": lambda: ctypes.PyDLL(None).sleep(3600),  # PyDLL keeps the interpreter's lock
+    "hang in C": _deadlock,
     "skip": dist.barrier,  # which the others do not call: they wait in the step's own collective
 }
 

@@ -91,8 +91,8 @@ def complete(folder: Path, job: Job) -> Run:
 
 def start(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a module-level function in a new process of the fork server."""
-    with _no_main():
-        process = _server().Process(target=function, args=arguments, daemon=False)
+    with _server() as context:
+        process = context.Process(target=function, args=arguments, daemon=False)
         process.start()
     return process
 
@@ -188,21 +188,18 @@ def _train_rank(job: Job, folder: Path, environment: dict[str, str], fault: Faul
     sys.exit(code)
 
 
-def _server() -> ForkServerContext:
+@contextmanager
+def _server() -> Iterator[ForkServerContext]:
+    """The fork server; it and its children shall not import pytest's own command again, nor this process change."""
+    main, environment = sys.modules["__main__"], dict(os.environ)
+    sys.modules["__main__"] = ModuleType("__main__")
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must not have OpenMP's threads
-    if str(HERE) not in os.environ.get("PYTHONPATH", ""):
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *sys.path[1:]])  # or it could not preload
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, sys.path)])  # or it could not preload
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    return context
-
-
-@contextmanager
-def _no_main() -> Iterator[None]:
-    """Keep a process from importing pytest's own command again, as multiprocessing does with the main module."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        yield
+        yield context
     finally:
         sys.modules["__main__"] = main
+        os.environ.clear()
+        os.environ.update(environment)

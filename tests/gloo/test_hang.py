@@ -18,7 +18,7 @@ KEYS = [f"agent.hang_timeout_s={HANG_TIMEOUT_S}", "train.steps=1000000", "task_a
 WORDS = {
     "hang": "in <lambda> (faulty_tasks.py",
     "load: hang": "in <lambda> (faulty_tasks.py",  # in the data set, while the others wait for the gradients
-    "hang in C": "in <lambda> (faulty_tasks.py",  # with the interpreter's lock held
+    "hang in C": "in _deadlock (faulty_tasks.py",
     "skip": "called in obey (faulty_tasks.py",  # in a collective that nobody else calls
     "SIGSTOP": "the process is stopped",
 }
@@ -28,6 +28,7 @@ def hang(run: Run, rank: int, word: str) -> str:
     """Let a rank hang; return what is said of it, once the next attempt trains."""
     hangs, starts, failures = (len(run.events(name)) for name in ("hung", "first_step", "failure"))
     pids = run.ranks()
+    before = {other: run.log(f"stacks-rank-{other}.txt") for other in pids}
     if word == "SIGSTOP":
         os.kill(pids[rank], signal.SIGSTOP)
     else:
@@ -41,8 +42,8 @@ def hang(run: Run, rank: int, word: str) -> str:
     assert run.wait("first_step", starts + 1)["time"] - noticed < RESTART_S, word
     assert not any(map(alive, pids.values()))
     for other in pids:
-        assert "most recent call first" in run.log(f"stacks-rank-{other}.txt"), (word, other)
-        (run.folder / "logs" / f"stacks-rank-{other}.txt").unlink()
+        stacks = run.log(f"stacks-rank-{other}.txt").removeprefix(before[other])
+        assert "most recent call first" in stacks, (word, other)
     return str(failure["message"])
 
 

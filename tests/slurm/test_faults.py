@@ -58,6 +58,8 @@ def rehearse(slurm: Cluster, run: Run) -> None:
 
 def time_limit(slurm: Cluster, run: Run) -> None:
     slurm.run("scontrol", "update", f"JobId={run.job_id}", "EndTime=now+40seconds")
+    run.until("a requeue", lambda: slurm.job(run.job_id)["Restarts"] == "1")
+    slurm.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=30")  # that end had become its limit
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,6 +101,8 @@ class Slurm(Platform):
         """Options of sbatch: the job's counts, the site's facts."""
         job = plan.job
         grace = math.ceil(job.agent.grace_s) + SAVE_MARGIN_S
+        if site.time_limit_min is not None:  # a notice before the first step would end every attempt there
+            grace = min(grace, site.time_limit_min * 30)
         flags = [
             f"--job-name={job.name}", f"--nodes={job.nodes}", f"--signal=USR2@{grace}",
             f"--chdir={plan.run / 'code'}", f"--output={plan.run / 'logs' / 'slurm-%j.out'}",
@@ -187,7 +190,9 @@ class Slurm(Platform):
 
     def cancel(self, run: Path, handle: dict[str, Any]) -> None:
         """scancel: the agents save within Slurm's KillWait."""
-        run_client(["scancel", str(handle["job_id"])])
+        for pause_s in (1, 0):  # a requeue by the batch script in the same moment would bring the job back to life
+            run_client(["scancel", str(handle["job_id"])])
+            time.sleep(pause_s)
 
     def preempt(self, run: Path, handle: dict[str, Any]) -> None:
         """Send what Slurm sends before a preemption; the batch script requeues."""

@@ -1,0 +1,147 @@
+"""The master's name, as a cluster's DNS has it: late, still leading to a host that is gone, or never there."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from trainer.network import candidate_ports
+from trainer.rendezvous import Ended, NodeRendezvous, RendezvousTimeoutError
+from trainer.wiring import Wiring
+
+NAME = "digits-0.digits"
+real = socket.getaddrinfo
+JOBS: dict[int, str] = {}  # a job for each list of what its agents say
+KEPT: list[list[str]] = []  # so that no two lists have one id
+
+
+class Resolver:
+    """What the name resolves to, at each moment."""
+
+    def __init__(self) -> None:
+        self.address: str | None = None
+        self.asked = 0
+
+    def __call__(self, host: Any, *words: Any, **options: Any) -> Any:
+        if host != NAME:
+            return real(host, *words, **options)
+        self.asked += 1
+        if self.address is None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(self.address, *words, **options)
+
+
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
+    found = Resolver()
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    return found
+
+
+def meet(node: int, bound_s: float, said: list[str]) -> NodeRendezvous:
+    job = JOBS.setdefault(id(said), f"names-{len(JOBS)}")
+    KEPT.append(said)
+    ports = tuple(candidate_ports(job))
+    wiring = Wiring("kubernetes", job, 0, 2, node, (NAME, "digits-1.digits"), NAME, ports, 1, None, 1, None, "", {})
+    return NodeRendezvous(wiring, bound_s, bound_s, lambda: False, lambda number, failures: {"attempt": 0}, said.append)
+
+
+@pytest.fixture
+def master() -> Iterator[tuple[NodeRendezvous, list[str]]]:
+    """Node 0, waiting for node 1 on all interfaces of this host."""
+    said: list[str] = []
+    found = meet(0, 20, said)
+    thread = threading.Thread(target=found.next_rendezvous, daemon=True)
+    thread.start()
+    while found.board is None:
+        time.sleep(0.01)
+    yield found, said
+    thread.join(20)
+    found.shutdown()
+
+
+def test_a_name_that_comes_late_is_looked_up_again(resolver: Resolver, master: Any) -> None:
+    threading.Timer(1, lambda: setattr(resolver, "address", "127.0.0.1")).start()
+    start = time.monotonic()
+    node = meet(1, 20, master[1])
+    info = node.next_rendezvous()
+    assert 0.9 < time.monotonic() - start < 3
+    assert info.bootstrap_store_info.master_addr == "127.0.0.1"
+    node.shutdown()
+
+
+def test_a_name_that_leads_to_a_host_that_is_gone_is_looked_up_again(
+    resolver: Resolver, master: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packets to an address without a host are lost: one try costs the bound of a connection, not one for each port."""
+    connect, tries = socket.create_connection, []
+
+    def connect_or_wait(target: tuple[str, int], timeout: float) -> socket.socket:
+        if resolver.address == "gone":
+            tries.append(target)
+            time.sleep(timeout)
+            raise TimeoutError("timed out")
+        return connect(target, timeout)
+
+    monkeypatch.setattr(socket, "create_connection", connect_or_wait)
+    resolver.address = "gone"
+    threading.Timer(2.5, lambda: setattr(resolver, "address", "127.0.0.1")).start()
+    start = time.monotonic()
+    node = meet(1, 20, master[1])
+    info = node.next_rendezvous()
+    assert 2.4 < time.monotonic() - start < 5
+    assert len(tries) == 3
+    assert info.bootstrap_store_info.master_addr == "127.0.0.1"
+    node.shutdown()
+
+
+def test_a_foreign_listener_that_never_answers_is_passed_by(resolver: Resolver) -> None:
+    said: list[str] = []
+    node = meet(1, 10, said)
+    with socket.create_server(("127.0.0.1", node.wiring.ports[0])):
+        found = meet(0, 20, said)
+        thread = threading.Thread(target=found.next_rendezvous, daemon=True)
+        thread.start()
+        resolver.address = "127.0.0.1"
+        node.next_rendezvous()
+        thread.join(10)
+        node.shutdown()
+        found.shutdown()
+
+
+def test_the_masters_own_ranks_need_no_name(resolver: Resolver, master: Any) -> None:
+    resolver.address = "127.0.0.1"
+    node = meet(1, 20, master[1])
+    node.next_rendezvous()
+    for address, expected in ((None, "127.0.0.1"), ("127.0.0.5", "127.0.0.5"), ("192.0.2.1", "127.0.0.1")):
+        resolver.address = address
+        assert master[0]._master() == expected
+    node.shutdown()
+
+
+def test_a_name_that_never_comes_is_named_within_its_bound(resolver: Resolver) -> None:
+    said: list[str] = []
+    start = time.monotonic()
+    with pytest.raises(RendezvousTimeoutError, match=rf"no master at {NAME} within 1 s: the name does not resolve"):
+        meet(1, 1, said).next_rendezvous()
+    assert time.monotonic() - start < 3
+
+
+def test_progress_is_said_while_the_name_is_awaited(resolver: Resolver) -> None:
+    said: list[str] = []
+    with pytest.raises(RendezvousTimeoutError):
+        meet(1, 6, said).next_rendezvous()
+    assert any(NAME in text and "does not resolve" in text and "s left" in text for text in said)
+
+
+def test_a_stop_request_ends_the_wait(resolver: Resolver) -> None:
+    node = meet(1, 60, [])
+    node.interrupted = lambda: resolver.asked > 3
+    with pytest.raises(Ended) as caught:
+        node.next_rendezvous()
+    assert caught.value.code == 75

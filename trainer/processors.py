@@ -1,0 +1,36 @@
+"""How many processors this process may use: its affinity, and the limit that a container was given."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_processors(root: Path = CGROUPS) -> tuple[int, str]:
+    """The number, and where it comes from.
+
+    A container's limit (`docker run --cpus`, a pod's limits.cpu) leaves the affinity at all processors of its host:
+    as many threads as those would only be throttled.
+    """
+    affinity = len(os.sched_getaffinity(0))
+    limit = cpu_limit(root)
+    if limit is not None and limit < affinity:
+        return max(1, math.ceil(limit)), f"CPU limit of the container: {limit:g} of {affinity}"
+    return affinity, "CPU affinity of this process"
+
+
+def cpu_limit(root: Path = CGROUPS) -> float | None:
+    """Processors that the cgroup may use; None without a limit (cpu.max of cgroup v2, cfs_quota of v1)."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        return quota_us / int((root / "cpu" / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
+    except (OSError, ValueError):
+        return None
