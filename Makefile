@@ -7,7 +7,8 @@ ARGS ?=
 SITE ?=
 MUSTER_VENV ?= .venv
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-IMAGE ?= muster:$(VERSION)
+IMAGE ?= muster
+REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 export JOB SITE MUSTER_VENV IMAGE
 
 BIN := $(MUSTER_VENV)/bin
@@ -38,8 +39,9 @@ setup: ## Make or update the environment, as the other targets do by themselves
 slurm-submit: setup ## Submit JOB to Slurm; SITE names another site file, ARGS adds key=value
 	@"$(BIN)/muster" submit "$$JOB" --on slurm $(SITE_OPTION) $(ARGS)
 
-docker-build: ## Build the container image IMAGE
-	docker build --file docker/Dockerfile --build-arg VERSION=$(VERSION) --tag "$$IMAGE" .
+docker-build: ## Build the container image IMAGE, and train in it for some seconds
+	docker build --file docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --tag "$$IMAGE" .
+	docker run --rm "$$IMAGE" jobs/digits.yaml parallel=single device=cpu train.steps=50
 
 docker-run: setup ## Train JOB in containers on this machine
 	@"$(BIN)/muster" run "$$JOB" --on docker $(SITE_OPTION) $(ARGS)

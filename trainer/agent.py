@@ -19,7 +19,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
-from trainer.autopsy import Autopsy
+from trainer.autopsy import STACKS_S, Autopsy
 from trainer.board import PeerLost
 from trainer.config import Job
 from trainer.entry import run_rank
@@ -160,9 +160,12 @@ class NodeAgent(LocalElasticAgent):
                 return RunResult(WorkerState.SUCCEEDED, {first + local: code for local, code in enumerate(codes)}), None
             news = self.rendezvous.news()
             self._relay_stop(news == "stop")
-            hung = self.autopsy.find_hung(processes, self.spawned, alarmed=news == "round")
-            if hung is not None or news == "round":
-                return None, self._died(processes) if self.autopsy.failed(processes) else hung
+            hung = self.autopsy.find_hung(processes, self.spawned, alarmed=news == "hung")
+            if hung is not None:
+                self.rendezvous.announce(hung.to_json(), STACKS_S)
+                return None, hung
+            if news in ("round", "hung"):
+                return None, self._died(processes) if self.autopsy.failed(processes) else None
             lost = self.rendezvous.lost_peer()
             if lost is not None:
                 return None, self.autopsy.peer(*lost)
@@ -214,7 +217,7 @@ class NodeAgent(LocalElasticAgent):
     def _others_done(self) -> bool:
         """Wait until every node's ranks are done; False when one asks for another round instead."""
         while not self.rendezvous.all_done():
-            if self.rendezvous.news() == "round":
+            if self.rendezvous.news() in ("round", "hung"):
                 return False
             if self.rendezvous.lost_peer() is not None:
                 break  # the ranks here are done, and a task's end is agreed on by all ranks

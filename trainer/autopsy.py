@@ -128,22 +128,28 @@ class Autopsy:
     def find_hung(self, processes: list[Any], spawned: float, alarmed: bool = False) -> Failure | None:
         """A rank without a heartbeat for too long; the stacks of all go to the run folder first.
 
-        `alarmed`: another node found something already, maybe its ranks waiting for the one that hangs here.
+        `alarmed`: another node found one that hangs, or its ranks waiting for one that hangs here.
         """
         now = time.monotonic()
-        late: dict[int, Beat] = {}
+        found: dict[int, tuple[float, Beat]] = {}
         for index, process in enumerate(processes):
             if process.exitcode is not None:
                 continue
             beat = self._beat(index, process.pid, now)
             starting = beat.time == 0 or beat.phase == "starting"
             limit = self.job.agent.start_timeout_s if starting else self.job.agent.hang_timeout_s
-            if now - max(beat.time, spawned) > (limit / 2 if alarmed else limit):
-                late[index] = beat
+            found[index] = (now - max(beat.time, spawned)) / limit, beat
+        if not alarmed and all(share <= 1 for share, _ in found.values()):
+            return None
+        # Those that wait for a rank fell silent when it did, give or take a step: which one it is, the stacks tell.
+        late = {index: beat for index, (share, beat) in found.items() if share > 0.5}
         if not late:
+            self.dump_stacks(processes)
             return None
         stopped = {index for index in late if process_state(processes[index].pid) == "T"}
         stacks = self.dump_stacks(processes)
+        for index in stopped:
+            os.kill(processes[index].pid, signal.SIGSTOP)  # it shall not go on: its stacks were all we wanted
         waiting = {index for index, stack in stacks.items() if only_waits(stack)} - stopped
         index = min(late, key=lambda index: (index not in stopped, index in waiting, late[index].step))
         rank, beat = self.first_rank() + index, late[index]

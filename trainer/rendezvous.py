@@ -191,7 +191,7 @@ class NodeRendezvous(RendezvousHandler):
             time.sleep(0.05)
 
     def news(self) -> str:
-        """What other agents want: `stop`, the next `round`, or nothing.
+        """What other agents want: `stop`, the next `round`, that too because a rank `hung`, or nothing.
 
         Raises:
             PeerLost: node 0 does not answer.
@@ -199,7 +199,27 @@ class NodeRendezvous(RendezvousHandler):
         if self.board is None or self.wiring.nodes == 1:
             return ""
         stop, wanted = self.board.look("stop", f"{self.round + 1}/wanted")
-        return "stop" if stop else "round" if wanted else ""
+        if stop or not wanted:
+            return "stop" if stop else ""
+        told = self.board.look(*(f"{self.round + 1}/failure/{node}" for node in range(self.wiring.nodes)))
+        return "hung" if any(item and item[0] and item[0]["kind"] == "hung" for item in told) else "round"
+
+    def announce(self, failure: dict[str, Any], wait_s: float) -> None:
+        """Tell the other agents of a failure before the ranks here are ended, and let them look at theirs.
+
+        Raises:
+            PeerLost: node 0 does not answer.
+        """
+        self.failure = failure
+        if self.board is None or self.wiring.nodes == 1:
+            return
+        key, end = f"{self.round + 1}/failure", time.monotonic() + wait_s
+        self.board.put(f"{key}/{self.wiring.node_rank}", [failure])
+        self.board.put(f"{self.round + 1}/wanted", True)
+        while None in self.board.look(*(f"{key}/{node}" for node in range(self.wiring.nodes))):
+            if time.monotonic() > end:
+                return
+            time.sleep(0.02)
 
     def tell_stop(self) -> None:
         """Make the other agents stop their ranks too.
@@ -227,7 +247,7 @@ class NodeRendezvous(RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """1 when another agent asks for the next round; torch's name for it."""
-        return int(self.news() == "round")
+        return int(self.news() in ("round", "hung"))
 
     def get_run_id(self) -> str:
         """The job's identity."""

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from faults import Fault, arm
+
 from trainer.attempt import claim, newest
 from trainer.config import Job
 from trainer.errors import FAILED, WRONG_JOB, JobError

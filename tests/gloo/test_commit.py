@@ -100,6 +100,6 @@ def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     checkpoint.commit(root, 1, payload(OLD), {}, 4)
     claim(tmp_path, 5)
-    with pytest.raises(StaleAttempt, match="attempt 4 .* replaced by attempt 5"):
+    with pytest.raises(StaleAttempt, match=r"attempt 4 .* replaced by attempt 5"):
         checkpoint.commit(root, 2, payload(NEW), {}, 4)
     assert [path.name for path in root.iterdir()] == ["step-000000001"]

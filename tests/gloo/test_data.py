@@ -77,8 +77,11 @@ def test_an_error_in_a_worker_ends_the_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["parallel=single", "devices_per_node=2", "parallel=dp devices_per_node=2"])
 def test_a_loss_that_is_not_one_per_sample_is_refused(tmp_path: Path, mode: str) -> None:
     """Its mean would silently be over something else."""
-    for shape, problem in (("mean", "shape (batch,)"), ("twice", "must have one value for each of the"),
-                           ("classes", "shape (batch,)")):
+    for shape, problem in (
+        ("mean", "shape (batch,)"),
+        ("twice", "must have one value for each of the"),
+        ("classes", "shape (batch,)"),
+    ):
         run = train(tmp_path / shape, make_job("task=data_tasks:Misshapen", f"task_args.shape={shape}", *mode.split()))
         assert run.code == 64
         assert "JobError: task.loss=" in run.output(0) and problem in run.output(0)

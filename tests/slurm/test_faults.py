@@ -68,7 +68,8 @@ def time_limit(slurm: Cluster, run: Run) -> None:
 def test_the_job_comes_back_and_ends_with_the_same_bits(
     slurm: Cluster, shared_path: Path, reference: Run, fault: Callable[[Cluster, Run], None]
 ) -> None:
-    run = submit(shared_path)
+    # Slurm looks at time limits every 30 s only.
+    run = submit(shared_path, f"task_args.step_s={0.5 if fault is time_limit else 0.05}")
     run.wait_step(15)
     fault(slurm, run)
     status = run.wait_end(180)

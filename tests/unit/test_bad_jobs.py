@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,10 +125,10 @@ NAMES = [
 ALL = {"key": KEYS, "value": VALUES, "range": RANGES, "combination": COMBINATIONS, "name": NAMES}
 
 
-@pytest.fixture
-def job_file(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job file without a mistake."""
-    file = tmp_path / "digits.yaml"
+    file = tmp_path_factory.mktemp("job") / "digits.yaml"
     file.write_text(JOB)
     load_job(file)
     return file
@@ -136,7 +137,7 @@ def job_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=f"{kind} {' '.join(case[0])}") for kind, cases in ALL.items() for case in cases]
 )
-def test_command_line(job_file: Path, case: tuple[list[str], *tuple[str, ...]]) -> None:
+def test_command_line(job_file: Path, case: tuple[Any, ...]) -> None:
     overrides, *expected = case
     with pytest.raises(JobError) as caught:
         load_job(job_file, overrides)

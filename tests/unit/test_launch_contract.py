@@ -111,8 +111,10 @@ def kubernetes(plan: Plan, text: str) -> list[Launch]:
     path = plan.run / "from-the-configmap.yaml"
     path.write_text(only(documents, "ConfigMap")["data"]["job.yaml"])
     labels = {"metadata.labels['batch.kubernetes.io/controller-uid']": "0f1e2d3c"}
-    environment = {entry["name"]: entry["value"] if "value" in entry else labels[entry["valueFrom"]["fieldRef"]["fieldPath"]]
-                   for entry in pod["env"]}  # fmt: skip
+    environment = {
+        entry["name"]: entry["value"] if "value" in entry else labels[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        for entry in pod["env"]
+    }
     gpus = pod["resources"]["limits"].get("nvidia.com/gpu")
     return [
         Launch(command, load_job(path), {**environment, "JOB_COMPLETION_INDEX": str(index)},

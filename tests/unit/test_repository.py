@@ -23,9 +23,7 @@ PROJECT = PYPROJECT["project"]
 PACKAGE_DATA = PYPROJECT["tool"]["setuptools"]["package-data"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PUBLIC = [
-    target
-    for target in re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.M)
-    if target not in ("setup-dev", "setup-bench")
+    target for target in re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.M) if target not in ("setup-dev", "setup-bench")
 ]
 
 
@@ -60,9 +58,7 @@ def test_every_package_that_set_up_brings_is_pinned_to_what_is_installed() -> No
     }
     exact = pins()
     assert sorted(installed.keys() - exact.keys()) == []
-    assert [
-        name for name, version in installed.items() if not exact[name].specifier.contains(version, True)
-    ] == []
+    assert [name for name, version in installed.items() if not exact[name].specifier.contains(version, True)] == []
 
 
 def test_the_pins_are_exact_and_within_the_bounds_that_users_see() -> None:
@@ -75,17 +71,12 @@ def test_the_pins_are_exact_and_within_the_bounds_that_users_see() -> None:
 
 
 def test_pyproject_names_every_package() -> None:
-    there = {
-        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        for path in ROOT.glob("trainer/**/__init__.py")
-    }
+    there = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("trainer/**/__init__.py")}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == there
 
 
 def test_pyproject_names_every_file_of_the_packages_that_is_no_module() -> None:
-    said = {
-        f"{package.replace('.', '/')}/{glob}" for package, globs in PACKAGE_DATA.items() for glob in globs
-    }
+    said = {f"{package.replace('.', '/')}/{glob}" for package, globs in PACKAGE_DATA.items() for glob in globs}
     there = {path for path in ROOT.glob("trainer/**/*.*") if path.suffix not in (".py", ".pyc")}
     assert there == {path for glob in said for path in ROOT.glob(glob)}
 
@@ -113,9 +104,7 @@ def test_a_recipe_has_at_most_three_lines(target: str) -> None:
 def text_files() -> Iterator[Path]:
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [
-            name
-            for name in folders
-            if not re.match(r"\.git$|\.venv|\..*_cache$|__pycache__|runs$|.*egg-info", name)
+            name for name in folders if not re.match(r"\.git$|\.venv|\..*_cache$|__pycache__|runs$|.*egg-info", name)
         ]
         yield from (Path(folder, name) for name in files)
 
@@ -125,7 +114,5 @@ def test_no_file_names_a_registry() -> None:
     host = re.compile(
         r"(pypi|pythonhosted|npmjs|(deb|security)\.debian|archive\.ubuntu|download\.pytorch|nvcr)\.(org|com|io)\b"
     )
-    found = {
-        str(path.relative_to(ROOT)): host.findall(path.read_text(errors="ignore")) for path in text_files()
-    }
+    found = {str(path.relative_to(ROOT)): host.findall(path.read_text(errors="ignore")) for path in text_files()}
     assert {path: hosts for path, hosts in found.items() if hosts} == {}

@@ -60,10 +60,10 @@ class DockerNodes(Nodes):
         self.own_network = site.network == "auto"
 
     def hostnames(self) -> list[str]:
-        """Container names, which the network resolves; on the machine's own network its loopback."""
+        """Short names, which the run's network resolves; on the machine's own network its loopback."""
         if self.site.network == "host":
             return super().hostnames()
-        return [f"{self.name}-{node}" for node in range(self.job.nodes)]
+        return [f"node{node}" for node in range(self.job.nodes)]
 
     def network(self) -> str:
         """The network of the containers."""
@@ -98,7 +98,8 @@ class DockerNodes(Nodes):
             f"--mount=type=bind,source={self.run},target={self.run}", f"--workdir={self.run / 'code'}",
         ]  # fmt: skip
         if self.site.network != "host":
-            words.append(f"--hostname={self.name}-{node}")
+            words += [f"--hostname=node{node}", f"--network-alias=node{node}"]
+        words += self._processors(node)
         words += self._shared_memory() + self._devices(node, lease, variables)
         for mount in self.site.mounts:
             source, _, rest = mount.partition(":")
@@ -108,6 +109,12 @@ class DockerNodes(Nodes):
         if self.site.env_file:
             words.append(f"--env-file={self.site.env_file}")
         return [*words, *self.site.extra_args, self.site.reference, str(self.run / "job.yaml")], {}
+
+    def _processors(self, node: int) -> list[str]:
+        """A share of the cores: each agent would otherwise start a thread for every one of them."""
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[node :: self.job.nodes]
+        return [f"--cpuset-cpus={','.join(map(str, share))}"] if self.job.nodes > 1 and share else []
 
     def _shared_memory(self) -> list[str]:
         if self.site.shm == "host":

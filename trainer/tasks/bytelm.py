@@ -50,7 +50,7 @@ class Shape:
 
 
 SIZES = {
-    "1m": Shape(layers=3, heads=5, width=160, context=256),
+    "1m": Shape(layers=3, heads=5, width=160, context=128),
     "10m": Shape(layers=6, heads=6, width=384, context=512),
     "25m": Shape(layers=8, heads=8, width=512, context=1024),
     "gpt2": Shape(layers=12, heads=12, width=768, context=1024),

@@ -1,0 +1,98 @@
+"""DataParallel on CPUs: batches are cut and outputs joined as torch's own does on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.replicas import ThreadReplicas, replicate, scatter
+
+
+class Pair(NamedTuple):
+    """A batch with fields."""
+
+    left: Tensor
+    right: Tensor
+
+
+@pytest.mark.parametrize("batch, parts, sizes", [
+    (torch.arange(10), 3, [4, 4, 2]), (torch.arange(2), 3, [1, 1]), (torch.arange(9), 1, [9]),
+])  # fmt: skip
+def test_tensors_are_cut_into_chunks(batch: Tensor, parts: int, sizes: list[int]) -> None:
+    pieces = scatter(batch, parts)
+    assert [len(piece) for piece in pieces] == sizes
+    assert torch.equal(torch.cat(pieces), batch)
+
+
+def test_batches_keep_their_type_and_what_is_no_tensor() -> None:
+    column = torch.arange(6)
+    batches = Pair(column, column), (column, "text", 3, None), [column, [column, {"a": column}]], {"x": column}, column
+    for batch in batches:
+        first, second = scatter(batch, 2)
+        assert type(first) is type(second) is type(batch)
+        assert _columns(first) == [[0, 1, 2]] * len(_columns(batch))
+        assert _columns(second) == [[3, 4, 5]] * len(_columns(batch))
+    assert scatter((column, "text", 3, None), 2)[1][1:] == ("text", 3, None)
+
+
+def _columns(batch: Any) -> list[list[int]]:
+    if isinstance(batch, Tensor):
+        return [batch.tolist()]
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else []
+    return [column for value in values for column in _columns(value)]
+
+
+class Awkward(nn.Module):
+    """Tied layers, an absent bias, a list of parameters, a buffer, a layer that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False)
+        self.again = self.first
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))])
+        self.register_buffer("offset", torch.full((4,), 2.0))
+        self.register_buffer("absent", None)
+        self.nothing = None
+        self.register_module("empty", None)
+
+    def forward(self, values: Tensor, evaluate: bool = False) -> Tensor:
+        """Shape (batch,)."""
+        hidden = self.first(values) * self.scales[0] + self.offset
+        output: Tensor = (self.again(hidden) * self.scales[1]).sum(1)
+        return output.round() if evaluate else output
+
+
+def test_replicas_compute_the_same_and_gradients_add_up() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(7, 4, dtype=torch.float64)
+    model = Awkward().double()
+    model(values).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+    for replicas in (1, 2, 3, 7, 9):
+        model.zero_grad()
+        output = ThreadReplicas(model, replicas)(values)
+        torch.testing.assert_close(output, model(values), rtol=1e-13, atol=0)
+        output.sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-13)
+
+
+def test_a_replica_shares_what_the_original_shares() -> None:
+    copy: Any = replicate(Awkward())
+    assert copy.first is copy.again
+    assert copy.first.bias is None
+
+
+def test_evaluation_reaches_the_replicas_without_gradients() -> None:
+    with torch.no_grad():
+        output = ThreadReplicas(Awkward(), 2)(torch.ones(4, 4), True)
+    assert not output.requires_grad
+    assert torch.equal(output, output.round())
+
+
+def test_an_error_in_a_replica_is_the_users_to_see() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ThreadReplicas(Awkward(), 2)(torch.ones(4, 3))
