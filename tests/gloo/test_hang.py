@@ -9,19 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
-from muster_runs import Run, alive, kill, result, submitted, wait_for
+from muster_runs import FULL, Run, alive, kill, result, submitted, wait_for
 
-HANG_TIMEOUT_S = 5
+HANG_TIMEOUT_S = 3
 NOTICE_S = HANG_TIMEOUT_S + 5
 RESTART_S = 10
 KEYS = [f"agent.hang_timeout_s={HANG_TIMEOUT_S}", "train.steps=1000000", "task_args.step_s=0.01", "agent.restarts=9"]
 WORDS = {
-    "hang": "in <lambda> (faulty_tasks.py",
     "load: hang": "in <lambda> (faulty_tasks.py",  # in the data set, while the others wait for the gradients
     "hang in C": "in _deadlock (faulty_tasks.py",
     "skip": "called in obey (faulty_tasks.py",  # in a collective that nobody else calls
     "SIGSTOP": "the process is stopped",
 }
+if FULL:
+    WORDS["hang"] = "in <lambda> (faulty_tasks.py"
 
 
 def hang(run: Run, rank: int, word: str) -> str:
@@ -56,7 +57,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
             assert re.search(r"no heartbeat for \d+ s after step \d+ while training", message), message
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1] if FULL else [1])
 def test_it_is_named_from_another_node_too(tmp_path: Path, rank: int) -> None:
     """The ranks that wait for it are as silent as it is, and their agent may notice them first."""
     with submitted(tmp_path, *KEYS, "nodes=2", "devices_per_node=1") as run:

@@ -151,7 +151,7 @@ class UNet(nn.Module):
 class Segment(Task):
     """Name the digit at each pixel; reports mean intersection over union and pixel accuracy."""
 
-    def __init__(self, width: int = 16, size: int = 32, digits: int = 5) -> None:
+    def __init__(self, width: int = 16, size: int = 32, digits: int = 3) -> None:
         """`width`: channels of the U-Net; `size`: side of a canvas, pixels; `digits`: at most so many on one.
 
         Raises:

@@ -1,0 +1,96 @@
+"""A pod's container as words of `docker run`: exactly what its manifest says, or an error for what is not modelled."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from cluster_api import Cluster, Object
+
+MODELLED = {
+    "name", "image", "imagePullPolicy", "command", "args", "env", "resources", "terminationMessagePath",
+    "terminationMessagePolicy", "securityContext", "volumeMounts",
+}  # fmt: skip
+
+
+def run_words(pod: Object, cluster: Cluster, folder: Path, image: str) -> list[str]:
+    """Options, image and arguments; `image` stands for the one that the manifest names."""
+    spec = pod["spec"]
+    (container,) = spec["containers"]
+    assert set(container) <= MODELLED, f"not modelled: {set(container) - MODELLED}"
+    name = pod["metadata"]["name"]
+    home = folder / "pods" / name
+    home.mkdir(parents=True)
+    words = [f"--name={name}", f"--hostname={spec['hostname']}"]
+    words += [f"--env={key}={value}" for key, value in variables(pod, container).items()]
+    words += security(spec["securityContext"], container["securityContext"])
+    limits = container["resources"]["limits"]
+    memory = int(bytes_of(limits["memory"]))
+    words += [
+        f"--memory={memory}",
+        f"--memory-swap={memory}",
+        f"--cpus={min(float(limits['cpu']), os.cpu_count() or 1)}",
+    ]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    group = spec["securityContext"]["fsGroup"]
+    for mount in container["volumeMounts"]:
+        words.append(mounted(volumes[mount["name"]], mount, cluster, folder, home, group))
+    log = home / "termination-log"
+    log.touch()
+    log.chmod(0o666)  # as the kubelet makes it
+    words.append(f"--mount=type=bind,source={log},target={container['terminationMessagePath']}")
+    if "command" in container:
+        words.append(f"--entrypoint={container['command'][0]}")
+    return [*words, image, *container.get("command", [])[1:], *container["args"]]
+
+
+def variables(pod: Object, container: Object) -> dict[str, str]:
+    """Variables with the downward API filled in (concepts/workloads/pods/downward-api)."""
+    found = {}
+    for entry in container["env"]:
+        if "value" in entry:
+            found[entry["name"]] = entry["value"]
+            continue
+        path = entry["valueFrom"]["fieldRef"]["fieldPath"]
+        (key,) = re.fullmatch(r"metadata\.labels\['(.*)'\]", path).groups()
+        found[entry["name"]] = pod["metadata"]["labels"][key]
+    return found
+
+
+def security(pod: Object, container: Object) -> list[str]:
+    """The security context (tasks/configure-pod-container/security-context)."""
+    assert pod["runAsNonRoot"]
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}  # which the engine's default profile is
+    words = [f"--user={pod['runAsUser']}:{pod['runAsGroup']}", f"--group-add={pod['fsGroup']}"]
+    words += ["--security-opt=no-new-privileges"] if container["allowPrivilegeEscalation"] is False else []
+    words += ["--read-only"] if container["readOnlyRootFilesystem"] else []
+    return [*words, *(f"--cap-drop={name}" for name in container["capabilities"]["drop"])]
+
+
+def mounted(volume: Object, mount: Object, cluster: Cluster, folder: Path, home: Path, group: int) -> str:
+    """One volume where the container sees it (concepts/storage/volumes)."""
+    target, read_only = mount["mountPath"], ",readonly" if mount.get("readOnly") else ""
+    empty: Any = volume.get("emptyDir")
+    if empty is not None and empty.get("medium") == "Memory":
+        return f"--mount=type=tmpfs,target={target},tmpfs-size={int(bytes_of(empty['sizeLimit']))},tmpfs-mode=1777"
+    if empty is not None:
+        source = home / volume["name"]
+        source.mkdir()
+    elif "configMap" in volume:
+        source = home / volume["name"]
+        source.mkdir(mode=0o755)
+        for key, text in cluster.objects["configmaps", volume["configMap"]["name"]]["data"].items():
+            (source / key).write_text(text)
+        return f"--mount=type=bind,source={source},target={target},readonly"
+    else:
+        source = folder / "claims" / volume["persistentVolumeClaim"]["claimName"]
+    os.chown(source, -1, group)  # fsGroup: the volume's group may write, and what is made in it keeps the group
+    source.chmod(0o2770 if empty is None else 0o2777)
+    return f"--mount=type=bind,source={source},target={target}{read_only}"
+
+
+def bytes_of(text: str) -> float:
+    digits, unit = re.fullmatch(r"([\d.]+)(Ki|Mi|Gi)", text).groups()
+    return float(digits) * 1024 ** (1 + ("Ki", "Mi", "Gi").index(unit))

@@ -1,0 +1,276 @@
+"""Plays Job controller and kubelet for the cluster in memory: each pod of a Job is a container of the real engine.
+
+Only what Kubernetes documents is modelled, and only what our manifests use; each rule names its page of kubernetes.io.
+Time is not: the documented back-off of 10 s, doubling, is one second here.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster_api import Cluster, Object, now
+from container_of import run_words
+from engine import Engine
+
+INDEX = "batch.kubernetes.io/job-completion-index"
+BACKOFF_S = 1.0
+TICK_S = 0.2
+
+
+class Pods:
+    """Runs the pods of all Jobs until it is closed."""
+
+    def __init__(self, engine: Engine, image: str, cluster: Cluster, folder: Path) -> None:
+        """`folder`: where volumes lie on this machine."""
+        self.engine, self.image, self.cluster, self.folder = engine, image, cluster, folder
+        self.network = f"pods-{secrets.token_hex(3)}"
+        self.engine.docker("network", "create", self.network)
+        self.dns = threading.Event()
+        """Unset: names do not resolve yet."""
+        self.dns.set()
+        self.hold = False
+        """Set: no pod is made, as when no node has room."""
+        self.failed: dict[str, int] = {}
+        """Pods of each Job that count against its backoffLimit."""
+        self.not_before: dict[str, float] = {}
+        self.stopping: dict[str, threading.Thread] = {}
+        self.known: set[str] = set()
+        cluster.read_log = self.read_log
+        self.ended = threading.Event()
+        self.trouble: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Stop playing; raise what went wrong meanwhile."""
+        self.ended.set()
+        self.thread.join()
+        for thread in self.stopping.values():
+            thread.join()
+        if self.trouble:
+            raise self.trouble
+
+    def _run(self) -> None:
+        try:
+            while not self.ended.wait(TICK_S):
+                with self.cluster.change:
+                    jobs = self.cluster.select("jobs", {})
+                self._read_containers()
+                for job in jobs:
+                    self._sync(job)
+        except BaseException as error:
+            self.trouble = error
+
+    def pods_of(self, job: Object, *phases: str) -> list[Object]:
+        """The pods that a Job owns, in the given phases or all."""
+        with self.cluster.change:
+            pods = self.cluster.select(
+                "pods", {"labelSelector": f"batch.kubernetes.io/controller-uid={job['metadata']['uid']}"}
+            )
+        return [pod for pod in pods if not phases or pod["status"]["phase"] in phases]
+
+    def pod(self, node: int) -> Object:
+        """The newest pod of that index, once it runs."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with self.cluster.change:
+                pods = [
+                    pod for pod in self.cluster.select("pods", {}) if pod["metadata"]["annotations"][INDEX] == str(node)
+                ]
+            running = [pod for pod in pods if pod["status"]["phase"] == "Running"]
+            if running:
+                return running[-1]
+            time.sleep(0.05)
+        raise AssertionError(f"no pod of index {node} runs: {pods}")
+
+    def _sync(self, job: Object) -> None:
+        """One look at a Job (concepts/workloads/controllers/job)."""
+        name, spec = job["metadata"]["name"], job["spec"]
+        active = self.pods_of(job, "Pending", "Running")
+        conditions = {each["type"] for each in job["status"].get("conditions", []) if each["status"] == "True"}
+        if conditions & {"Complete", "Failed"}:
+            return None
+        if job["metadata"].get("deletionTimestamp") or "FailureTarget" in conditions or spec.get("suspend"):
+            for pod in active:
+                self.stop(pod)
+            if spec.get("suspend"):  # "suspending a Job": its pods are deleted, and count as nothing
+                self._condition(job, "Suspended", True, "JobSuspended")
+            elif active:
+                return None
+            elif job["metadata"].get("deletionTimestamp"):  # foreground cascading deletion: after the dependents
+                self.cluster.remove("jobs", name)
+            else:
+                [target] = [each for each in job["status"]["conditions"] if each["type"] == "FailureTarget"]
+                self._condition(job, "Failed", True, target["reason"], target["message"])
+            return None
+        self._condition(job, "Suspended", False, "JobResumed")
+        done = {pod["metadata"]["annotations"][INDEX] for pod in self.pods_of(job, "Succeeded")}
+        if len(done) == spec["completions"]:
+            return self._condition(job, "Complete", True, "CompletionsReached")
+        if self.failed.get(job["metadata"]["uid"], 0) > spec["backoffLimit"]:
+            return self._condition(
+                job, "FailureTarget", True, "BackoffLimitExceeded", "Job has reached the backoff limit"
+            )
+        taken = done | {pod["metadata"]["annotations"][INDEX] for pod in active}
+        if time.monotonic() >= self.not_before.get(name, 0) and not self.hold:
+            for index in range(spec["completions"]):
+                if str(index) not in taken:
+                    self._create(job, index)
+        for pod in active:
+            if pod["status"]["phase"] == "Pending" and pod["metadata"]["name"] not in self.known:
+                self._start(pod)
+            elif pod["metadata"].get("deletionTimestamp"):
+                self.stop(pod)
+        return None
+
+    def _condition(self, job: Object, kind: str, status: bool, reason: str, message: str = "") -> None:
+        with self.cluster.change:
+            found = [each for each in job["status"].get("conditions", []) if each["type"] == kind]
+            if (not found and not status) or (found and found[0]["status"] == str(status)):
+                return
+            others = [each for each in job["status"].get("conditions", []) if each["type"] != kind]
+            value = {
+                "type": kind,
+                "status": str(status),
+                "reason": reason,
+                "message": message,
+                "lastTransitionTime": now(),
+            }
+            job["status"]["conditions"] = [*others, value]
+            self.cluster.changed(job)
+
+    def _create(self, job: Object, index: int) -> None:
+        """A pod from the template, with what the Job controller adds: labels, annotation, host name, variable."""
+        name, uid, template = (
+            job["metadata"]["name"],
+            job["metadata"]["uid"],
+            json.loads(json.dumps(job["spec"]["template"])),
+        )
+        labels = {"batch.kubernetes.io/controller-uid": uid, "batch.kubernetes.io/job-name": name, INDEX: str(index)}
+        template["spec"]["hostname"] = f"{name}-{index}"
+        for container in template["spec"]["containers"]:
+            container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "controller": True}
+        metadata = {
+            "name": f"{name}-{index}-{secrets.token_hex(3)[:5]}", "labels": {**template["metadata"]["labels"], **labels},
+            "annotations": {**template["metadata"].get("annotations", {}), INDEX: str(index)}, "ownerReferences": [owner],
+        }  # fmt: skip
+        self.cluster.put("pods", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
+
+    def _start(self, pod: Object) -> None:
+        """Schedule a pod and run its container; one whose claim is missing waits (concepts/storage/persistent-volumes)."""
+        for volume in pod["spec"]["volumes"]:
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            if claim and ("persistentvolumeclaims", claim) not in self.cluster.objects:
+                message = f'0/1 nodes are available: persistentvolumeclaim "{claim}" not found.'
+                condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+                return self._status(pod, phase="Pending", conditions=[condition])
+        words = run_words(pod, self.cluster, self.folder, self.image)
+        alias = f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}"
+        names = [f"--network-alias={alias}"] if self.dns.is_set() else []
+        self.engine.docker("run", "--detach", f"--network={self.network}", *names, *words)
+        self.known.add(pod["metadata"]["name"])
+        return self._status(pod, phase="Running", conditions=[], containerStatuses=[
+            {"name": "agent", "state": {"running": {"startedAt": now()}}}])  # fmt: skip
+
+    def publish_names(self) -> None:
+        """Let the pods' names resolve from now on: on a second network, because the engine's names come with one."""
+        self.dns.set()
+        late = f"{self.network}-named"
+        self.engine.docker("network", "create", late)
+        for pod in [pod for pod in self.cluster.select("pods", {}) if pod["status"]["phase"] == "Running"]:
+            alias = f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}"
+            self.engine.docker("network", "connect", f"--alias={alias}", late, pod["metadata"]["name"])
+
+    def _status(self, pod: Object, **status: Any) -> None:
+        with self.cluster.change:
+            pod["status"] = {**pod["status"], **status}
+            self.cluster.changed(pod)
+
+    def evict(self, pod: Object) -> None:
+        """What the Eviction API does: a condition, SIGTERM, the grace period (concepts/workloads/pods/disruptions)."""
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI",
+                     "message": "Eviction API: evicting"}  # fmt: skip
+        self._status(pod, conditions=[*pod["status"].get("conditions", []), condition])
+        self.stop(pod)
+
+    def kill(self, pod: Object) -> None:
+        """End the container's processes at once, as the kernel does for memory, or a power loss."""
+        self.engine.docker("kill", "--signal=KILL", pod["metadata"]["name"])
+
+    def stop(self, pod: Object) -> None:
+        """SIGTERM, and SIGKILL after terminationGracePeriodSeconds (concepts/workloads/pods/pod-lifecycle)."""
+        name = pod["metadata"]["name"]
+        if name not in self.known:
+            self.cluster.remove("pods", name)
+        elif name not in self.stopping:
+            words = ("stop", f"--time={pod['spec']['terminationGracePeriodSeconds']}", name)
+            self.stopping[name] = threading.Thread(target=lambda: self.engine.docker(*words, check=False))
+            self.stopping[name].start()
+
+    def _read_containers(self) -> None:
+        """Bring the pods' status up to date with their containers."""
+        exited = self.engine.docker("ps", "--all", "--filter=status=exited", "--format={{.Names}}").stdout.split()
+        for pod in self.cluster.select("pods", {}):
+            if pod["status"]["phase"] == "Running" and pod["metadata"]["name"] in exited:
+                self._finish(pod)
+
+    def _finish(self, pod: Object) -> None:
+        state = self.engine.inspect(pod["metadata"]["name"])["State"]
+        code = state["ExitCode"]
+        message = (self.folder / "pods" / pod["metadata"]["name"] / "termination-log").read_text()
+        if code and not message:  # terminationMessagePolicy: FallbackToLogsOnError
+            message = "\n".join(self.engine.docker("logs", "--tail=80", pod["metadata"]["name"]).stdout.splitlines())[
+                -2048:
+            ]
+        reason = "OOMKilled" if state["OOMKilled"] else "Error" if code else "Completed"
+        ended = {"exitCode": code, "reason": reason, "message": message[:4096], "finishedAt": state["FinishedAt"]}
+        phase = "Failed" if code else "Succeeded"
+        self._status(pod, phase=phase, containerStatuses=[{"name": "agent", "state": {"terminated": ended}}])
+        owner = self.cluster.objects.get(("jobs", pod["metadata"]["ownerReferences"][0]["name"]))
+        if owner is not None and not owner["spec"].get("suspend"):
+            if code:
+                self.not_before[owner["metadata"]["name"]] = time.monotonic() + BACKOFF_S
+                self._decide(owner, pod, code)
+            if pod["metadata"].get("deletionTimestamp"):
+                self.cluster.remove("pods", pod["metadata"]["name"])
+        elif owner is not None:
+            self.cluster.remove("pods", pod["metadata"]["name"])
+
+    def _decide(self, job: Object, pod: Object, code: int) -> None:
+        """The first rule of podFailurePolicy that matches (tasks/job/pod-failure-policy)."""
+        conditions = {each["type"] for each in pod["status"].get("conditions", []) if each["status"] == "True"}
+        for index, rule in enumerate(job["spec"]["podFailurePolicy"]["rules"]):
+            codes = rule.get("onExitCodes")
+            matches = (
+                code in codes["values"] if codes else conditions & {each["type"] for each in rule["onPodConditions"]}
+            )
+            if matches and rule["action"] == "FailJob":
+                message = f"Container agent for pod failed with exit code {code} matching FailJob rule at index {index}"
+                return self._condition(job, "FailureTarget", True, "PodFailurePolicy", message)
+            if matches:
+                return None
+        uid = job["metadata"]["uid"]
+        self.failed[uid] = self.failed.get(uid, 0) + 1
+        return None
+
+    def read_log(self, name: str, timestamps: bool, since: str) -> str:
+        """What `kubectl logs` gets."""
+        words = [*(["--timestamps"] if timestamps else []), *([f"--since={since}"] if since else [])]
+        done = self.engine.docker("logs", *words, name, check=False)
+        lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+        return "".join(f"{line}\n" for line in (sorted(lines) if timestamps else lines))
+
+    def make_claim(self, name: str) -> Path:
+        """A bound claim; returns its folder on this machine."""
+        self.cluster.put("persistentvolumeclaims", {"metadata": {"name": name}, "status": {"phase": "Bound"}})
+        folder = self.folder / "claims" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder

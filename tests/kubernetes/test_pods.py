@@ -1,0 +1,217 @@
+"""A job's manifests as real containers: training, faults and their ends, seen through muster and kubectl.
+
+The containers run docker/Dockerfile's image with what the manifests say and nothing else; pods.py plays the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_api import Cluster
+from pods import Pods
+
+from trainer.launch import commands
+from trainer.record import read_json, read_lines
+
+pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to build the image
+JOB = [
+    "nodes=2",
+    "devices_per_node=1",
+    "device=cpu",
+    "train.steps=60",
+    "checkpoint.every_steps=10",
+    "log.every_steps=1",
+]
+WAIT_S = 180
+
+
+class Runs:
+    """Submits jobs to the cluster, and looks at what they leave on the claim."""
+
+    def __init__(self, pods: Pods, folder: Path) -> None:
+        self.pods, self.folder = pods, folder
+        self.claim = pods.make_claim("runs")
+        self.site = folder / "site.yaml"
+        self.site.write_text("claim: runs\n")
+
+    def submit(self, *overrides: str) -> Path:
+        """The run folder on this machine; the one on the claim has its name."""
+        words = [*JOB, f"runs={self.folder / 'runs'}", *overrides]
+        return commands.submit("jobs/digits.yaml", words, "kubernetes", self.site)
+
+    def wait(self, run: Path, *states: str) -> dict[str, Any]:
+        """The status, once it is one of `states`."""
+        end = time.monotonic() + WAIT_S
+        while True:
+            found = commands.status(str(run))
+            if found["state"] in states:
+                return found
+            if time.monotonic() > end:
+                raise AssertionError(f"not {states} within {WAIT_S} s: {found}\n{self.printed(run)}")
+            time.sleep(0.5)
+
+    def events(self, run: Path, name: str) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.claim / run.name / "events.jsonl") if line["event"] == name]
+
+    def until(self, run: Path, what: Callable[[], Any]) -> Any:
+        """What `what` returns, once it is true."""
+        end = time.monotonic() + WAIT_S
+        while not (found := what()):
+            assert time.monotonic() < end, self.printed(run)
+            time.sleep(0.05)
+        return found
+
+    def checkpoint(self, run: Path, count: int) -> None:
+        self.until(run, lambda: len(self.events(run, "checkpoint")) >= count)
+
+    def losses(self, run: Path) -> dict[int, float]:
+        """The newest loss of each step."""
+        lines = read_lines(self.claim / run.name / "metrics.jsonl")
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+    def printed(self, run: Path) -> str:
+        return "\n".join(
+            f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted((run / "logs").glob("node-*.log"))
+        )
+
+
+@pytest.fixture
+def pods(cluster: Cluster, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pods]:
+    """A cluster whose pods run."""
+    try:
+        engine, image = request.getfixturevalue("engine"), request.getfixturevalue("image")
+    except pytest.FixtureLookupError:
+        pytest.skip("the docker tier's engine is not shared with this tier")
+    playing = Pods(engine, image.tag, cluster, tmp_path / "volumes")
+    yield playing
+    playing.close()
+
+
+@pytest.fixture
+def runs(pods: Pods, tmp_path: Path) -> Runs:
+    return Runs(pods, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Any]:
+    """The losses of the first test's run, by which the others are measured."""
+    return {}
+
+
+def test_two_pods_train_and_muster_run_follows(runs: Runs, undisturbed: Any, capfd: Any) -> None:
+    words = [*JOB, f"runs={runs.folder / 'runs'}"]
+    assert commands.run("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
+    printed = capfd.readouterr().out
+    assert "step 60/60" in printed
+    (run,) = (runs.folder / "runs").iterdir()
+    found = commands.status(str(run))
+    assert found["state"] == "done"
+    assert "accuracy" in found["reason"]
+    losses = runs.losses(run)
+    assert sorted(losses) == list(range(1, 61))
+    undisturbed.update(losses)
+    assert (runs.claim / run.name / "result.json").stat().st_uid == 10001
+    assert read_json(runs.claim / run.name / "result.json")["world_size"] == 2
+    wired = runs.events(run, "wired")
+    assert sorted(event["node"] for event in wired) == [0, 1]
+    assert {event["master"] for event in wired} == {f"{run.name}-0.{run.name}"}
+
+
+@pytest.mark.parametrize("node", [1, 0], ids=["other", "master"])
+def test_a_killed_pod_is_replaced_and_the_run_resumes_exactly(runs: Runs, undisturbed: Any, node: int) -> None:
+    run = runs.submit()
+    runs.checkpoint(run, 2)
+    killed = runs.pods.pod(node)
+    survivor = runs.pods.pod(1 - node)
+    runs.pods.kill(killed)
+    assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
+    assert runs.events(run, "resume")[0]["step"] >= 20
+    names = {pod["metadata"]["name"]: pod["status"] for pod in runs.pods.cluster.select("pods", {})}
+    assert names[killed["metadata"]["name"]]["phase"] == "Failed"
+    assert names[survivor["metadata"]["name"]]["phase"] == "Succeeded"  # it waited, and was not replaced
+    assert runs.losses(run) == undisturbed
+
+
+def test_an_evicted_pod_saves_and_the_gang_comes_back(runs: Runs, undisturbed: Any) -> None:
+    run = runs.submit()
+    runs.checkpoint(run, 1)
+    runs.pods.evict(runs.pods.pod(1))
+    assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
+    assert runs.pods.failed == {}  # nothing counted against backoffLimit
+    codes = [pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"]
+             for pod in runs.pods.cluster.select("pods", {})]  # fmt: skip
+    assert sorted(codes) == [0, 0, 75, 75]
+    assert runs.losses(run) == undisturbed
+
+
+def test_preempt_and_cancel(runs: Runs) -> None:
+    run = runs.submit("train.steps=100000")
+    runs.checkpoint(run, 1)
+    before = runs.pods.pod(0)["metadata"]["name"]
+    commands.preempt(str(run))
+    runs.until(run, lambda: runs.events(run, "resume"))
+    assert runs.pods.pod(0)["metadata"]["name"] != before
+    saved = len(runs.events(run, "checkpoint"))
+    commands.cancel(str(run))
+    assert runs.wait(run, "cancelled", "failed", "lost")["state"] == "cancelled"
+    assert len(runs.events(run, "checkpoint")) > saved
+    assert [key for key in runs.pods.cluster.objects if key[0] not in ("pods", "persistentvolumeclaims")] == []
+
+
+def test_a_wrong_job_fails_once_and_says_why(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The submitting machine has a module that the image lacks."""
+    (tmp_path / "only_here.py").write_text("class Task:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = runs.submit("task=only_here:Task")
+    found = runs.wait(run, "failed", "done")
+    assert (found["state"], found["code"]) == ("failed", 64)
+    assert "only_here" in found["reason"]
+    assert len(runs.pods.cluster.select("pods", {})) == 2
+
+
+def test_names_that_resolve_late_are_waited_for(runs: Runs) -> None:
+    runs.pods.dns.clear()
+    run = runs.submit("train.steps=20")
+    runs.pods.pod(0)
+    runs.pods.pod(1)
+    time.sleep(8)
+    assert runs.events(run, "training") == []
+    runs.pods.publish_names()
+    assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
+    assert "does not resolve" in (run / "logs/node-1.log").read_text()
+
+
+def test_a_replacement_that_never_comes_ends_the_job_in_its_bound(runs: Runs) -> None:
+    run = runs.submit("train.steps=100000", "agent.rejoin_timeout_s=5")
+    runs.checkpoint(run, 1)
+    runs.pods.hold = True
+    runs.pods.kill(runs.pods.pod(1))
+    start = time.monotonic()
+    found = runs.wait(run, "failed", "done")
+    assert (found["state"], found["code"]) == ("failed", 1)
+    assert f"node 1 ({run.name}-1.{run.name}) did not come within 5 s" in found["reason"]
+    assert time.monotonic() - start < 60
+
+
+def test_a_missing_claim_is_named_and_waited_for(runs: Runs) -> None:
+    runs.site.write_text("claim: elsewhere\n")
+    run = runs.submit("train.steps=20")
+    runs.until(run, lambda: 'persistentvolumeclaim "elsewhere" not found' in commands.status(str(run))["reason"])
+    runs.claim = runs.pods.make_claim("elsewhere")
+    assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
+
+
+def test_without_a_claim_it_trains_and_prints_all(runs: Runs) -> None:
+    runs.site.write_text("")
+    run = runs.submit("devices_per_node=2", "train.steps=20")
+    found = runs.wait(run, "done", "failed")
+    assert found["state"] == "done", runs.printed(run)
+    assert "accuracy" in found["reason"]
+    for node in (0, 1):
+        assert "the run folder goes with this node" in (run / f"logs/node-{node}.log").read_text()
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
