@@ -1,6 +1,7 @@
 """The image that docker/Dockerfile makes, without a network, on a base without torch."""
 
 import json
+import secrets
 import subprocess
 import sys
 import time
@@ -74,9 +75,11 @@ def test_everything_imported_was_compiled_at_build_time(engine: Engine, image: I
 
 
 def test_a_source_change_rebuilds_in_about_a_second(engine: Engine, image: Image, wheels: Path, tmp_path: Path):
-    context = engine_image.copy_context(tmp_path)
-    same = engine_image.build(engine, wheels, context=context, tag="muster-test-edited")
-    assert same.id == image.id  # a fresh copy of the same files is the same image
+    # The builder remembers a folder by its name, and what was in it: each copy has a name of its own.
+    context, other = (tmp_path / secrets.token_hex(4) for _ in range(2))
+    copies = [engine_image.copy_context(path) for path in (context, other)]
+    first, same = (engine_image.build(engine, wheels, context=path, tag="muster-test-edited") for path in copies)
+    assert same.id == first.id  # a fresh copy of the same files is the same image
     (context / "trainer/__init__.py").open("a").write(f"EDITED = {time.time_ns()}\n")  # never seen before
     (context / "pyproject.toml").open("a").write("# a comment\n")
     edited = engine_image.build(engine, wheels, context=context, tag="muster-test-edited")

@@ -41,7 +41,7 @@ def wait_for(what: str, ready: Callable[[], Any], timeout_s: float = PATIENCE_S)
     end = time.monotonic() + timeout_s
     while not (found := ready()):
         assert time.monotonic() < end, f"{what}: not after {timeout_s:.0f} s"
-        time.sleep(0.005)
+        time.sleep(0.02)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from muster_runs import FULL, Run, alive, descendants, end_all, kill, result, start_agent, submitted, wait_for
 
+from trainer.board import Board
 from trainer.network import candidate_ports
 
 TWO_NODES = ["nodes=2", "devices_per_node=1"]
@@ -65,8 +67,6 @@ def test_ranks_are_placed_by_node_whoever_comes_first(tmp_path: Path, number: in
         {"RANK": rank, "LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "WORLD_SIZE": 4, "MUSTER_NODE_RANK": rank // 2}
         for rank in range(4)
     ]
-    import json
-
     for rank in range(4):
         assert json.loads((run.folder / f"place-{rank}.json").read_text()) == expected
 
@@ -155,12 +155,10 @@ def listener(port: int, answer: bytes | None) -> Iterator[None]:
 
 
 def test_foreign_listeners_on_the_candidate_ports(tmp_path: Path) -> None:
-    """One closes, one is silent, one talks; an agents' board of another job lives on the next, and of our last launch."""
+    """One closes, one is silent, one talks; then come the boards of another job and of our own last launch."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     ports = candidate_ports(f"{run.folder.name}/1")
-    from trainer.board import Board
-
     other, old = Board("another/0"), Board(f"{run.folder.name}/0")
     with ExitStack() as stack:
         for port, answer in zip(ports, (None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"), strict=False):
@@ -172,7 +170,7 @@ def test_foreign_listeners_on_the_candidate_ports(tmp_path: Path) -> None:
 
 
 def test_two_jobs_with_the_same_ports_at_once(tmp_path: Path) -> None:
-    """The number of the job decides the ports: the same number comes from two clusters, or from a copied environment."""
+    """The number of a job decides its ports: two clusters may give the same, or a variable was copied."""
     runs = [Run(tmp_path / name) for name in ("one", "two")]
     shared = str(candidate_ports("shared")[0])
     started = []
@@ -198,6 +196,7 @@ def test_nothing_of_one_node_listens_for_strangers(tmp_path: Path) -> None:
                     inodes.add(os.readlink(handle).removeprefix("socket:[").removesuffix("]"))
                 except OSError:
                     continue
-        lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").open()]
+        tables = [Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6")]
+        lines = [line.split() for table in tables for line in table]
         listening = [fields[1] for fields in lines if fields[3] == "0A" and fields[9] in inodes]
         assert listening and all(address.startswith("0100007F:") for address in listening), listening

@@ -6,7 +6,7 @@ Time is not: the documented back-off of 10 s, doubling, is one second here.
 
 from __future__ import annotations
 
-import json
+import copy
 import secrets
 import shutil
 import threading
@@ -150,7 +150,7 @@ class Pods:
         name, uid, template = (
             job["metadata"]["name"],
             job["metadata"]["uid"],
-            json.loads(json.dumps(job["spec"]["template"])),
+            copy.deepcopy(job["spec"]["template"]),
         )
         labels = {"batch.kubernetes.io/controller-uid": uid, "batch.kubernetes.io/job-name": name, INDEX: str(index)}
         template["spec"]["hostname"] = f"{name}-{index}"
@@ -158,13 +158,14 @@ class Pods:
             container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "controller": True}
         metadata = {
-            "name": f"{name}-{index}-{secrets.token_hex(3)[:5]}", "labels": {**template["metadata"]["labels"], **labels},
-            "annotations": {**template["metadata"].get("annotations", {}), INDEX: str(index)}, "ownerReferences": [owner],
+            "name": f"{name}-{index}-{secrets.token_hex(3)[:5]}", "ownerReferences": [owner],
+            "labels": {**template["metadata"]["labels"], **labels},
+            "annotations": {**template["metadata"].get("annotations", {}), INDEX: str(index)},
         }  # fmt: skip
         self.cluster.put("pods", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
 
     def _start(self, pod: Object) -> None:
-        """Schedule a pod and run its container; one whose claim is missing waits (concepts/storage/persistent-volumes)."""
+        """Schedule a pod and run its container, unless its claim is missing (concepts/storage/persistent-volumes)."""
         for volume in pod["spec"]["volumes"]:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             if claim and ("persistentvolumeclaims", claim) not in self.cluster.objects:

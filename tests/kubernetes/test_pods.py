@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from cluster_api import Cluster
+from engine import Engine
+from engine_image import Image
 from pods import Pods
 
 from trainer.launch import commands
@@ -81,12 +83,8 @@ class Runs:
 
 
 @pytest.fixture
-def pods(cluster: Cluster, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pods]:
+def pods(cluster: Cluster, engine: Engine, image: Image, tmp_path: Path) -> Iterator[Pods]:
     """A cluster whose pods run."""
-    try:
-        engine, image = request.getfixturevalue("engine"), request.getfixturevalue("image")
-    except pytest.FixtureLookupError:
-        pytest.skip("the docker tier's engine is not shared with this tier")
     playing = Pods(engine, image.tag, cluster, tmp_path / "volumes")
     yield playing
     playing.close()

@@ -27,6 +27,8 @@ SIDES = range(8, 13)
 """Side of a pasted digit, pixels; the originals have 8."""
 INK = 0.35
 """Intensity, of 1, above which a pixel of a digit counts as written and covers what lies under it."""
+TRIES = 6
+"""Random places to try for a digit, until one covers no other digit; the last is taken all the same."""
 NOISE = 0.05
 """Standard deviation of the noise on a canvas, in the unit of the intensity."""
 GROUPS = 4
@@ -66,10 +68,13 @@ class Canvases(Dataset[Sample]):
         others = rng.integers(len(self.labels), size=rng.integers(self.digits))
         for image in (*others, index):
             side = int(rng.choice(SIDES))
-            top, left = rng.integers(self.size - side + 1, size=2)
             patch = self.stretch[side] @ self.images[image] @ self.stretch[side].T
             ink = patch > INK
-            place = np.s_[top : top + side, left : left + side]
+            for _ in range(TRIES):
+                top, left = rng.integers(self.size - side + 1, size=2)
+                place = np.s_[top : top + side, left : left + side]
+                if not classes[place][ink].any():
+                    break
             canvas[place][ink] = patch[ink] * np.float32(rng.uniform(0.8, 1))
             classes[place][ink] = 1 + self.labels[image]
         canvas += np.float32(NOISE) * rng.standard_normal(canvas.shape, dtype=np.float32)
@@ -151,7 +156,7 @@ class UNet(nn.Module):
 class Segment(Task):
     """Name the digit at each pixel; reports mean intersection over union and pixel accuracy."""
 
-    def __init__(self, width: int = 16, size: int = 32, digits: int = 3) -> None:
+    def __init__(self, width: int = 16, size: int = 32, digits: int = 6) -> None:
         """`width`: channels of the U-Net; `size`: side of a canvas, pixels; `digits`: at most so many on one.
 
         Raises:

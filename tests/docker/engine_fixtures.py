@@ -1,4 +1,4 @@
-"""Fixtures of the docker tier: a real engine, a base image, and the image from docker/Dockerfile.
+"""Fixtures of the docker and kubernetes tiers: a real engine, a base image, the image from docker/Dockerfile.
 
 Where no engine can run, every test that asks for one is skipped with the reason and the remedy.
 """
