@@ -13,6 +13,7 @@ from pathlib import Path  # noqa: E402
 
 from trainer.errors import WRONG_JOB, JobError  # noqa: E402
 from trainer.folder import find_job  # noqa: E402
+from trainer.record import tell_platform  # noqa: E402
 from trainer.template import start_template, stop_template  # noqa: E402
 from trainer.wiring import is_rank  # noqa: E402
 
@@ -70,6 +71,7 @@ def run() -> None:
         code = main(sys.argv[1:])
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
+        tell_platform(f"ERROR: {error}")
         code = WRONG_JOB
     finally:
         ignore_signals()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from trainer.folder import find_run, is_shared
 from trainer.heartbeat import own_folder
 from trainer.load import merge_job, save_job, to_job
 from trainer.preflight import check_node, network_settings
-from trainer.record import record_event, write_json
+from trainer.record import record_event, tell_platform, write_json
 from trainer.rounds import Rounds
 from trainer.stop import FLAG
 from trainer.summary import plain_table
@@ -120,21 +119,13 @@ def rank_environment(job: Job, run: Path, wiring: Wiring, threads: int) -> dict[
 
 def _final_word(code: int, reason: str | None, run: Path, wiring: Wiring) -> int:
     if code == DONE:
-        _tell_platform(plain_table(run))
+        tell_platform(plain_table(run))
         return code
     word = reason or ("stopped on request with a checkpoint saved" if code == STOPPED else "failed")
     record_event(run, "ended", node=wiring.node_rank, code=code, reason=word)
-    _tell_platform(word)
+    tell_platform(word)
     say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {word}")
     return code
-
-
-def _tell_platform(text: str) -> None:
-    """Leave the last word where the platform shows it: Kubernetes' termination message (at most 4096 bytes)."""
-    path = os.environ.get("MUSTER_TERMINATION_LOG")
-    if path:
-        with contextlib.suppress(OSError):
-            Path(path).write_bytes(text.encode()[:4000])
 
 
 def say(text: str) -> None:

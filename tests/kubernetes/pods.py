@@ -227,9 +227,8 @@ class Pods:
         code = state["ExitCode"]
         message = (self.folder / "pods" / pod["metadata"]["name"] / "termination-log").read_text()
         if code and not message:  # terminationMessagePolicy: FallbackToLogsOnError
-            message = "\n".join(self.engine.docker("logs", "--tail=80", pod["metadata"]["name"]).stdout.splitlines())[
-                -2048:
-            ]
+            printed = self.engine.docker("logs", "--tail=80", pod["metadata"]["name"])
+            message = (printed.stdout + printed.stderr)[-2048:]
         reason = "OOMKilled" if state["OOMKilled"] else "Error" if code else "Completed"
         ended = {"exitCode": code, "reason": reason, "message": message[:4096], "finishedAt": state["FinishedAt"]}
         phase = "Failed" if code else "Succeeded"
