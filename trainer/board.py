@@ -199,7 +199,9 @@ class RemoteBoard:
         return found
 
     def lost(self) -> tuple[int, str] | None:
-        """Node 0, when it stopped answering."""
+        """Node 0, when it does not answer."""
+        with contextlib.suppress(PeerLost):
+            self._ask(["beat"])
         return (0, self.broken) if self.broken else None
 
     def close(self) -> None:

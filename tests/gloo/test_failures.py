@@ -6,7 +6,7 @@ import json
 import signal
 from pathlib import Path
 
-from muster_runs import Run, kill, result, submitted, wait_for
+from muster_runs import HERE, Run, kill, muster, result, submitted, wait_for
 
 EXPECTED = {
     "raise": ("user code", "KeyError: 'no such digit'"),
@@ -88,3 +88,11 @@ def test_a_wrong_job_is_not_tried_again(tmp_path: Path) -> None:
         assert "rank 1 on node 1" in status["reason"] and "[config]" in status["reason"]
         assert "task_args.width=7: does not fit these images. Use 8" in status["reason"]
         assert "not retried" in status["reason"]
+
+
+def test_a_followed_run_ends_with_the_code_of_its_job(tmp_path: Path) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text("import sys\nsys.exit(3)\n")
+    done = muster("run", HERE / "faulty.yaml", "task=null", f"script={script}", f"runs={tmp_path}", "agent.restarts=0")
+    assert done.returncode == 1
+    assert "SystemExit: 3" in done.stderr and "Continue with: " in done.stderr

@@ -93,12 +93,10 @@ def list_(
 def main() -> None:
     """Entry point: a mistake of the user is one line and exit code 64."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # the code of typer.Exit, or nothing
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         sys.exit(WRONG_JOB)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
