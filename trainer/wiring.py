@@ -292,6 +292,10 @@ def _interface(master_addr: str, says: dict[str, str]) -> str:
 
 
 def _visible(environ: Mapping[str, str], devices: list[int] | None, says: dict[str, str]) -> str | None:
+    leased = environ.get("MUSTER_VISIBLE_DEVICES")
+    if leased:  # a container numbers the devices that it was given anew
+        says["visible_devices"] = "MUSTER_VISIBLE_DEVICES: the lease, as this container numbers its devices"
+        return leased
     mask = environ.get("CUDA_VISIBLE_DEVICES")
     says["visible_devices"] = "CUDA_VISIBLE_DEVICES of the environment" if mask is not None else "no mask is set"
     if devices is None:

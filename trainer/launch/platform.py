@@ -6,12 +6,13 @@ import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import Job
 from trainer.errors import JobError
+
+if TYPE_CHECKING:  # not for the verbs that only read
+    from omegaconf import DictConfig
 
 REGISTRY = {
     "local": "trainer.launch.local:Local",

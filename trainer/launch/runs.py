@@ -6,14 +6,14 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import Job
 from trainer.errors import JobError
-from trainer.load import save_job
 from trainer.record import record_event, write_json
+
+if TYPE_CHECKING:  # not for the verbs that only read
+    from omegaconf import DictConfig
 
 
 def make_run(job: Job, config: DictConfig | None = None, job_folder: Path | None = None) -> Path:
@@ -24,6 +24,10 @@ def make_run(job: Job, config: DictConfig | None = None, job_folder: Path | None
     Raises:
         JobError: the runs folder cannot be written.
     """
+    from omegaconf import OmegaConf
+
+    from trainer.load import save_job
+
     root = Path(job.runs).resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,100 @@
+"""`muster`: quick, without torch, and clear about a mistake on its command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MUSTER = str(Path(sys.executable).with_name("muster"))
+VERBS = ("run", "submit", "render", "status", "logs", "cancel", "preempt", "list")
+
+
+def muster(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([MUSTER, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that ended."""
+    folder = tmp_path / "runs/digits-1"
+    folder.mkdir(parents=True)
+    (folder / "job.yaml").write_text("name: digits\n")
+    (folder / "handle.json").write_text(json.dumps({"platform": "local", "pid": 1, "started": "0"}))
+    (folder / "exit.json").write_text('{"code": 0}')
+    events = [{"event": "submitted", "time": 1}, {"event": "training", "time": 2, "step": 0, "steps": 9}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def test_help_names_every_verb() -> None:
+    done = muster("--help")
+    assert done.returncode == 0
+    assert [verb for verb in VERBS if verb not in done.stdout] == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status", "RUN"], ["list", "RUNS"], ["status", "RUN", "--json"]])
+def test_reading_is_quick(words: list[str], run: Path) -> None:
+    """CPU time, and the least of some tries, because other processes share the machine."""
+    command = [word.replace("RUNS", str(run.parent)).replace("RUN", str(run)) for word in words]
+    spent = []
+    for _ in range(5):
+        before = os.times()
+        assert muster(*command).returncode == 0
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(spent) < 0.3, spent
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status", "RUN"], ["list", "RUNS"], ["render", "jobs/digits.yaml"]])
+def test_torch_is_not_imported(words: list[str], run: Path) -> None:
+    command = [word.replace("RUNS", str(run.parent)).replace("RUN", str(run)) for word in words]
+    program = (
+        "import sys\n"
+        "from trainer.launch.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print([name for name in ('torch', 'numpy', 'sklearn') if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["rnu"], ["rnu", "Did you mean 'run'"]),
+        (["run"], ["'job'", "muster --help"]),
+        (["status", "nowhere"], ["RUN='nowhere'", "muster list"]),
+        (["logs", "RUN", "--rank", "9"], ["--rank=9", "has no log"]),
+        (["run", "jobs/digits.yaml", "--on", "mesos"], ["--on='mesos'", "local, docker"]),
+        (["run", "jobs/digits.yaml", "train.lrr=1"], ["train.lrr", "train.lr"]),
+        (["run", "jobs/nothing.yaml"], ["jobs/nothing.yaml", "no such file"]),
+        (["submit", "jobs/digits.yaml", "--sweep", "train.lr"], ["--sweep='train.lr'", "key=value,value"]),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], parts: list[str], run: Path) -> None:
+    done = muster(*(word.replace("RUN", str(run)) for word in words))
+    assert done.returncode == 64
+    assert done.stderr.startswith("ERROR: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [part for part in parts if part not in done.stderr] == [], done.stderr
+
+
+def test_json_is_for_machines(run: Path) -> None:
+    found = json.loads(muster("status", run, "--json").stdout)
+    assert (found["state"], found["code"], found["steps"]) == ("done", 0, 9)
+    assert json.loads(muster("list", run.parent, "--json").stdout) == [found]
+
+
+def test_a_wait_for_nothing_ends(run: Path) -> None:
+    (run / "logs").mkdir()
+    (run / "logs/node-0.log").write_text("[muster] hello\n")
+    began = time.monotonic()
+    assert muster("logs", run, "-f").stdout == "[muster] hello\n"
+    assert time.monotonic() - began < 10
