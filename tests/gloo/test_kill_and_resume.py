@@ -78,6 +78,17 @@ def test_kill_in_an_evaluation(tmp_path: Path, mode: str) -> None:
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "uninterrupted")
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_kill_among_more_ranks(tmp_path: Path, ranks: int) -> None:
+    """The order of a sum over more than two ranks depends on where DDP puts an element in its buckets."""
+    keys = [*MODEL, f"devices_per_node={ranks}", "checkpoint.every_steps=2", "ddp.bucket_mb=1"]
+    complete(tmp_path / "uninterrupted", make_job(*keys))
+    for updates in (1, 3, 7):
+        kill(tmp_path / "run", keys, Fault(updates, rank=updates % ranks))
+    complete(tmp_path / "run", make_job(*keys))
+    assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "uninterrupted")
+
+
 def test_resume_at_another_world_size(tmp_path: Path) -> None:
     """The order of samples is that of the uninterrupted run, and so are, within rounding, the losses."""
     keys = ["train.precision=float64", "checkpoint.every_steps=4"]

@@ -27,7 +27,8 @@ ENROOT = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PO
 """What enroot's hook 50-slurm-pytorch.sh adds to each task."""
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
-    "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2",
+    "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "2",
 }  # fmt: skip
 ACCELERATE = {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no", "TORCHELASTIC_RESTART_COUNT": "0"}
 PYTORCHJOB = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.launch.platform import State
 from trainer.record import read_json, read_lines
-from trainer.summary import resume_command, rows
+from trainer.summary import plain_table, resume_command
 
 POLL_S = 0.1
 
@@ -64,27 +64,13 @@ def follow(run: Path, state: Callable[[], State], stop: Callable[[], None]) -> i
 def end(run: Path, state: State) -> None:
     """Print the table, or why there is none."""
     if state.word == "done":
-        print_table(run)
+        print("\n" + plain_table(run))  # not wrapped: its last line is to be pasted
         return
     failure = read_json(run / "failure.json")
     ended = [event for event in read_lines(run / "events.jsonl") if event["event"] == "ended"]
     reason = (failure or {}).get("reason") or (ended[-1]["reason"] if ended else state.reason) or state.word
     print(f"{state.word.upper()}: {reason}", file=sys.stderr)
     print(f"Continue with: {resume_command(run)}", file=sys.stderr)
-
-
-def print_table(run: Path) -> None:
-    """The result of a run."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows(run):
-        table.add_row(name, value)
-    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(table)
 
 
 class Lines:

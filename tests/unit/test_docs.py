@@ -1,0 +1,58 @@
+"""What the documents say is so: links, paths, commands, and every key with its default."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.launch.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+
+def code(document: Path, language: str) -> str:
+    """All blocks of one language."""
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", document.read_text())
+    assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_and_verbs_exist(document: Path) -> None:
+    commands = code(document, "console")
+    targets = set(re.findall(r"^make ([a-z0-9-]+)", commands, re.MULTILINE))
+    assert targets <= set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    verbs = {command.name or command.callback.__name__.rstrip("_") for command in app.registered_commands}
+    assert set(re.findall(r"^(?:\.venv/bin/)?muster ([a-z]+)", commands, re.MULTILINE)) <= verbs
+
+
+def test_named_files_exist() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Files")[2]
+    names = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", table, re.MULTILINE)
+    paths = [path for name in names for path in re.findall(r"`([^`]+)`", name)]
+    assert len(paths) > 8
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [
+        job for job in re.findall(r"jobs/\w+\.yaml", (ROOT / "README.md").read_text()) if not (ROOT / job).exists()
+    ] == []
+
+
+def test_every_key_is_described_with_its_present_default() -> None:
+    printed = subprocess.run([sys.executable, "-m", "trainer.reference"], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0
+    remedy = "python -m trainer.reference > docs/configuration.md"
+    assert (ROOT / "docs/configuration.md").read_text() == printed.stdout, remedy
