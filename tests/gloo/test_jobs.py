@@ -1,0 +1,34 @@
+"""The job files that come with Muster, as they are but for their length: the same in every mode."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from ranks import complete, evaluations, losses, make_job
+
+JOBS = Path(__file__).parents[2] / "jobs"
+MODES = (["parallel=single"], ["parallel=dp"], ["parallel=ddp"])
+
+
+KEYS = {
+    "digits": [],
+    "segment": [],
+    "bytelm": [f"task_args.folder={Path(asyncio.__file__).parent}"],  # a part of its corpus: evaluation takes a while
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_job_is_the_same_in_every_mode(tmp_path: Path, name: str) -> None:
+    runs = []
+    for mode in MODES:
+        job = make_job("train.steps=4", "log.every_steps=1", *KEYS[name], *mode, file=JOBS / f"{name}.yaml")
+        runs.append(complete(tmp_path / mode[0], job).folder)
+    single, *others = runs
+    assert len(losses(single)) == 4
+    for other in others:
+        assert losses(other) == pytest.approx(losses(single), rel=1e-4)
+        for metric, value in evaluations(single)[-1].items():
+            if metric not in ("time", "attempt"):
+                assert evaluations(other)[-1][metric] == pytest.approx(value, rel=1e-2, abs=1e-2), metric
