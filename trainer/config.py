@@ -96,6 +96,9 @@ class Checkpoints:
     every_steps: int | None = _option(
         None, "commit after so many steps; the end of each epoch always commits", minimum=1
     )
+    asynchronous: bool = _option(
+        True, "write beside the training, from a copy: one more state in the memory of rank 0, and no wait for the disk"
+    )
     keep_last: int = _option(2, "how many of the newest to keep", minimum=1)
     best: str | None = _option(None, "metric whose best checkpoint is kept too")
     best_mode: str = _option("max", "whether a larger or a smaller metric is better", choices=("max", "min"))

@@ -84,6 +84,7 @@ class Trainer:
         finally:
             self.loader.close()
             self.eval_loader.close()
+            self.state.close()
         return self.state.metrics
 
     def settle(self) -> None:
@@ -216,7 +217,7 @@ class Trainer:
             self.report.evaluation(position, metrics)
         self.state.evaluated = True
         if self.checkpoint_due(position.step, position.samples):
-            self.state.save()
+            self.state.save(wait=position.step >= self.steps)
 
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
@@ -239,7 +240,7 @@ class Trainer:
     def save_and_stop(self) -> None:
         """Commit a checkpoint and end with the exit code that asks for a requeue."""
         self.check_late()
-        self.state.save()
+        self.state.save(wait=True)
         self.report.event("stopped", step=self.position.step)
         raise Stopped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trainer.errors import JobError
 from trainer.order import Position
 from trainer.parallel import Parallel
 from trainer.report import Report
+from trainer.writer import Writer
 
 
 class State:
@@ -31,6 +33,7 @@ class State:
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.average, self.position, self.parallel, self.report = average, position, parallel, report
         self.root = report.run / "checkpoints"
+        self.writer = Writer(job.checkpoint.asynchronous)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.measured_at = -1
@@ -44,8 +47,12 @@ class State:
         """Take note of an evaluation at the current position."""
         self.metrics, self.measured_at = metrics, self.position.step
 
-    def save(self) -> None:
-        """Commit a checkpoint of the current position; rank 0 writes, all wait until it is committed."""
+    def save(self, wait: bool = False) -> None:
+        """Save the current position: rank 0 writes. With `wait` all ranks go on when it is committed.
+
+        Raises:
+            Exception: it, or the one before, could not be committed; on all ranks.
+        """
         started = time.perf_counter()
         position = self.position
         self.report.phase("saving", position)
@@ -53,14 +60,26 @@ class State:
         problem: BaseException | None = None
         if self.parallel.rank == 0:
             try:
-                self._commit(generators)
+                self._submit(generators)
+                if wait:
+                    self.writer.wait(self._beat)
             except Exception as error:
                 problem = error
         if self.parallel.any(problem is not None):
             raise problem or RuntimeError("rank 0 could not save; its log says why")
         self.report.pause(time.perf_counter() - started)
 
-    def _commit(self, generators: torch.Tensor) -> None:
+    def close(self) -> None:
+        """Finish what is being written; for an end that has a cause of its own."""
+        try:
+            self.writer.wait(self._beat)
+        except Exception as error:
+            self.report.warn(f"the last checkpoint was not saved: {error}", "checkpoint_failed", problem=str(error))
+
+    def _beat(self) -> None:
+        self.report.phase("saving", self.position)
+
+    def _submit(self, generators: torch.Tensor) -> None:
         position, facts = self.position, self.job.checkpoint
         name = f"step-{position.step:09d}"
         if facts.best and self.metrics and facts.best not in self.metrics:
@@ -85,15 +104,18 @@ class State:
             "metrics": self.metrics,
             "best": best,
         }
-        saved = checkpoint.commit(
-            self.root, position.step, {"model.pt": self.model.state_dict(), "state.pt": state},
-            {"job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
-             "world_size": self.parallel.world_size, "parallel": self.job.parallel, "metrics": self.metrics},
-            self.report.attempt,
-        )  # fmt: skip
+        facts_of_run = {
+            "job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
+            "world_size": self.parallel.world_size, "parallel": self.job.parallel, "metrics": self.metrics,
+        }  # fmt: skip
+        payload = {"model.pt": self.model.state_dict(), "state.pt": state}
+        self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, best), self._beat)
         self.best = best
-        self.report.event("checkpoint", step=position.step, folder=str(saved.folder.relative_to(self.report.run)))
-        checkpoint.prune(self.root, facts.keep_last, best[1] if best else None)
+
+    def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
+        saved = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
+        self.report.event("checkpoint", step=step, folder=str(saved.folder.relative_to(self.report.run)))
+        checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, or start from the job's `checkpoint.load` weights, or anew."""

@@ -78,6 +78,19 @@ def test_kill_in_an_evaluation(tmp_path: Path, mode: str) -> None:
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "uninterrupted")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_kill_while_a_checkpoint_is_written_beside_the_training(tmp_path: Path, mode: str) -> None:
+    """Wherever the thread is, an older checkpoint or this one is whole."""
+    keys = [*MODEL, *MODES[mode], "checkpoint.every_steps=1", "checkpoint.asynchronous=true"]
+    complete(tmp_path / "uninterrupted", make_job(*keys))
+    for step in range(2, STEPS, 3):
+        folder = tmp_path / f"{step}"
+        kill(folder, keys, Fault(step, "before update", rank=0))
+        complete(folder, make_job(*keys))
+        assert 0 <= events(folder, "training")[-1]["step"] < step
+        assert_as_if_nothing_had_happened(folder, tmp_path / "uninterrupted")
+
+
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_kill_among_more_ranks(tmp_path: Path, ranks: int) -> None:
     """The order of a sum over more than two ranks depends on where DDP puts an element in its buckets."""
