@@ -81,6 +81,19 @@ def preempt(run: RunFolder) -> None:
     commands.preempt(run)
 
 
+@app.command()
+def compare(
+    job: Annotated[str, typer.Argument(help="A job file.", show_default=False)], overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Timed steps of each run, after its warm-up.")] = 100,
+    rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each mode, in turn.")] = 3,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run a job as single, DP and DDP here for a few steps; say which mode to use and why."""
+    from trainer.launch import compare  # here: no other verb shall wait for it
+
+    raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json))
+
+
 @app.command("list")
 def list_(
     runs: Annotated[Path, typer.Argument(help="The folder of run folders.")] = Path("runs"), as_json: Json = False

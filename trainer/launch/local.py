@@ -49,12 +49,13 @@ class Local(Platform):
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
         """By `exit.json`, else by whether the supervisor lives."""
+        alive = _alive(handle)  # first: it may write exit.json and end between two looks
         ended = read_json(run / "exit.json")
         if ended is not None:
             code = int(ended["code"])
             word = {DONE: "done", STOPPED: "stopped"}.get(code, "failed")
             return State("cancelled" if handle.get("cancelled") and word == "stopped" else word, code=code)
-        if _alive(handle):
+        if alive:
             return State("running")
         return State("lost", "its supervisor is gone: killed, or the machine was restarted")
 
