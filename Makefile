@@ -53,8 +53,8 @@ k8s-apply: setup ## Start JOB on the current cluster
 	@$(RENDER) | kubectl apply --filename -
 
 k8s-logs: setup ## Follow the logs of JOB's pods
-	@$(RENDER) | kubectl get --filename - --output name | grep '^job' | \
-	  xargs kubectl logs --all-pods --prefix --follow
+	@$(RENDER) | kubectl get --filename - --output name | sed -n 's|^job.*/|app.kubernetes.io/instance=|p' | \
+	  xargs -I LABEL kubectl logs --selector LABEL --prefix --follow --tail -1 --max-log-requests 1000
 
 k8s-delete: setup ## Stop JOB and remove its objects
 	@$(RENDER) | kubectl delete --ignore-not-found --filename -
@@ -87,9 +87,8 @@ checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/mypy"
 	@"$(BIN)/shellcheck" $(SCRIPTS) && "$(BIN)/yamllint" --strict $(wildcard jobs slurm docker k8s)
 
-bench: setup-bench ## Measure the training loop against hand-written PyTorch, on CPU
-	@"$(BIN)/python" bench/loop.py $(ARGS)
-
+bench: setup-bench ## Measure loop, launch and recovery against hand-written PyTorch and other launchers
+	@for part in loop launch recovery; do "$(BIN)/python" "bench/$$part.py" $(ARGS); done
 
 clean: ## Remove caches and build output; runs and the environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

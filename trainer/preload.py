@@ -14,12 +14,19 @@ template.PID = os.getpid()
 
 import torch.distributed.elastic.multiprocessing.errors  # noqa: E402  with torch itself, 1 s
 
+import trainer.entry  # noqa: E402
+
+# DDP and the first optimizer step import torch._dynamo, in every rank: 1 s.
 if os.environ[template.KIND] == "task":
-    import torch._dynamo  # noqa: F401  the first optimizer step would import it, in every rank: 1 s more
+    import torch._dynamo  # noqa: F401
 
-    import trainer.rank
-
-import trainer.entry  # noqa: E402,F401
+    import trainer.rank  # noqa: F401
+else:
+    # A script may communicate long before it trains, so it begins at once, with as much of it as was imported by then.
+    template.import_when_idle(
+        ["sympy", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor", "torch.distributed.fsdp"],
+        "torch._dynamo",
+    )
 
 gc.collect()
 gc.freeze()  # the collector of a rank leaves the shared pages alone

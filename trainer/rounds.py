@@ -23,6 +23,8 @@ class Rounds:
         self.used = 0
         self.progress = -1
         self.history: list[dict[str, Any]] = []
+        self.attempt: int | None = None
+        """The last one that was planned here."""
 
     def start(self, number: int, failures: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Plan a round, or end the job: `failures` has one entry per node, None where nothing failed."""
@@ -51,7 +53,11 @@ class Rounds:
                 )
             )
         try:
-            value = attempt.newest(self.run) + 1
+            newest = attempt.newest(self.run)
+            if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
+                word = f"attempt {self.attempt} was replaced by attempt {newest}, which goes on"
+                return {"end": word, "code": FAILED}
+            value = self.attempt = newest + 1
             attempt.claim(self.run, value)
         except OSError as error:
             raise JobError(

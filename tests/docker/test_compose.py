@@ -1,11 +1,12 @@
-"""docker/compose.yaml: what compose itself makes of it."""
+"""docker/compose.yaml: what compose itself makes of it, and the training that it starts."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from engine import Engine
-from engine_image import ROOT
+from engine_image import ROOT, Image
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -47,3 +48,11 @@ def test_a_folder_of_the_caller_takes_the_runs(engine: Engine, tmp_path: Path):
     assert node["user"] == "12345:12345"
     assert [(each["type"], each["source"]) for each in node["volumes"]] == [("bind", str(tmp_path))]
     assert [each["type"] for each in resolved(engine)["services"]["node0"]["volumes"]] == ["volume"]
+
+
+def test_up_trains_on_two_nodes(engine: Engine, image: Image, tmp_path: Path):
+    mine = {"MUSTER_IMAGE": image.tag, "MUSTER_RUNS": str(tmp_path), "MUSTER_USER": f"{os.getuid()}:{os.getgid()}"}
+    engine.docker(*COMPOSE, "up", "--no-build", env=engine.env | mine)
+    result = json.loads((tmp_path / "digits-compose" / "result.json").read_text())
+    assert result["world_size"] == 4
+    assert result["metrics"]["accuracy"] > 0.9

@@ -1,4 +1,7 @@
-"""A pod's container as words of `docker run`: exactly what its manifest says, or an error for what is not modelled."""
+"""A pod's container as words of `docker run`: exactly what its manifest says, or an error for what is not modelled.
+
+Each rule names its page of kubernetes.io/docs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,12 @@ MODELLED = {
 
 
 def run_words(pod: Object, cluster: Cluster, folder: Path, image: str) -> list[str]:
-    """Options, image and arguments; `image` stands for the one that the manifest names."""
+    """Options, image and arguments; `image` stands for the one that the manifest names.
+
+    Limits: concepts/configuration/manage-resources-containers. Command and arguments:
+    tasks/inject-data-application/define-command-argument-container. The file for the last word:
+    tasks/debug/debug-application/determine-reason-pod-failure.
+    """
     spec = pod["spec"]
     (container,) = spec["containers"]
     assert set(container) <= MODELLED, f"not modelled: {set(container) - MODELLED}"
@@ -92,5 +100,6 @@ def mounted(volume: Object, mount: Object, cluster: Cluster, folder: Path, home:
 
 
 def bytes_of(text: str) -> float:
+    """A quantity of memory (reference/kubernetes-api/common-definitions/quantity)."""
     digits, unit = re.fullmatch(r"([\d.]+)(Ki|Mi|Gi)", text).groups()
     return float(digits) * 1024 ** (1 + ("Ki", "Mi", "Gi").index(unit))

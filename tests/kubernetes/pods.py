@@ -1,47 +1,38 @@
-"""Plays Job controller and kubelet for the cluster in memory: each pod of a Job is a container of the real engine.
+"""Plays the Job controller for the cluster in memory, over the kubelet that makes its pods real containers.
 
-Only what Kubernetes documents is modelled, and only what our manifests use; each rule names its page of kubernetes.io.
-Time is not: the documented back-off of 10 s, doubling, is one second here.
+Only what Kubernetes documents is modelled, and only what our manifests use; each rule names its page of
+kubernetes.io/docs. Time is not: the back-off of 10 s, doubling ("Pod backoff failure policy" in
+concepts/workloads/controllers/job), is one second here.
 """
 
 from __future__ import annotations
 
 import copy
 import secrets
-import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from cluster_api import Cluster, Object, now
-from container_of import run_words
 from engine import Engine
+from kubelet import Kubelet
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 BACKOFF_S = 1.0
 TICK_S = 0.2
 
 
-class Pods:
+class Pods(Kubelet):
     """Runs the pods of all Jobs until it is closed."""
 
     def __init__(self, engine: Engine, image: str, cluster: Cluster, folder: Path) -> None:
         """`folder`: where volumes lie on this machine."""
-        self.engine, self.image, self.cluster, self.folder = engine, image, cluster, folder
-        self.network = f"pods-{secrets.token_hex(3)}"
-        self.engine.docker("network", "create", self.network)
-        self.dns = threading.Event()
-        """Unset: names do not resolve yet."""
-        self.dns.set()
+        super().__init__(engine, image, cluster, folder)
         self.hold = False
         """Set: no pod is made, as when no node has room."""
         self.failed: dict[str, int] = {}
         """Pods of each Job that count against its backoffLimit."""
         self.not_before: dict[str, float] = {}
-        self.stopping: dict[str, threading.Thread] = {}
-        self.known: set[str] = set()
-        cluster.read_log = self.read_log
         self.ended = threading.Event()
         self.trouble: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
@@ -90,7 +81,7 @@ class Pods:
         raise AssertionError(f"no pod of index {node} runs: {pods}")
 
     def _sync(self, job: Object) -> None:
-        """One look at a Job (concepts/workloads/controllers/job)."""
+        """One look at a Job: its completions, suspension, backoffLimit (concepts/workloads/controllers/job)."""
         name, spec = job["metadata"]["name"], job["spec"]
         active = self.pods_of(job, "Pending", "Running")
         conditions = {each["type"] for each in job["status"].get("conditions", []) if each["status"] == "True"}
@@ -130,6 +121,9 @@ class Pods:
         return None
 
     def _condition(self, job: Object, kind: str, status: bool, reason: str, message: str = "") -> None:
+        """Set a condition: FailureTarget before the pods end, Failed after ("Terminal Job conditions" in
+        concepts/workloads/controllers/job).
+        """
         with self.cluster.change:
             found = [each for each in job["status"].get("conditions", []) if each["type"] == kind]
             if (not found and not status) or (found and found[0]["status"] == str(status)):
@@ -146,7 +140,9 @@ class Pods:
             self.cluster.changed(job)
 
     def _create(self, job: Object, index: int) -> None:
-        """A pod from the template, with what the Job controller adds: labels, annotation, host name, variable."""
+        """A pod from the template, with what the Job controller adds: labels, annotation, host name, variable
+        ("Completion mode" in concepts/workloads/controllers/job).
+        """
         name, uid, template = (
             job["metadata"]["name"],
             job["metadata"]["uid"],
@@ -164,75 +160,8 @@ class Pods:
         }  # fmt: skip
         self.cluster.put("pods", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
 
-    def _start(self, pod: Object) -> None:
-        """Schedule a pod and run its container, unless its claim is missing (concepts/storage/persistent-volumes)."""
-        for volume in pod["spec"]["volumes"]:
-            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
-            if claim and ("persistentvolumeclaims", claim) not in self.cluster.objects:
-                message = f'0/1 nodes are available: persistentvolumeclaim "{claim}" not found.'
-                condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
-                return self._status(pod, phase="Pending", conditions=[condition])
-        words = run_words(pod, self.cluster, self.folder, self.image)
-        alias = f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}"
-        names = [f"--network-alias={alias}"] if self.dns.is_set() else []
-        self.engine.docker("run", "--detach", f"--network={self.network}", *names, *words)
-        self.known.add(pod["metadata"]["name"])
-        return self._status(pod, phase="Running", conditions=[], containerStatuses=[
-            {"name": "agent", "state": {"running": {"startedAt": now()}}}])  # fmt: skip
-
-    def publish_names(self) -> None:
-        """Let the pods' names resolve from now on: on a second network, because the engine's names come with one."""
-        self.dns.set()
-        late = f"{self.network}-named"
-        self.engine.docker("network", "create", late)
-        for pod in [pod for pod in self.cluster.select("pods", {}) if pod["status"]["phase"] == "Running"]:
-            alias = f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}"
-            self.engine.docker("network", "connect", f"--alias={alias}", late, pod["metadata"]["name"])
-
-    def _status(self, pod: Object, **status: Any) -> None:
-        with self.cluster.change:
-            pod["status"] = {**pod["status"], **status}
-            self.cluster.changed(pod)
-
-    def evict(self, pod: Object) -> None:
-        """What the Eviction API does: a condition, SIGTERM, the grace period (concepts/workloads/pods/disruptions)."""
-        condition = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI",
-                     "message": "Eviction API: evicting"}  # fmt: skip
-        self._status(pod, conditions=[*pod["status"].get("conditions", []), condition])
-        self.stop(pod)
-
-    def kill(self, pod: Object) -> None:
-        """End the container's processes at once, as the kernel does for memory, or a power loss."""
-        self.engine.docker("kill", "--signal=KILL", pod["metadata"]["name"])
-
-    def stop(self, pod: Object) -> None:
-        """SIGTERM, and SIGKILL after terminationGracePeriodSeconds (concepts/workloads/pods/pod-lifecycle)."""
-        name = pod["metadata"]["name"]
-        if name not in self.known:
-            self.cluster.remove("pods", name)
-        elif name not in self.stopping:
-            words = ("stop", f"--time={pod['spec']['terminationGracePeriodSeconds']}", name)
-            self.stopping[name] = threading.Thread(target=lambda: self.engine.docker(*words, check=False))
-            self.stopping[name].start()
-
-    def _read_containers(self) -> None:
-        """Bring the pods' status up to date with their containers."""
-        exited = self.engine.docker("ps", "--all", "--filter=status=exited", "--format={{.Names}}").stdout.split()
-        for pod in self.cluster.select("pods", {}):
-            if pod["status"]["phase"] == "Running" and pod["metadata"]["name"] in exited:
-                self._finish(pod)
-
-    def _finish(self, pod: Object) -> None:
-        state = self.engine.inspect(pod["metadata"]["name"])["State"]
-        code = state["ExitCode"]
-        message = (self.folder / "pods" / pod["metadata"]["name"] / "termination-log").read_text()
-        if code and not message:  # terminationMessagePolicy: FallbackToLogsOnError
-            printed = self.engine.docker("logs", "--tail=80", pod["metadata"]["name"])
-            message = (printed.stdout + printed.stderr)[-2048:]
-        reason = "OOMKilled" if state["OOMKilled"] else "Error" if code else "Completed"
-        ended = {"exitCode": code, "reason": reason, "message": message[:4096], "finishedAt": state["FinishedAt"]}
-        phase = "Failed" if code else "Succeeded"
-        self._status(pod, phase=phase, containerStatuses=[{"name": "agent", "state": {"terminated": ended}}])
+    def ended_pod(self, pod: Object, code: int) -> None:
+        """Its failure delays the next pod and meets the policy; a pod that was to be deleted is."""
         owner = self.cluster.objects.get(("jobs", pod["metadata"]["ownerReferences"][0]["name"]))
         if owner is not None and not owner["spec"].get("suspend"):
             if code:
@@ -259,18 +188,3 @@ class Pods:
         uid = job["metadata"]["uid"]
         self.failed[uid] = self.failed.get(uid, 0) + 1
         return None
-
-    def read_log(self, name: str, timestamps: bool, since: str) -> str:
-        """What `kubectl logs` gets."""
-        words = [*(["--timestamps"] if timestamps else []), *([f"--since={since}"] if since else [])]
-        done = self.engine.docker("logs", *words, name, check=False)
-        lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-        return "".join(f"{line}\n" for line in (sorted(lines) if timestamps else lines))
-
-    def make_claim(self, name: str) -> Path:
-        """A bound claim; returns its folder on this machine."""
-        self.cluster.put("persistentvolumeclaims", {"metadata": {"name": name}, "status": {"phase": "Bound"}})
-        folder = self.folder / "claims" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder

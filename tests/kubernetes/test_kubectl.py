@@ -151,6 +151,16 @@ def test_logs_are_copied_once_and_follow_a_replaced_pod(cluster: Cluster, tmp_pa
     assert asked[-1] == "2025-12-31T23:59:32Z"
 
 
+def test_a_nodes_word_on_a_log_is_no_part_of_it(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    put_pod(cluster, run, 0, "aaaaa", **RUNNING)
+    answers = ["unable to retrieve container logs for containerd://1\n", "2026-01-01T00:00:01.1Z step 1/9  loss 2\n"]
+    cluster.read_log = lambda *_: answers.pop(0) if answers else ""
+    assert commands.status(str(run))["reason"] == ""
+    assert commands.status(str(run))["reason"] == "step 1/9  loss 2"
+    assert (run / "logs/node-0.log").read_text() == "step 1/9  loss 2\n"
+
+
 def test_the_end_is_told_by_node_0_and_remembered(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     run = submit(tmp_path, site)
     put_pod(cluster, run, 0, "aaaaa", **ended(0, "accuracy  0.98\ntime  3 s"))

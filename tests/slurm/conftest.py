@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import slurm_packages
 from slurm_cluster import Cluster
+from slurm_runs import Run, uninterrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +24,12 @@ def slurm_session() -> Iterator[Cluster]:
         pytest.skip(f"no Slurm cluster: {reason}")
     with Cluster(shared=[ROOT]) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def reference(slurm_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What tests/slurm/slow.yaml trains when nothing interrupts it."""
+    return uninterrupted(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from slurm_packages import SYSTEM_PATH
 PROGRAMS = ("sbatch", "srun", "salloc", "squeue", "scontrol", "scancel", "sacct", "sinfo", "sacctmgr")
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 # Slurm's own words where a site keeps no accounts.
-NO_ACCOUNTING = '#!/bin/sh\necho "Slurm accounting storage is disabled" >&2\nexit 1\n'
+NO_ACCOUNTING = "Slurm accounting storage is disabled"
+# And of a job that the controller has forgotten, MinJobAge after its end.
+FORGOTTEN = "slurm_load_jobs error: Invalid job id specified"
 # A job inherits the environment that submits it; these would tell it that it runs in another one.
 HIDDEN = ("SLURM_", "SBATCH_", "SUBMITIT_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "MUSTER_")
 
@@ -115,13 +117,22 @@ class Client:
         commands = (["sinfo", "-N", "--long"], ["squeue", "--long"])
         return "\n".join(self.run(*command, check=False).stdout for command in commands)
 
-    @contextlib.contextmanager
-    def no_accounting(self) -> Iterator[None]:
+    def no_accounting(self) -> contextlib.AbstractContextManager[None]:
         """Inside, sacct answers as on a cluster without accounting."""
-        program = self.folder / "sacct"
-        text = program.read_text()
-        program.write_text(NO_ACCOUNTING)
+        return self._refusing(NO_ACCOUNTING, "sacct")
+
+    def forgotten(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the controller knows no job any more."""
+        return self._refusing(FORGOTTEN, "squeue", "scontrol")
+
+    @contextlib.contextmanager
+    def _refusing(self, words: str, *names: str) -> Iterator[None]:
+        """Inside, these programs fail with these words."""
+        texts = {self.folder / name: (self.folder / name).read_text() for name in names}
+        for program in texts:
+            program.write_text(f'#!/bin/sh\necho "{words}" >&2\nexit 1\n')
         try:
             yield
         finally:
-            program.write_text(text)
+            for program, text in texts.items():
+                program.write_text(text)

@@ -1,4 +1,4 @@
-"""The configuration files of the test cluster, as text. What runs with them is in slurm_inside.py."""
+"""The configuration files of the test cluster, as text. What runs with them is in slurm_controller.py."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
+from trainer.launch.platform import State, find_platform
+
 ROOT = Path(__file__).resolve().parents[2]
 MUSTER = Path(sys.executable).with_name("muster")
 
 
 def muster(*words: object, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the command; with `check`, its failure is the test's."""
-    done = subprocess.run(
-        [str(word) for word in (MUSTER, *words)], capture_output=True, text=True, timeout=120, cwd=cwd
-    )
+    command = [str(word) for word in (MUSTER, *words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # each host believes that the machine's cores are its own
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=env)
     assert not check or done.returncode == 0, f"muster {words}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
@@ -44,6 +46,11 @@ class Run:
         found: dict[str, Any] = json.loads(muster("status", self.folder, "--json").stdout)
         return found
 
+    def state(self) -> State:
+        """What the platform says, without starting a process for the asking."""
+        handle = json.loads((self.folder / "handle.json").read_text())
+        return find_platform(handle["platform"]).state(self.folder, handle)
+
     def step(self) -> int:
         """The last step whose loss was written."""
         path = self.folder / "metrics.jsonl"
@@ -55,7 +62,7 @@ class Run:
         end = time.monotonic() + timeout_s
         while not (value := ready()):
             assert time.monotonic() < end, f"{what}: not within {timeout_s:.0f} s\n{self.describe()}"
-            time.sleep(0.1)
+            time.sleep(0.2)
         return value
 
     def wait_step(self, step: int) -> None:
@@ -63,10 +70,8 @@ class Run:
 
     def wait_end(self, timeout_s: float = 120) -> dict[str, Any]:
         """Wait until it is neither pending nor running, and return its status."""
-        ended: dict[str, Any] = self.until(
-            "the end", lambda: s if (s := self.status())["state"] not in ("pending", "running") else None, timeout_s
-        )
-        return ended
+        self.until("the end", lambda: self.state().word not in ("pending", "running"), timeout_s)
+        return self.status()
 
     def weights(self) -> dict[str, torch.Tensor]:
         newest = sorted((self.folder / "checkpoints").glob("step-*"))[-1]
@@ -93,7 +98,6 @@ def same_weights(first: Run, second: Run) -> bool:
 
 def uninterrupted(runs: Path, *words: object) -> Run:
     """The same training on this machine, at full speed, with nothing in its way."""
-    os.environ.pop("SLURM_JOB_ID", None)
     run = submit(runs, "task_args.step_s=0", *words, on="local")
     assert run.wait_end()["state"] == "done", run.describe()
     return run

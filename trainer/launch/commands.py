@@ -180,21 +180,18 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
     run = open_run(run_path)
     folder = run / "logs"
-    if rank is not None:
-        paths = [folder / f"rank-{rank}.log"]
-        if not paths[0].exists() and not following:
-            known = sorted(path.stem for path in folder.glob("rank-*.log"))
-            raise JobError("--rank", rank, "has no log", f"There are {', '.join(known) or 'none yet'}")
-    else:
-        paths = sorted(folder.glob("node-*.log")) or sorted(folder.glob("rank-*.log"))
-    tails = [Tail(path) for path in paths]
-    for tail in tails:
-        tail.offset = 0
-        tail.copy()
-    while following:
-        state = status(run_path)["state"]
-        for tail in tails:
-            tail.copy()
+    if rank is not None and not following and not (folder / f"rank-{rank}.log").exists():
+        known = sorted(path.stem for path in folder.glob("rank-*.log"))
+        raise JobError("--rank", rank, "has no log", f"There are {', '.join(known) or 'none yet'}")
+    pattern = "node-*.log" if rank is None else f"rank-{rank}.log"
+    tails: dict[Path, Tail] = {}
+    while True:
+        state = status(run_path)["state"] if following else ""
+        for path in sorted(folder.glob(pattern)) or sorted(folder.glob("rank-*.log" if rank is None else pattern)):
+            if path not in tails:
+                tails[path] = Tail(path)
+                tails[path].offset = 0
+            tails[path].copy()
         if state not in ("pending", "running"):
             return
         time.sleep(0.2)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shlex
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from trainer.config import Job
-from trainer.errors import JobError
+from trainer.errors import WRONG_JOB, JobError
+from trainer.launch.docker_engine import check_engine, docker, refusal, run_quietly
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.lease import Lease, visible_devices, wanted_devices
 from trainer.launch.local import Local
-from trainer.launch.platform import Plan
+from trainer.launch.platform import Plan, State
 from trainer.launch.site import read_site
 from trainer.launch.snapshot import take_snapshot
 from trainer.launch.supervisor import Nodes
 from trainer.record import write_json
+from trainer.tail import last_lines
 
 SHM_BASE_MB = 256
 """NCCL's shared-memory transport between the ranks of a container."""
 SHM_BATCH_MB = 64
 """A batch in flight in a loader worker; larger ones want `shm` in the site file."""
 STOP_MARGIN_S = 15
+NOT_STARTED = (125, 126, 127)
+"""What `docker run` itself answers when the engine does not start the container (docker run, "Exit status")."""
 
 
 @dataclass
@@ -72,21 +75,21 @@ class DockerNodes(Nodes):
     def prepare(self) -> None:
         """Make the network; remove containers that a killed supervisor left behind."""
         for node in range(self.job.nodes):
-            _quiet(["docker", "rm", "--force", f"{self.name}-{node}"])
+            run_quietly(["docker", "rm", "--force", f"{self.name}-{node}"])
         if self.own_network:
-            _quiet(["docker", "network", "rm", self.name])
+            run_quietly(["docker", "network", "rm", self.name])
             docker(["network", "create", self.name])
 
     def finish(self) -> None:
         """Remove containers and network."""
         self.kill()
         if self.own_network:
-            _quiet(["docker", "network", "rm", self.name])
+            run_quietly(["docker", "network", "rm", self.name])
 
     def kill(self) -> None:
         """End the containers: a signal to `docker run` reaches only the client."""
         for node in range(self.job.nodes):
-            _quiet(["docker", "rm", "--force", f"{self.name}-{node}"])
+            run_quietly(["docker", "rm", "--force", f"{self.name}-{node}"])
 
     def command(self, node: int, launch: int, lease: Lease) -> tuple[list[str], dict[str, str]]:
         """`docker run` in the foreground: it hands signals on and answers with the agent's exit code."""
@@ -162,7 +165,8 @@ class Docker(Local):
         visible = visible_devices()
         wanted = wanted_devices(plan.job, visible)
         devices = wanted if isinstance(wanted, list) else visible[:wanted]
-        lines = [f"docker network create {nodes.name}"] if nodes.own_network else []
+        lines = [] if (plan.run / "job.yaml").exists() else make_run_by_hand(plan)
+        lines += [f"docker network create {nodes.name}"] if nodes.own_network else []
         for node in range(plan.job.nodes):
             words, _ = nodes.command(node, 0, Lease(devices))
             lines.append(shlex.join(words) + (" &" if node < plan.job.nodes - 1 else ""))
@@ -172,61 +176,46 @@ class Docker(Local):
         """Check the engine and start the supervisor.
 
         Raises:
-            JobError: no engine, no permission, no image, no GPU support.
+            JobError: no engine, no permission, no image, no GPU support, or the engine refuses the command line.
         """
         site = DockerSite(**plan.site)
         wanted = wanted_devices(plan.job, visible_devices())
-        check_engine(site, bool(wanted))
+        check_engine(site.reference, bool(site.registry), bool(wanted))
         take_snapshot(Path.cwd(), plan.run)
+        check_command(DockerNodes(plan.run, plan.job, site))
         write_json(plan.run / "plan" / "docker.json", plan.site)
         return self._supervise(plan, [*self._command(plan.run), "--docker"], follow)
 
-
-def check_engine(site: DockerSite, gpus: bool) -> None:
-    """Ask the engine whether it can run this.
-
-    Raises:
-        JobError: with the remedy.
-    """
-    if shutil.which("docker") is None:
-        raise JobError("--on", "docker", "there is no docker command here", "Install Docker, or use --on local")
-    docker(["version", "--format", "{{.Server.Version}}"])
-    if subprocess.run(["docker", "image", "inspect", site.reference], capture_output=True).returncode:
-        remedy = (
-            f"docker pull {site.reference}"
-            if site.registry
-            else "make docker-build, or name another in docker/site.yaml"
-        )
-        raise JobError("image", site.reference, "is not on this machine", remedy)
-    if gpus and "nvidia" not in docker(["info", "--format", "{{json .Runtimes}} {{json .CDISpecDirs}}"]):
-        raise JobError("device", "cuda", "the engine cannot give GPUs to containers",
-                       "Install the NVIDIA container toolkit, or set device=cpu")  # fmt: skip
+    def state(self, run: Path, handle: dict[str, Any]) -> State:
+        """By the supervisor's end; of a container that did not start, with the engine's reason."""
+        state = super().state(run, handle)
+        if state.code not in NOT_STARTED:
+            return state
+        logs = [last_lines(log).splitlines() for log in sorted((run / "logs").glob("node-*.log"))]
+        said = [line for lines in logs for line in lines[::-1] if line.startswith("docker:")]
+        return State("failed", str(refusal(["run"], said[0])), WRONG_JOB) if said else state
 
 
-REFUSALS = (
-    ("permission denied", "your user may not use the engine's socket", "Join the group docker (sudo usermod -aG docker "
-     "$USER, then log in again)"),
-    ("Cannot connect", "no engine answers", "Start it: sudo systemctl start docker"),
-    ("no space left", "the engine's disk is full", "docker system prune, or give it more space"),
-)  # fmt: skip
+def make_run_by_hand(plan: Plan) -> list[str]:
+    """Lines of shell that make the folder of a run that nobody submitted."""
+    code, job_file = plan.run / "code", plan.run / "job.yaml"
+    return [
+        f"mkdir -p {shlex.quote(str(code))}  # where modules of your own are found: copy them there",
+        f"cat >{shlex.quote(str(job_file))} <<'END_OF_JOB'",
+        *OmegaConf.to_yaml(plan.config, resolve=False).splitlines(),
+        "END_OF_JOB",
+    ]
 
 
-def docker(words: list[str]) -> str:
-    """Run a docker command and return what it prints.
+def check_command(nodes: DockerNodes) -> None:
+    """Let the engine make a container of the first node, and remove it: it then has checked words, mounts and disk.
 
     Raises:
-        JobError: it failed; the remedy for the usual reasons.
+        JobError: it refused.
     """
-    done = subprocess.run(["docker", *words], capture_output=True, text=True)
-    if done.returncode == 0:
-        return done.stdout
-    text = " ".join(done.stderr.split())
-    for pattern, problem, remedy in REFUSALS:
-        if pattern.lower() in text.lower():
-            raise JobError("--on", "docker", problem, remedy)
-    raise JobError("docker", " ".join(words), text[:400], "Correct docker/site.yaml")
-
-
-def _quiet(command: list[str]) -> None:
-    with contextlib.suppress(OSError):
-        subprocess.run(command, capture_output=True)
+    if nodes.site.network not in ("auto", "host"):
+        docker(["network", "inspect", nodes.site.network])
+    words, _ = nodes.command(0, 0, Lease([]))
+    ours = ("--rm", "--name=", "--network=", "--network-alias=")  # of the run, whose network is not made yet
+    made = docker(["create", *(word for word in words[2:] if not word.startswith(ours))])
+    docker(["rm", "--force", made.split()[-1]])

@@ -10,8 +10,9 @@ from trainer.launch.kubernetes_client import Kubectl, Refused
 from trainer.launch.kubernetes_state import Pod
 from trainer.record import read_json, write_json
 
-LINE = re.compile(r"\[pod/([^/]+)/[^\]]+\] (\S+)(?: (.*))?")
-"""A line of `kubectl logs --prefix --timestamps`: pod, time, text."""
+LINE = re.compile(r"\[pod/([^/]+)/[^\]]+\] (\d{4}-\d\d-\d\dT[\d:.]+\S*)(?: (.*))?")
+"""A line of `kubectl logs --prefix --timestamps`: pod, time, text. One without a time is no part of the log but the
+node's own word on it, such as "unable to retrieve container logs"."""
 OVERLAP_S = 30
 """Lines of different pods come in no order: ask again for the last ones, and drop what is known."""
 

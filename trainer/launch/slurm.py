@@ -161,8 +161,13 @@ class Slurm(Platform):
         flags += [f"--array=0-{len(runs) - 1}", f"--output={plan.run / 'logs' / 'slurm-%A_%a.out'}"]
         words = self.words(plan, site, target=plan.run)
         words[0] = f"--output={plan.run / 'logs' / 'task-%a-node-%n.log'}"
-        handle = self._sbatch(plan, site, flags, words)
-        return [{"job_id": f"{handle['job_id']}_{index}"} for index in range(len(runs))]
+        array = self._sbatch(plan, site, flags, words)["job_id"]
+        for index, run in enumerate(runs):  # Slurm writes them beside the array; a run's own folder leads to them
+            links = {f"node-{node}.log": f"task-{index}-node-{node}.log" for node in range(plan.job.nodes)}
+            links[f"slurm-{array}_{index}.out"] = f"slurm-{array}_{index}.out"
+            for name, target in links.items():
+                (run / "logs" / name).symlink_to(Path("../..", plan.run.name, "logs", target))
+        return [{"job_id": f"{array}_{index}"} for index in range(len(runs))]
 
     def _sbatch(self, plan: Plan, site: SlurmSite, flags: list[str], words: list[str]) -> dict[str, Any]:
         if shutil.which("sbatch") is None:

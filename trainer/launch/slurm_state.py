@@ -5,6 +5,7 @@ sacct lags by seconds and may not exist; scontrol forgets a job after MinJobAge;
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ ENDED = {
     "DEADLINE": ("failed", "its deadline passed"),
     "FAILED": ("failed", ""),
 }
+CAUSE = re.compile(r"^srun: error: (Node failure on \S+)|CANCELLED AT \S+ (DUE TO [A-Z ]*[A-Z])", re.MULTILINE)
+"""Why Slurm ended a job, as it tells srun and the batch script's log; the first names the node."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ class SlurmState:
         """The state, with Slurm's reason while it waits."""
         word, reason, code = self._squeue() or self._scontrol() or self._sacct() or ("", "", None)
         if word in PENDING:
-            text = "requeued, " if word.startswith("REQUEUE") else ""
-            return State("pending", f"{text}Slurm says: {reason}")
+            return State("pending", f"{self._requeued()}Slurm says: {reason}")
         if word in RUNNING:
             return State("running", "completing" if word == "COMPLETING" else "")
         if word in ENDED:
@@ -50,6 +52,8 @@ class SlurmState:
                 outcome = "cancelled"
             if word == "FAILED" and code == STOPPED:
                 outcome = "stopped"
+            if word == "NODE_FAIL" and self._cause():
+                why += f": {self._cause()}"
             if outcome == "failed" and not why and not self._wired():
                 why = (
                     f"no node wrote into the run folder: {self.run} must be on a file system that all nodes share "
@@ -82,10 +86,32 @@ class SlurmState:
         word, _, code = lines[-1].partition("|")
         return word.split()[0], "", _exit_code(code)
 
+    def _requeued(self) -> str:
+        """Whether a job that waits has run before, and what ended it."""
+        if not self._log().exists():
+            return ""
+        cause = self._cause()
+        return f"requeued ({cause}), " if cause else "requeued, "
+
+    def _cause(self) -> str:
+        """Why Slurm ended the last attempt, in its own words; empty when it did not, or did not say."""
+        try:
+            text = self._log().read_text(errors="replace")
+        except OSError:
+            return ""
+        found = CAUSE.findall(re.split(r"^attempt \d+ of job ", text, flags=re.MULTILINE)[-1])  # as job.sbatch says
+        return next((node for node, _ in found if node), found[-1][1] if found else "")
+
+    def _log(self) -> Path:
+        """The batch script's log: there as soon as this job, and not an earlier one of the run, has begun."""
+        return self.run / "logs" / f"slurm-{self.job_id}.out"
+
     def _wired(self) -> bool:
         """Whether an agent of this job has begun, or left a log that says why not."""
-        agents = [*self.run.glob("logs/node-*.log"), *self.run.glob("logs/slurm-*.out")]
-        return any(e["event"] == "wired" for e in read_lines(self.run / "events.jsonl")) or bool(agents)
+        logs = [*self.run.glob("logs/node-*.log"), self._log()]
+        return any(e["event"] == "wired" for e in read_lines(self.run / "events.jsonl")) or any(
+            log.exists() for log in logs
+        )
 
     def _run_folder(self) -> State:
         events = [e for e in read_lines(self.run / "events.jsonl") if e["event"] in ("done", "ended", "training")]
