@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ class Local(Platform):
         with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
             (plan.run / "exit.json").unlink(missing_ok=True)
             process = subprocess.Popen(
-                [*command, f"--lock={held}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [*command, f"--lock={held}", "--job"], stdin=subprocess.PIPE, stdout=log, stderr=log,
                 start_new_session=True, pass_fds=[held], preexec_fn=_hold_signals,
             )  # fmt: skip
+        assert process.stdin is not None
+        with suppress(BrokenPipeError), process.stdin as pipe:  # how it ended is seen as always
+            pipe.write(pickle.dumps(plan.job))
         return {"pid": process.pid, "started": _start_time(process.pid)}
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from trainer.config import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
-from trainer.load import load_job
 from trainer.record import read_json, record_event, write_json
 from trainer.stop import SIGNALS
 from trainer.wiring import RANK_VARIABLES
@@ -238,7 +238,7 @@ def main() -> None:
     if "--follow" in words:
         end_with(int(words["--follow"]))
     try:
-        job = load_job(run / "job.yaml")
+        job = pickle.load(sys.stdin.buffer) if "--job" in words else _load(run)
         nodes = _nodes(run, job, "--docker" in words)
         nodes.prepare()
         try:
@@ -251,6 +251,13 @@ def main() -> None:
         code = WRONG_JOB
     write_json(run / "exit.json", {"code": code, "time": time.time()})
     sys.exit(code)
+
+
+def _load(run: Path) -> Job:
+    """The job of a run; who starts this process may hand it over instead, which saves 60 ms."""
+    from trainer.load import load_job
+
+    return load_job(run / "job.yaml")
 
 
 def _nodes(run: Path, job: Job, docker: bool) -> Nodes:
