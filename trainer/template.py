@@ -7,7 +7,6 @@ what else the ranks need beside the wiring. It has one thread and touches no dev
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import multiprocessing
@@ -17,7 +16,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker, util
-from pathlib import Path
 from typing import Any
 
 from trainer.stop import SIGNALS
@@ -26,7 +24,6 @@ KIND = "MUSTER_TEMPLATE"
 """task or script: what to import beforehand."""
 PID = 0
 """Of the template; known to itself and to the ranks that are forked from it."""
-TITLE = b"muster forkserver"
 REST_S = 2.0
 """After a fork, for the ranks to start undisturbed."""
 
@@ -68,21 +65,11 @@ def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
         # As in a new interpreter: the first of these is locked just now, the other has lost its pipe.
         forkserver._forkserver.__init__()  # type: ignore[misc]
         resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
-        _show_title()
         exec(arguments[-1], {})
     except SystemExit:
         code = 0
     finally:
         os._exit(code)
-
-
-def _show_title() -> None:
-    """Let `ps` show the template, and the ranks, by a name of their own."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
-        if 0 < start < end:
-            ctypes.memmove(start, TITLE[: end - start - 1].ljust(end - start, b"\0"), end - start)
 
 
 def import_when_idle(first: list[str], last: str) -> None:

@@ -104,9 +104,9 @@ class Run:
     def template(self, node: int) -> int:
         """The process that the ranks of a node are forked from."""
         agent = self.agents()[node]
-        found = [pid for pid in children(agent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = wait_for("ranks", lambda: [pid for pid in children(agent) if children(pid)])
         assert len(found) == 1
-        return found[0]
+        return int(found[0])
 
     def order(self, rank: int, word: str) -> None:
         """Make a rank do something (`faulty_tasks`)."""
