@@ -19,13 +19,14 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
-from trainer.autopsy import STACKS_S, Autopsy
+from trainer.autopsy import STACKS_S, Autopsy, process_state
 from trainer.board import PeerLost
 from trainer.config import Job
 from trainer.entry import run_rank
 from trainer.errors import FAILED, STOPPED
 from trainer.folder import is_shared
 from trainer.heartbeat import HEARTBEAT, VARIABLE, Heartbeat
+from trainer.memory import Memory
 from trainer.postmortem import Failure, paragraph
 from trainer.record import record_event
 from trainer.rendezvous import Ended, NodeRendezvous
@@ -48,9 +49,12 @@ class NodeAgent(LocalElasticAgent):
 
     def __init__(
         self, job: Job, job_file: Path, run: Path, wiring: Wiring, rendezvous: NodeRendezvous, threads: int,
-        folder: Path, rank_environment: dict[str, str],
+        folder: Path, rank_environment: dict[str, str], memory: Memory | None,
     ) -> None:  # fmt: skip
-        """`folder`: of this agent alone; `rank_environment`: what each rank gets besides torchrun's variables."""
+        """`folder`: of this agent alone; `rank_environment`: what each rank gets besides torchrun's variables.
+
+        `memory`: where ranks leave their state when another fails.
+        """
         logs = run / "logs"
         spec = WorkerSpec(
             role="default",
@@ -63,7 +67,10 @@ class NodeAgent(LocalElasticAgent):
         super().__init__(spec, DefaultLogsSpecs(str(folder)), start_method="forkserver")
         self.job, self.run_folder, self.wiring, self.rendezvous = job, run, wiring, rendezvous
         self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
+        self.memory = memory
         self.rank_environment = rank_environment | {VARIABLE: str(folder / HEARTBEAT)}
+        if memory is not None:
+            self.rank_environment |= memory.environment()
         first = wiring.node_rank * job.ranks_per_node
         shown = range(0 if wiring.node_rank else 1) if is_shared() else range(first, first + job.ranks_per_node)
         self.tails = [Tail(logs / f"rank-{rank}.log") for rank in shown]  # logs that go with the node are all shown
@@ -85,6 +92,8 @@ class NodeAgent(LocalElasticAgent):
         self.autopsy.begin(self.rendezvous.plan["attempt"])
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
+        if self.memory is not None:
+            self.memory.forget_answers(self.job.ranks_per_node)
         pids: dict[int, Any] = super()._start_workers(worker_group)
         FLAG.install()  # torch before 2.9 has just replaced our handlers
         self.spawned = time.monotonic()
@@ -135,8 +144,15 @@ class NodeAgent(LocalElasticAgent):
                 )
             if failure is not None:
                 self.rendezvous.failure = failure.to_json()
+            self._save_state()
             self._stop_workers(group)
             self._copy_log()  # before the last word on it
+
+    def _save_state(self) -> None:
+        """Let ranks that live hand over what the next attempt goes on from; a stopped one cannot."""
+        living = [(index, process) for index, process in enumerate(self._processes()) if process.exitcode is None]
+        if self.memory is not None:
+            self.memory.ask([(index, process) for index, process in living if process_state(process.pid) != "T"])
 
     def _copy_log(self) -> None:
         for tail in self.tails:
@@ -190,6 +206,8 @@ class NodeAgent(LocalElasticAgent):
             lost = self.rendezvous.lost_peer()
             if lost is not None:
                 return self.autopsy.peer(*lost)
+            if self.rendezvous.news() in ("round", "hung"):
+                break  # another node knows more
             time.sleep(0.02)
         return failure
 

@@ -82,7 +82,8 @@ class Autopsy:
         end = time.monotonic() + 0.3
         while time.monotonic() < end and not any(p.exitcode not in (None, 0, 1) for p in processes):
             records = [self._record(index) for index in range(len(processes))]
-            if any(r and not self._lost(r) for r in records):
+            ended = all(process.exitcode is not None for process in processes)
+            if any(r and not self._lost(r) for r in records) or (ended and all(records)):
                 break
             time.sleep(0.02)
         failures = [self._one(index, processes[index].exitcode) for index in self.failed(processes)]

@@ -213,13 +213,15 @@ def hash_file(file: Any) -> str:
     return digest.hexdigest()
 
 
-class _Hashing:
+class Hashing:
     """A file that hashes what is written: torch.save's zip writer seeks nowhere, so one pass is enough."""
 
     def __init__(self, file: Any) -> None:
+        """`file`: where it goes."""
         self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
+        """All of it."""
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.bytes += len(view)
@@ -227,12 +229,13 @@ class _Hashing:
         return len(view)
 
     def flush(self) -> None:
+        """As a file does."""
         self.file.flush()
 
 
 def _write(path: Path, value: Any) -> dict[str, Any]:
     with path.open("xb") as raw:
-        hashing = _Hashing(raw)
+        hashing = Hashing(raw)
         torch.save(value, hashing)  # type: ignore[arg-type]
         raw.flush()
         os.fsync(raw.fileno())

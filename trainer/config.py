@@ -99,6 +99,10 @@ class Checkpoints:
     asynchronous: bool = _option(
         True, "write beside the training, from a copy: one more state in the memory of rank 0, and no wait for the disk"
     )
+    in_memory: bool = _option(
+        True,
+        "after a failure go on from the state that surviving ranks hold: no step is lost (ddp on CPUs, with an agent)",
+    )
     keep_last: int = _option(2, "how many of the newest to keep", minimum=1)
     best: str | None = _option(None, "metric whose best checkpoint is kept too")
     best_mode: str = _option("max", "whether a larger or a smaller metric is better", choices=("max", "min"))

@@ -181,10 +181,10 @@ class Distributed(Parallel):
         dist.all_gather_object(parts, value)
         return parts
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+    def share(self, value: Any, source: int = 0) -> Any:
+        """The value of rank `source`, on all ranks."""
         box = [value]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, source)
         return box[0]
 
     def barrier(self) -> None:

@@ -20,6 +20,7 @@ from typing import IO, Any, NoReturn
 from trainer import template
 from trainer.config import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
+from trainer.memory import ASK
 from trainer.record import write_json
 from trainer.stop import leave_signals
 
@@ -43,6 +44,7 @@ def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str)
         if job.script:
             code = _run_script(job)
         else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
             from trainer.rank import train
 
             code = train(job, Path(run), Path(job_file))

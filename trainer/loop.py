@@ -61,6 +61,7 @@ class Trainer:
         )
         self.position = Position()
         self.state = State(job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report)
+        self.handover = self.state.handover
 
     def fit(self) -> dict[str, float]:
         """Train to the end and return the last evaluation.
@@ -74,6 +75,7 @@ class Trainer:
             self.state.resume()
             self.parallel.steps = self.position.step
             self.report.start(self.position, self.steps, self.order.steps_per_epoch)
+            self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
             if self.position.step and not self.state.evaluated:
                 self.finish_step()
             while self.position.step < self.steps:
@@ -81,6 +83,11 @@ class Trainer:
                     self.train_step(micros)
                     if self.position.step >= self.steps:
                         break
+        except (JobError, NonFiniteLoss, Stopped):
+            raise
+        except Exception:  # such as that of a collective whose peer is gone
+            self.handover.leave()
+            raise
         finally:
             self.loader.close()
             self.eval_loader.close()
@@ -123,25 +130,29 @@ class Trainer:
                 # The mean over the global batch: DDP will divide the sum over ranks by their number.
                 loss = losses.sum() * (parallel.world_size * bool(micro.count) / micro.step_count)
                 scaled = loss if self.scaler is None else self.scaler.scale(loss)
+                if micro.last:
+                    self.report.samples(position, [item.indices[: item.count] for item, _ in micros])
+                    self.handover.note()
                 parallel.backward(loss, scaled, self.stop())
         step_count = micros[0][0].step_count
         due = self.due(position.step + 1, position.samples + step_count)
         mean, stop = parallel.agree(due)
-        if self.update(mean, micros):
-            self.report.samples(position, [micro.indices[: micro.count] for micro, _ in micros])
+        self.handover.open()
+        self.update(mean, micros)
         position.step += 1
         position.samples += step_count
         if position.samples >= self.count:
             position.epoch, position.samples = position.epoch + 1, 0
         whole = parallel.finish_step(self.optimizer, due)
-        self.report.step(position, mean, self.optimizer.param_groups[0]["lr"], step_count)
         self.state.evaluated = not due
+        self.handover.close(position.step)
+        self.report.step(position, mean, self.optimizer.param_groups[0]["lr"], step_count)
         if whole and stop and position.step < self.steps:
             self.save_and_stop()
         if due:
             self.finish_step()
 
-    def update(self, mean: Tensor | float, micros: list[tuple[MicroBatch, Any]]) -> bool:
+    def update(self, mean: Tensor | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
         train = self.job.train
         if isinstance(mean, Tensor) and train.on_nan == "halt":
@@ -150,7 +161,7 @@ class Trainer:
         elif not math.isfinite(mean):
             self.refuse_loss(float(mean), self.position.step + 1, micros)
             self.optimizer.zero_grad()
-            return False
+            return
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if train.clip_norm is not None:
@@ -163,7 +174,6 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.state.model)
-        return True
 
     late: tuple[Tensor, int, list[tuple[MicroBatch, Any]]] | None = None
 
@@ -218,6 +228,7 @@ class Trainer:
         self.state.evaluated = True
         if self.checkpoint_due(position.step, position.samples):
             self.state.save(wait=position.step >= self.steps)
+        self.handover.finish()
 
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""

@@ -11,6 +11,7 @@ from trainer.errors import DONE, STOPPED, WRONG_JOB
 from trainer.folder import find_run, is_shared
 from trainer.heartbeat import own_folder
 from trainer.load import merge_job, save_job, to_job
+from trainer.memory import Memory, keeps_state
 from trainer.preflight import check_node, network_settings
 from trainer.record import record_event, tell_platform, write_json
 from trainer.rounds import Rounds
@@ -82,14 +83,15 @@ def _supervise(job: Job, path: Path, run: Path, wiring: Wiring, settings: dict[s
     ranks = job.ranks_per_node * (wiring.nodes if wiring.platform == "local" else 1)
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdecimal() and int(given) else max(1, wiring.cpus // ranks)
-    rounds = Rounds(job, run, say)
+    memory = Memory.make(job.ranks_per_node) if keeps_state(job) else None
+    rounds = Rounds(job, run, say, memory)
     rendezvous = NodeRendezvous(
         wiring, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
         rounds.start, say,
     )  # fmt: skip
     with own_folder() as folder:
         environment = rank_environment(job, run, wiring, threads) | settings
-        agent = NodeAgent(job, path, run, wiring, rendezvous, threads, folder, environment)
+        agent = NodeAgent(job, path, run, wiring, rendezvous, threads, folder, environment, memory)
         code, reason = supervise(agent)
     if wiring.node_rank == 0 and code not in (DONE, STOPPED):
         write_json(run / "failure.json", {"reason": reason, "code": code, "failures": rounds.history})

@@ -152,8 +152,8 @@ class Parallel:
         """Small picklable values of all ranks."""
         return [value]
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+    def share(self, value: Any, source: int = 0) -> Any:
+        """The value of rank `source`, on all ranks."""
         return value
 
     def barrier(self) -> None:

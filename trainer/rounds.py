@@ -10,6 +10,7 @@ from trainer import attempt
 from trainer.config import Job
 from trainer.errors import FAILED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
+from trainer.memory import Memory
 from trainer.postmortem import Failure, first_failure, paragraph
 from trainer.record import record_event
 
@@ -17,9 +18,9 @@ from trainer.record import record_event
 class Rounds:
     """Node 0's decisions: which attempt comes next, and when restarting has no point any more."""
 
-    def __init__(self, job: Job, run: Path, say: Callable[[str], None]) -> None:
-        """Nothing failed yet; `say` prints a line."""
-        self.job, self.run, self.say = job, run, say
+    def __init__(self, job: Job, run: Path, say: Callable[[str], None], memory: Memory | None = None) -> None:
+        """Nothing failed yet; `say` prints a line; `memory`: of this node, where survivors leave their state."""
+        self.job, self.run, self.say, self.memory = job, run, say, memory
         self.used = 0
         self.progress = -1
         self.history: list[dict[str, Any]] = []
@@ -31,7 +32,7 @@ class Rounds:
         found = first_failure([Failure(**item) for item in failures if item])
         if found is not None:
             self.history.append(found.to_json())
-            step = steps_committed(self.run)
+            step = max(steps_committed(self.run), self.memory.step if self.memory else -1)
             self.used = 1 if step > self.progress else self.used + 1
             self.progress = step
             left = self.job.agent.restarts - self.used

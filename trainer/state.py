@@ -16,6 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from trainer import checkpoint, rng
 from trainer.config import Job
 from trainer.errors import JobError
+from trainer.folder import steps_committed
+from trainer.handover import Handover
 from trainer.order import Position
 from trainer.parallel import Parallel
 from trainer.report import Report
@@ -34,6 +36,7 @@ class State:
         self.average, self.position, self.parallel, self.report = average, position, parallel, report
         self.root = report.run / "checkpoints"
         self.writer = Writer(job.checkpoint.asynchronous)
+        self.handover = Handover(job, parallel, model, report.attempt)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.measured_at = -1
@@ -56,6 +59,7 @@ class State:
         started = time.perf_counter()
         position = self.position
         self.report.phase("saving", position)
+        self._choose_best()
         generators = torch.stack(self.parallel.gather(rng.get_state(self.parallel.device)))
         problem: BaseException | None = None
         if self.parallel.rank == 0:
@@ -80,37 +84,41 @@ class State:
         self.report.phase("saving", self.position)
 
     def _submit(self, generators: torch.Tensor) -> None:
-        position, facts = self.position, self.job.checkpoint
-        name = f"step-{position.step:09d}"
-        if facts.best and self.metrics and facts.best not in self.metrics:
-            raise JobError(
-                "checkpoint.best", facts.best, "is no metric of this task", f"The metrics are {', '.join(self.metrics)}"
-            )
-        best = self.best
-        value = self.metrics.get(facts.best or "", math.nan) if self.measured_at == position.step else math.nan
-        if not math.isnan(value) and (
-            best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])
-        ):
-            best = value, name
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "average": {"model": self.average.module.state_dict(), "updates": self.average.n_averaged}
-            if self.average
-            else None,
-            "generators": generators,
-            "position": dataclasses.asdict(position),
-            "evaluated": self.evaluated,
-            "metrics": self.metrics,
-            "best": best,
-        }
+        position = self.position
         facts_of_run = {
             "job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
             "world_size": self.parallel.world_size, "parallel": self.job.parallel, "metrics": self.metrics,
         }  # fmt: skip
-        payload = {"model.pt": self.model.state_dict(), "state.pt": state}
-        self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, best), self._beat)
-        self.best = best
+        contents = self.contents()
+        payload = {"model.pt": contents.pop("model"), "state.pt": {**contents, "generators": generators}}
+        self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, self.best), self._beat)
+
+    def contents(self) -> dict[str, Any]:
+        """What a training goes on from, but for the generators, which each rank has of its own."""
+        average = self.average
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "average": {"model": average.module.state_dict(), "updates": average.n_averaged} if average else None,
+            "position": dataclasses.asdict(self.position),
+            "evaluated": self.evaluated,
+            "metrics": self.metrics,
+            "best": self.best,
+        }
+
+    def _choose_best(self) -> None:
+        """Note whether the current position has the best metric so far; all ranks decide alike."""
+        facts, best = self.job.checkpoint, self.best
+        if facts.best and self.metrics and facts.best not in self.metrics:
+            raise JobError(
+                "checkpoint.best", facts.best, "is no metric of this task", f"The metrics are {', '.join(self.metrics)}"
+            )
+        value = self.metrics.get(facts.best or "", math.nan) if self.measured_at == self.position.step else math.nan
+        if not math.isnan(value) and (
+            best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])
+        ):
+            self.best = value, f"step-{self.position.step:09d}"
 
     def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
         saved = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
@@ -118,12 +126,21 @@ class State:
         checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint, or start from the job's `checkpoint.load` weights, or anew."""
+        """Continue from what survivors handed over or the newest whole checkpoint, or start: from weights, or anew."""
+        kept = self.handover.recall(steps_committed(self.report.run))
+        if kept is not None:
+            self._restore(kept.contents, kept.contents["model"], "the survivors' memory")
+            self.evaluated = kept.evaluated
+            rng.set_state(kept.generators, self.parallel.device)
+            if self.parallel.rank == 0:
+                checkpoint.sweep(self.root)
+            self.report.event("resume", step=self.position.step, folder="memory")
+            return
         found = self.parallel.share(self._find() if self.parallel.rank == 0 else None)
         if isinstance(found, Exception):
             raise found
         if found is not None:
-            self._restore(Path(found))
+            self._load(Path(found))
         elif self.job.checkpoint.load:
             self._load_weights(checkpoint.load_weights(Path(self.job.checkpoint.load)))
             if self.average is not None:
@@ -153,16 +170,24 @@ class State:
         )
         return payload
 
-    def _restore(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> None:
         weights, state = self._read(folder)
-        self._load_weights(checkpoint.unwrapped(weights))
+        self._restore(state, checkpoint.unwrapped(weights), folder.name)
+        generators, rank = state["generators"], self.parallel.rank
+        if len(generators) == self.parallel.world_size:
+            rng.set_state(generators[rank], self.parallel.device)
+        else:  # another world size: streams of their own, the same whenever this happens at this step
+            rng.seed_all(self.job.seed, self.position.step + 1, rank)
+
+    def _restore(self, state: dict[str, Any], weights: dict[str, Any], origin: str) -> None:
+        self._load_weights(weights)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise JobError(
                 "train.optimizer",
                 self.job.train.optimizer,
-                f"does not fit {folder.name}: {error}",
+                f"does not fit {origin}: {error}",
                 "Resume with the optimizer that the run began with",
             ) from None
         if self.scaler is not None and state["scaler"]:
@@ -174,11 +199,6 @@ class State:
             setattr(self.position, item.name, state["position"][item.name])
         self.evaluated, self.metrics = state["evaluated"], state["metrics"]
         self.best = tuple(state["best"]) if state["best"] else None
-        generators, rank = state["generators"], self.parallel.rank
-        if len(generators) == self.parallel.world_size:
-            rng.set_state(generators[rank], self.parallel.device)
-        else:  # another world size: streams of their own, the same whenever this happens at this step
-            rng.seed_all(self.job.seed, self.position.step + 1, rank)
 
     def _load_weights(self, weights: dict[str, Any]) -> None:
         try:

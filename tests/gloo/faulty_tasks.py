@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -100,15 +102,19 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Faulty(Task):
-    """A linear layer on digits, with dropout; `step_s`: seconds that a step takes at least."""
+    """A linear layer on digits, with dropout; `step_s`: seconds that a step takes at least.
 
-    def __init__(self, step_s: float = 0.0, start_s: float = 0.0) -> None:
-        self.orders, self.step_s = Orders(), step_s
+    `buffers`: batch statistics; `noise`: random numbers of Python's and NumPy's global generators in the loss.
+    """
+
+    def __init__(self, step_s: float = 0.0, start_s: float = 0.0, buffers: bool = False, noise: bool = False) -> None:
+        self.orders, self.step_s, self.buffers, self.noise = Orders(), step_s, buffers, noise
         time.sleep(start_s)
 
     def model(self) -> nn.Module:
         """64 inputs, 10 outputs."""
-        return nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 10))
+        statistics = [nn.BatchNorm1d(64)] if self.buffers else []
+        return nn.Sequential(nn.Flatten(), *statistics, nn.Dropout(0.1), nn.Linear(64, 10))
 
     def train_dataset(self) -> Images:
         """Some of the digits."""
@@ -122,4 +128,7 @@ class Faulty(Task):
         """Cross entropy."""
         self.orders.obey(*FAULTS)
         time.sleep(self.step_s)
-        return functional.cross_entropy(output, batch[1], reduction="none")
+        losses = functional.cross_entropy(output, batch[1], reduction="none")
+        if self.noise:
+            losses = losses * (random.gauss(1, 0.1) + np.random.normal(0, 0.1))
+        return losses

@@ -154,14 +154,20 @@ def submitted(root: Path, *overrides: str, file: Path = HERE / "faulty.yaml") ->
         end_all(run)
 
 
+def hear_interrupts() -> None:
+    """As at a terminal; a shell makes what it starts in the background, such as these tests, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def followed(root: Path, *words: str | Path, **options: Any) -> Iterator[tuple[Run, subprocess.Popen[str]]]:
     """A run in the foreground, and the command that follows it."""
     words = words or (HERE / "faulty.yaml",)
     command = [MUSTER, "run", *map(str, words)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE, env=environment(), **options
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE, env=environment(),
+        preexec_fn=hear_interrupts, **options,
+    )  # fmt: skip
     assert process.stdout is not None
     first = process.stdout.readline()
     assert first.startswith("run folder: "), first + process.stdout.read()
