@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,8 @@ from trainer.config import Job
 from trainer.errors import JobError
 from trainer.launch import lease
 from trainer.launch.lease import try_lease, visible_devices, wanted_devices
+from trainer.launch.supervisor import Nodes, Supervisor
+from trainer.record import read_lines
 
 FOUR = ["0", "1", "2", "3"]
 
@@ -54,6 +61,70 @@ def test_a_lease_ends_with_all_who_hold_it(tmp_path: Path) -> None:
     agent.kill()
     agent.wait()
     assert try_lease(1, ["0"], tmp_path) is not None
+
+
+def lease_as(user: int, wanted: int, folder: Path) -> list[str] | None:
+    """The devices that another user, with a strict umask, gets and gives back; None while they are taken."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of pytest may go on here
+        try:
+            os.umask(0o077)
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            os.write(write, repr(getattr(try_lease(wanted, FOUR, folder), "devices", None)).encode())
+        except BaseException as error:
+            os.write(write, repr(f"{error!r}").encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read) as pipe:
+        found: list[str] | None = ast.literal_eval(pipe.read())
+    return found
+
+
+def test_users_share_the_devices_whatever_their_umask() -> None:
+    if os.geteuid():
+        pytest.skip("needs root, to be two users")
+    with tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o1777)  # as /tmp
+        folder = Path(shared, "gpus")
+        assert lease_as(1001, 2, folder) == FOUR[:2]
+        assert lease_as(1002, 4, folder) == FOUR  # two files are the other's, two are new in the other's folder
+        assert lease_as(1001, 4, folder) == FOUR
+        held = try_lease(3, FOUR, folder)
+        assert held is not None
+        assert (lease_as(1002, 1, folder), lease_as(1001, 2, folder)) == (["3"], None)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    """Of a run on a machine with one GPU."""
+    module = "trainer.launch.supervisor"
+    monkeypatch.setattr(f"{module}.visible_devices", lambda: ["0"])
+    monkeypatch.setattr(f"{module}.try_lease", partial(try_lease, folder=tmp_path / "gpus"))
+    return Supervisor(tmp_path, job(), Nodes(tmp_path, job()))
+
+
+def test_a_job_waits_for_its_devices_and_says_so(supervisor: Supervisor, tmp_path: Path) -> None:
+    held = try_lease(1, ["0"], tmp_path / "gpus")
+    assert held is not None
+    soon = threading.Timer(0.7, held.release)
+    soon.start()
+    assert supervisor.take_lease()
+    assert supervisor.lease.devices == ["0"] and not held.handles
+    (event,) = read_lines(tmp_path / "events.jsonl")
+    assert (event["event"], event["reason"]) == ("pending", "waiting for GPUs: 1 of 0")
+    soon.join()
+
+
+def test_a_job_that_waits_can_be_stopped(supervisor: Supervisor, tmp_path: Path) -> None:
+    held = try_lease(1, ["0"], tmp_path / "gpus")
+    threading.Timer(0.2, supervisor.handle, (signal.SIGTERM, None)).start()
+    assert not supervisor.take_lease()
+    assert held is not None and held.handles
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +70,9 @@ def try_lease(wanted: list[str] | int, visible: list[str], folder: Path = FOLDER
     count = wanted if isinstance(wanted, int) else len(wanted)
     if count == 0:
         return Lease([])
-    folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
     lease = Lease([])
     for device in visible if isinstance(wanted, int) else wanted:
-        handle = os.open(folder / f"{device}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _open_lock(folder / f"{device}.lock")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -84,3 +84,19 @@ def try_lease(wanted: list[str] | int, visible: list[str], folder: Path = FOLDER
             return lease
     lease.release()
     return None
+
+
+def _open_lock(path: Path) -> int:
+    """Open a file that every user may lock; whoever comes first makes it.
+
+    Read-only is enough for flock(2). An existing file is opened without O_CREAT, which the kernel refuses for files of
+    others in folders like /tmp (fs.protected_regular, proc(5)).
+    """
+    mask = os.umask(0)  # the next user's access must not depend on the first one's mask
+    try:
+        path.parent.mkdir(mode=0o1777, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o444))
+    finally:
+        os.umask(mask)
+    return os.open(path, os.O_RDONLY)
