@@ -17,7 +17,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     def mount(size: str) -> Path:
         if os.geteuid() != 0:
-            pytest.skip("filling a disk for real means mounting a tmpfs, which needs root")
+            pytest.skip("needs root, to mount a tmpfs and fill it for real")
         folder.mkdir()
         if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode:
             pytest.skip("this container may not mount a tmpfs to fill")
