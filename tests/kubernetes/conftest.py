@@ -13,10 +13,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """An empty cluster that kubectl, and so muster, finds as its current one."""
-    if shutil.which("kubectl") is None:
+def kubectl() -> str:
+    """The command, which is not on every machine."""
+    found = shutil.which("kubectl")
+    if found is None:
         pytest.skip("there is no kubectl: install kubernetes-client or kubectl")
+    return found
+
+
+@pytest.fixture
+def cluster(kubectl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """An empty cluster that kubectl, and so muster, finds as its current one."""
     with serving(tmp_path) as (found, config):
         monkeypatch.setenv("KUBECONFIG", str(config))
         monkeypatch.setenv("KUBECACHEDIR", str(tmp_path / "cache"))  # of discovery, else kept at home for each port

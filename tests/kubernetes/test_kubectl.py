@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from cluster_api import Cluster
+from submissions import RUNNING, ended, finish, handle_of, put_pod, submit
 
 from trainer.errors import JobError
 from trainer.launch import commands
 from trainer.launch.kubernetes import Kubernetes
-from trainer.record import read_json, write_json
-
-INDEX = "batch.kubernetes.io/job-completion-index"
+from trainer.record import write_json
 
 
 @pytest.fixture
@@ -23,44 +22,6 @@ def site(tmp_path: Path) -> Path:
     path = tmp_path / "site.yaml"
     path.write_text("claim: runs\n")
     return path
-
-
-def submit(tmp_path: Path, site: Path | None, *overrides: str) -> Path:
-    words = ["nodes=2", "devices_per_node=1", "device=cpu", f"runs={tmp_path / 'my runs'}", *overrides]
-    return commands.submit("jobs/digits.yaml", words, "kubernetes", site)
-
-
-def handle_of(run: Path) -> dict[str, Any]:
-    found = read_json(run / "handle.json")
-    assert found
-    return found
-
-
-def put_pod(cluster: Cluster, run: Path, node: int, mark: str, **status: Any) -> dict[str, Any]:
-    """A pod as the Job controller makes it, in the state that a test wants."""
-    name = handle_of(run)["name"]
-    owner = cluster.objects["jobs", name]
-    metadata = {
-        "name": f"{name}-{node}-{mark}", "annotations": {INDEX: str(node)},
-        "labels": {"app.kubernetes.io/instance": name},
-        "ownerReferences": [{"kind": "Job", "name": name, "uid": owner["metadata"]["uid"]}],
-    }  # fmt: skip
-    return cluster.put("pods", {"metadata": metadata, "spec": {"containers": [{"name": "agent"}]}, "status": status})
-
-
-def ended(code: int, message: str = "", **more: Any) -> dict[str, Any]:
-    state = {"terminated": {"exitCode": code, "message": message, "finishedAt": "2026-01-01T00:00:00Z", **more}}
-    phase = "Failed" if code else "Succeeded"
-    return {"phase": phase, "containerStatuses": [{"name": "agent", "state": state}]}
-
-
-def finish(cluster: Cluster, run: Path, kind: str, **condition: Any) -> None:
-    job = cluster.objects["jobs", handle_of(run)["name"]]
-    job["status"]["conditions"] = [{"type": kind, "status": "True", **condition}]
-    cluster.changed(job)
-
-
-RUNNING = {"phase": "Running", "containerStatuses": [{"name": "agent", "state": {"running": {}}}]}
 
 
 def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site: Path) -> None:

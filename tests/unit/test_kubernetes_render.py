@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -111,14 +110,6 @@ def test_the_published_models_of_jobset_know_every_field() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_means_what_it_should(path: Path) -> None:
     assert problems(load(path.read_text())) == []
-
-
-def test_the_kustomization_builds() -> None:
-    done = subprocess.run(["kubectl", "kustomize", "k8s"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert sorted(document["kind"] for document in load(done.stdout)) == sorted(
-        document["kind"] for document in example("digits")
-    )
 
 
 def test_the_job_of_the_pods_is_the_job() -> None:
