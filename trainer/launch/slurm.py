@@ -44,7 +44,7 @@ class SlurmSite:
     runs: str | None = None
     python: str | None = None
     setup: str | None = None
-    network: str = "none"
+    fabric: str = "none"
     sbatch_args: list[str] = field(default_factory=list)
     srun_args: list[str] = field(default_factory=list)
     runtime: str = "none"
@@ -86,7 +86,7 @@ class Slurm(Platform):
             raise JobError("image", site.image, f"runtime={site.runtime} needs one", "Name the image")
         if site.runtime == "none" and (site.image or site.mounts):
             raise JobError("image", site.image, "would be ignored: runtime=none", "Set runtime, or remove it")
-        fabric_environment(site.network)
+        fabric_environment(site.fabric)
         return asdict(site)
 
     def render(self, plan: Plan) -> str:
@@ -143,7 +143,7 @@ class Slurm(Platform):
     def exports(self, site: SlurmSite) -> dict[str, str]:
         """Variables that go with the job."""
         setup = {"MUSTER_SETUP": str(Path(site.setup).resolve())} if site.setup else {}
-        return {**fabric_environment(site.network), **setup}
+        return {**fabric_environment(site.fabric), **setup}
 
     def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
         """Submit by sbatch; Slurm's own refusal is shown once.

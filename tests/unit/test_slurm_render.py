@@ -1,0 +1,99 @@
+"""Slurm's site file: each key becomes the option that it says, in the command line that `muster render` prints."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import JobError
+from trainer.launch import commands
+
+ROOT = Path(__file__).parents[2]
+RUN = "/big/digits-ID"
+OURS = [
+    "sbatch", "--job-name=digits", "--nodes=2", "--signal=USR2@60",
+    f"--chdir={RUN}/code", f"--output={RUN}/logs/slurm-%j.out",
+]  # fmt: skip
+TEMPLATE = [str(ROOT / "slurm/job.sbatch"), f"--output={RUN}/logs/node-%n.log"]
+AGENT = ["-m", "trainer", f"{RUN}/job.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def command_line(folder: Path, text: str) -> tuple[list[str], list[str]]:
+    """The words of the sbatch line, and the variables that are exported before it."""
+    site = folder / "site.yaml"
+    site.write_text(text)
+    words = ["nodes=2", "devices_per_node=4", "train.batch_size=64", "runs=/big"]
+    lines = commands.render("jobs/digits.yaml", words, "slurm", site).splitlines()
+    return shlex.split(lines[-1].removeprefix("# ")), [line for line in lines if line.startswith("# export ")]
+
+
+@pytest.mark.parametrize(
+    ("site", "flags"),
+    [
+        ("{}", ["--gpus-per-node=4"]),
+        ("gpus: none", []),
+        ("gpus: --gres=gpu:a100:{n}", ["--gres=gpu:a100:4"]),
+        ("partition: long\naccount: vision\nqos: high\nconstraint: h100&ib\nreservation: course\ngpus: none",
+         ["--partition=long", "--account=vision", "--qos=high", "--constraint=h100&ib", "--reservation=course"]),
+        ("memory_gb: 0", ["--mem=0G", "--gpus-per-node=4"]),
+        ("memory_gb: 96\ncpus_per_device: 6\ngpus: none", ["--mem=96G", "--cpus-per-task=24"]),
+        ("time_limit_min: 90\nsbatch_args: [--exclusive, --comment=a paper]",
+         ["--time=90", "--gpus-per-node=4", "--exclusive", "--comment=a paper"]),
+    ],
+)  # fmt: skip
+def test_options_of_sbatch(tmp_path: Path, site: str, flags: list[str]) -> None:
+    assert command_line(tmp_path, site) == ([*OURS, *flags, *TEMPLATE, sys.executable, *AGENT], [])
+
+
+def test_the_notice_comes_after_the_first_half_of_a_short_limit(tmp_path: Path) -> None:
+    assert "--signal=USR2@30" in command_line(tmp_path, "time_limit_min: 1")[0]
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("srun_args: [--cpu-bind=none, --mpi=none]\npython: /opt/python",
+         ["--cpu-bind=none", "--mpi=none", "/opt/python", *AGENT]),
+        ("runtime: pyxis\nimage: team#muster:1\nmounts: ['/data:/data:ro']\nsrun_args: [--mpi=none]",
+         ["--mpi=none", "--container-image=team#muster:1", f"--container-mounts={RUN}:{RUN},/data:/data:ro",
+          f"--container-workdir={RUN}/code", "python", *AGENT]),
+        ("runtime: apptainer\nimage: /img/my muster.sif\nmounts: ['/data:/data:ro']",
+         ["apptainer", "exec", "--nv", "--bind", f"{RUN}:{RUN}", "--bind", "/data:/data:ro", "--pwd", f"{RUN}/code",
+          "/img/my muster.sif", "python", *AGENT]),
+    ],
+    ids=["plain", "pyxis", "apptainer"],
+)  # fmt: skip
+def test_what_srun_starts(tmp_path: Path, site: str, words: list[str]) -> None:
+    assert command_line(tmp_path, f"gpus: none\n{site}") == ([*OURS, *TEMPLATE, *words], [])
+
+
+def test_variables_of_fabric_and_setup_go_with_the_job(tmp_path: Path) -> None:
+    text = "fabric: efa\nsetup: /etc/my site.sh\nruntime: pyxis\nimage: muster\n"
+    words, exports = command_line(tmp_path, text)
+    assert "--container-env=FI_EFA_USE_HUGE_PAGE,FI_PROVIDER" in words  # the image's own values would win
+    assert exports == [
+        "# export FI_PROVIDER=efa", "# export FI_EFA_USE_HUGE_PAGE=0", "# export MUSTER_SETUP='/etc/my site.sh'",
+    ]  # fmt: skip
+
+
+def test_an_unknown_fabric_is_refused_by_its_key(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"fabric='token-ring': is no network profile.*none, infiniband"):
+        command_line(tmp_path, "fabric: token-ring")
+
+
+def test_run_folders_are_made_where_the_site_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(f"runs: {tmp_path / 'project space'}\n")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(JobError, match="no sbatch"):  # the folder is made first: what was rendered is kept in it
+        commands.submit("jobs/digits.yaml", [], "slurm", site)
+    (run,) = (tmp_path / "project space").iterdir()
+    assert f"--chdir={run}/code" in shlex.split((run / "plan/slurm.txt").read_text().splitlines()[-1])
