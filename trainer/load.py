@@ -23,6 +23,9 @@ from trainer.errors import JobError
 from trainer.folder import add_import_paths
 from trainer.rules import check_job
 
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
+"""What YAML raises: ValueError for 5000 digits or a 13th month, RecursionError for a list that holds itself."""
+
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Read the job file at `path`, apply `overrides` (`key=value`), check everything.
@@ -49,15 +52,15 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     for source, values in ((str(path), written), ("command line", given)):
         for key, value in _leaves(values):
             _check_key(key, value, source)
+            _check_kind(key, value, source)
         try:
             config = OmegaConf.merge(config, values)
         except OmegaConfBaseException as error:
             key = str(getattr(error, "full_key", None) or "?")
             value = _get(values, key)
             raise JobError(key, value, _first_line(error), f"It is given by {source}; {_expected(key)}") from None
-    if not config.name:
-        stem = path.resolve().parent.name if path.name == "job.yaml" else path.stem
-        config.name = stem
+    if not (given.get("name") or written.get("name")):
+        config.name = path.resolve().parent.name if path.name == "job.yaml" else path.stem
     assert isinstance(config, DictConfig)
     return config
 
@@ -84,37 +87,30 @@ def save_job(config: DictConfig, path: Path) -> None:
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """Read a YAML file into plain dictionaries, with a `JobError` for what is not one."""
-    return _read_yaml(path)
+    """Read a YAML file, of any kind, into plain dictionaries, with a `JobError` for what is not one."""
+    return _read_yaml(path, "file", "It is a mapping, one `key: value` a line")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(
+    path: Path, what: str = "JOB", form: str = "A job file is a mapping: name, task, train, ..."
+) -> dict[str, Any]:
     if path.is_dir():
         path = path / "job.yaml"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), [str(p) for p in sorted(path.parent.glob("*.yaml"))], 1, 0.3)
-        raise JobError(
-            "JOB",
-            str(path),
-            "no such file",
-            f"Did you mean {near[0]}?" if near else f"Working directory: {os.getcwd()}",
-        ) from None
+        remedy = f"Did you mean {near[0]}?" if near else f"Working directory: {os.getcwd()}"
+        raise JobError(what, str(path), "no such file", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError("JOB", str(path), f"cannot be read ({error})", "Give a readable UTF-8 YAML file") from None
+        raise JobError(what, str(path), f"cannot be read ({error})", "Give a readable UTF-8 YAML file") from None
     try:
         content = OmegaConf.to_container(OmegaConf.create(text or "{}"))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         where = " ".join(str(error).split())
-        raise JobError("JOB", str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
+        raise JobError(what, str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
     if not isinstance(content, dict):
-        raise JobError(
-            "JOB",
-            str(path),
-            f"holds a {type(content).__name__}, not keys",
-            "A job file is a mapping: name, task, train, ...",
-        )
+        raise JobError(what, str(path), f"holds a {type(content).__name__}, not keys", form)
     return {str(key): value for key, value in content.items()}
 
 
@@ -133,7 +129,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, _, text = word.partition("=")
         try:
             OmegaConf.update(merged, key, yaml.safe_load(text) if text else "", force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except UNREADABLE as error:
             raise JobError(key, text, f"cannot be parsed ({_first_line(error)})", "Quote the value") from None
     result = OmegaConf.to_container(merged)
     assert isinstance(result, dict)
@@ -145,6 +141,24 @@ def _check_key(key: str, value: Any, source: str) -> None:
         near = nearest_key(key)
         hint = f"Did you mean {near}?" if near else "See docs/configuration.md for every key"
         raise JobError(key, value, f"unknown key in {source}", hint)
+
+
+def _check_kind(key: str, value: Any, source: str) -> None:
+    """Refuse what OmegaConf has no word for: a list for a mapping, the reverse, and numbers that no machine holds."""
+    found = _find_field(key)
+    assert found is not None
+    wanted = str(found.type).partition("[")[0]
+    problem = None
+    if wanted == "dict" and isinstance(value, list):
+        problem = "is a list, not a mapping"
+    elif wanted == "list" and isinstance(value, dict):
+        problem = "is a mapping, not a list"
+    elif wanted == "list" and isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
+        problem = "holds more than single values"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        problem = "is too large a number"
+    if problem:
+        raise JobError(key, value, problem, f"It is given by {source}; {_expected(key)}")
 
 
 def _check_limits(key: str, value: Any, limits: Any) -> None:

@@ -75,6 +75,7 @@ def test_torch_is_not_imported(words: list[str], run: Path) -> None:
         (["run", "jobs/digits.yaml", "--on", "mesos"], ["--on='mesos'", "local, docker"]),
         (["run", "jobs/digits.yaml", "train.lrr=1"], ["train.lrr", "train.lr"]),
         (["run", "jobs/nothing.yaml"], ["jobs/nothing.yaml", "no such file"]),
+        (["render", "jobs/digits.yaml", "--on", "docker", "--site", "no.yaml"], ["file='no.yaml'", "no such file"]),
         (["submit", "jobs/digits.yaml", "--sweep", "train.lr"], ["--sweep='train.lr'", "key=value,value"]),
     ],
 )
