@@ -7,34 +7,23 @@ import fcntl
 import hashlib
 import socket
 import struct
-from pathlib import Path
 
-PORTS = 16
-"""Candidates of a job: enough that all being taken means something else is wrong."""
-
-
-def ephemeral_range() -> tuple[int, int]:
-    """The ports that the kernel gives to outgoing connections (ip(7)); a listener inside it can lose its port."""
-    try:
-        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-        return int(low), int(high)
-    except (OSError, ValueError):
-        return 32768, 60999
+CANDIDATES = 16
+"""Ports of a job: enough that all being taken means something else is wrong."""
+PORTS = range(20000, 30000)
+"""Below Linux's ephemeral range, 32768 to 60999 (ip(7)), where a listener can lose its port to a connection, and below
+Kubernetes' NodePorts. Not read from this node: where nodes differ in it, they would never meet."""
 
 
 def candidate_ports(identity: str) -> list[int]:
-    """The ports that a job tries, in order; the same on every node of the job, outside the ephemeral range."""
-    low, high = ephemeral_range()
-    free = [*range(20000, min(low, 65536)), *range(max(high + 1, 20000), 65536)] or list(range(20000, 65536))
-    ports: list[int] = []
+    """The ports that a job tries, in order; the same on every node of the job."""
+    ports: dict[int, None] = {}
     number = 0
-    while len(ports) < PORTS:
+    while len(ports) < CANDIDATES:
         digest = hashlib.sha256(f"{identity}/{number}".encode()).digest()
-        port = free[int.from_bytes(digest[:8], "big") % len(free)]
-        if port not in ports:
-            ports.append(port)
+        ports[PORTS[int.from_bytes(digest[:8], "big") % len(PORTS)]] = None
         number += 1
-    return ports
+    return list(ports)
 
 
 def route_to(address: str) -> tuple[str, str]:
@@ -64,15 +53,6 @@ def interface_of(address: str) -> str:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return ""
-
-
-def resolves(address: str) -> str | None:
-    """Why a host name does not resolve, None when it does."""
-    try:
-        socket.getaddrinfo(address, None)
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def same_host(first: str, second: str) -> bool:

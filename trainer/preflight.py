@@ -15,6 +15,7 @@ from trainer.config import Job
 from trainer.wiring import Wiring
 
 SHM = Path("/dev/shm")
+INFINIBAND = Path("/sys/class/infiniband")
 WORKER_SHM_MB = 64
 """What one loader worker may need at once: a few batches in flight; docker's default for a whole container."""
 
@@ -56,7 +57,7 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
                 True,
             )
         )
-    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
+    if INFINIBAND.is_dir() and any(INFINIBAND.iterdir()):
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if soft != resource.RLIM_INFINITY and soft < 2**30:
             problems.append(
