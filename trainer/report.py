@@ -17,7 +17,7 @@ from trainer.config import Job
 from trainer.heartbeat import Pulse
 from trainer.order import Indices, Position
 from trainer.parallel import Parallel
-from trainer.record import Metrics, append_line, record_event, write_json
+from trainer.record import Metrics, record_event, write_json
 
 
 class Report:
@@ -183,8 +183,3 @@ class Report:
             self.metrics.close()
         if self.samples_file is not None:
             self.samples_file.close()
-
-
-def append_failure(run: Path, facts: Mapping[str, Any]) -> None:
-    """Record a failure of this rank for the post-mortem."""
-    append_line(run / "events.jsonl", {"event": "failure", "time": round(time.time(), 3), **facts})
