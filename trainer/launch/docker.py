@@ -21,6 +21,7 @@ from trainer.launch.platform import Plan, State
 from trainer.launch.site import read_site
 from trainer.launch.snapshot import take_snapshot
 from trainer.launch.supervisor import Nodes
+from trainer.preflight import INFINIBAND
 from trainer.record import write_json
 from trainer.tail import last_lines
 
@@ -135,7 +136,7 @@ class DockerNodes(Nodes):
         order = sorted(devices, key=lambda name: (len(name), name))
         variables["MUSTER_VISIBLE_DEVICES"] = ",".join(str(order.index(name)) for name in devices)
         words = [f'--gpus="device={",".join(devices)}"']
-        if Path("/sys/class/infiniband").is_dir():
+        if INFINIBAND.is_dir():
             words += ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]
         return words
 

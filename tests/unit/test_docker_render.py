@@ -1,0 +1,119 @@
+"""The docker platform's site file: each key becomes the option that it says, in what `muster render` prints."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import JobError
+from trainer.launch import commands
+
+ROOT = Path(__file__).parents[2]
+RUN = "/big/digits-ID"
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with four GPUs and no InfiniBand."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("trainer.launch.lease.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
+    monkeypatch.setattr("trainer.launch.docker.INFINIBAND", Path("/nowhere"))
+
+
+def command_lines(folder: Path, text: str, *overrides: str) -> list[list[str]]:
+    """The words of each docker command."""
+    site = folder / "site.yaml"
+    site.write_text(text)
+    rendered = commands.render("jobs/digits.yaml", ["runs=/big", *overrides], "docker", site)
+    return [shlex.split(line) for line in rendered.splitlines() if line.startswith("docker ")]
+
+
+def own(words: list[str]) -> list[str]:
+    """Without what every container of a run gets."""
+    return [word for word in words if not word.startswith("--env=MUSTER_") or "VISIBLE" in word]
+
+
+def test_the_whole_command_line(tmp_path: Path) -> None:
+    mount = tmp_path / "data"
+    mount.mkdir()
+    (tmp_path / "secrets").write_text("KEY=hush\n")
+    text = (
+        f"registry: host:5000/team/\nmounts: ['{mount}:/data:ro', '{mount}:/more']\nshm: 2g\nnetwork: lan\n"
+        f"fabric: roce\nenv_file: {tmp_path / 'secrets'}\nextra_args: [--cpus=16]\n"
+    )
+    (words,) = command_lines(tmp_path, text, "device=cpu", "agent.grace_s=20")
+    assert own(words) == [
+        "docker", "run", "--rm", "--name=muster-digits-ID-0", "--network=lan", f"--user={os.getuid()}:{os.getgid()}",
+        "--stop-timeout=35", f"--mount=type=bind,source={RUN},target={RUN}", f"--workdir={RUN}/code",
+        "--hostname=node0", "--network-alias=node0", "--shm-size=2g",
+        f"--mount=type=bind,source={mount},target=/data,readonly", f"--mount=type=bind,source={mount},target=/more",
+        "--env=NCCL_IB_GID_INDEX=3", "--env=NCCL_IB_TC=106", f"--env-file={tmp_path / 'secrets'}", "--cpus=16", "host:5000/team/muster", f"{RUN}/job.yaml",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "visible"),
+    [
+        (["devices_per_node=2"], "0,1", "0,1"),
+        # Inside, the GPUs are numbered from 0 in the machine's order; the primary stays the first.
+        (["devices_per_node=3", "devices=[2,3,1]", "train.batch_size=60"], "2,3,1", "1,2,0"),
+    ],
+)
+def test_gpus(tmp_path: Path, overrides: list[str], devices: str, visible: str) -> None:
+    words = command_lines(tmp_path, "{}", *overrides)[-1]
+    assert f'--gpus="device={devices}"' in words  # with quotes, or docker splits it at the comma
+    assert f"--env=MUSTER_VISIBLE_DEVICES={visible}" in words
+    assert not [word for word in words if "ulimit" in word or "infiniband" in word]
+
+
+def test_each_node_gets_its_own_gpus(tmp_path: Path) -> None:
+    network, *nodes = command_lines(tmp_path, "{}", "nodes=2", "devices_per_node=2")
+    assert network == ["docker", "network", "create", "muster-digits-ID"]
+    assert [word for words in nodes for word in words if word.startswith("--gpus")] == [
+        '--gpus="device=0,1"', '--gpus="device=2,3"',
+    ]  # fmt: skip
+
+
+def test_infiniband_comes_with_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.launch.docker.INFINIBAND", tmp_path)
+    wanted = ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]
+    assert set(wanted) <= set(command_lines(tmp_path, "{}")[-1])
+    assert not set(wanted) & set(command_lines(tmp_path, "{}", "device=cpu")[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "word"),
+    [
+        ("shm: host", [], "--ipc=host"),
+        ("shm: auto", [], "--shm-size=256m"),
+        ("shm: auto", ["data.workers=2", "data.prefetch=3"], "--shm-size=1024m"),
+        ("network: host", [], "--network=host"),
+    ],
+)
+def test_shared_memory_and_network(tmp_path: Path, text: str, overrides: list[str], word: str) -> None:
+    words = command_lines(tmp_path, text, "device=cpu", *overrides)[-1]
+    assert word in words
+    assert ("--hostname=node0" in words) == (word != "--network=host")
+
+
+def test_nodes_on_the_machines_own_network_are_on_this_machine(tmp_path: Path) -> None:
+    for words in command_lines(tmp_path, "network: host", "nodes=2", "device=cpu"):
+        assert "--env=MUSTER_HOSTNAMES=127.0.0.1,127.0.0.2" in words
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mounts: [data:relative]", r"mounts='data:relative'.*absolute"),
+        ("mounts: ['/nowhere:/data']", r"mounts=.*/nowhere does not exist here"),
+        ("env_file: /nowhere", r"env_file='/nowhere'.*NAME=value"),
+        ("fabric: token-ring", r"fabric='token-ring'"),
+    ],
+)
+def test_what_the_engine_would_not_refuse_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        command_lines(tmp_path, text)
