@@ -51,7 +51,8 @@ def test_the_whole_command_line(tmp_path: Path) -> None:
         "--stop-timeout=35", f"--mount=type=bind,source={RUN},target={RUN}", f"--workdir={RUN}/code",
         "--hostname=node0", "--network-alias=node0", "--shm-size=2g",
         f"--mount=type=bind,source={mount},target=/data,readonly", f"--mount=type=bind,source={mount},target=/more",
-        "--env=NCCL_IB_GID_INDEX=3", "--env=NCCL_IB_TC=106", f"--env-file={tmp_path / 'secrets'}", "--cpus=16", "host:5000/team/muster", f"{RUN}/job.yaml",
+        "--env=NCCL_IB_GID_INDEX=3", "--env=NCCL_IB_TC=106", f"--env-file={tmp_path / 'secrets'}", "--cpus=16",
+        "host:5000/team/muster", f"{RUN}/job.yaml",
     ]  # fmt: skip
 
 
