@@ -51,6 +51,13 @@ def test_the_other_jobs_train(tmp_path: Path, job: str) -> None:
     assert train_losses[-1] < train_losses[0]
 
 
+def test_two_runs_have_the_same_bits(tmp_path: Path) -> None:
+    """`train.deterministic`, by default: cuDNN's quickest kernels for a U-Net add in whatever order they finish."""
+    first, second = (train(tmp_path, "segment", "parallel=single", "train.steps=20") for _ in range(2))
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(second)[name]), name
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("mode", ["single", "ddp"])
 def test_mixed_precision_reaches_the_accuracy(tmp_path: Path, precision: str, mode: str) -> None:
