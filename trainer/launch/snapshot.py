@@ -54,5 +54,5 @@ def _files(source: Path) -> list[str]:
         return sorted(set(output.decode().split("\0")) - {""})
     except (OSError, subprocess.CalledProcessError):
         found = [path for pattern in ("*.py", "*.yaml") for path in source.rglob(pattern)]
-        hidden = [path.relative_to(source) for path in found]
-        return sorted(str(path) for path in hidden if not any(part.startswith((".", "runs")) for part in path.parts))
+        names = [path.relative_to(source) for path in found]
+        return sorted(str(name) for name in names if not any(part[0] == "." or part == "runs" for part in name.parts))
