@@ -1,7 +1,7 @@
 """The board: small values that the agents of a job share. Node 0's agent keeps it and serves it to the others.
 
 Not torch's TCPStore: its clients wait without bound for a server that does not answer (torch 2.13: every operation
-but `set`), it asks nobody who he is, and it listens on every interface.
+but `set`), and it asks nobody who he is.
 """
 
 from __future__ import annotations

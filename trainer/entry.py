@@ -23,6 +23,7 @@ from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.memory import ASK
 from trainer.record import write_json
 from trainer.stop import leave_signals
+from trainer.wiring import rank_wiring
 
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
@@ -32,11 +33,19 @@ def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str)
     """The body of one rank process: 0, 75 or an error's code is its exit code."""
     die_with_template()
     os.setpgid(0, 0)  # the agent ends it with all that it started
-    rank, attempt = int(os.environ["RANK"]), int(os.environ["MUSTER_ATTEMPT"])
+    wiring = rank_wiring()
+    rank, attempt = wiring.rank, wiring.attempt
     _redirect(Path(attempt_logs) / f"rank-{rank}.log")
     stacks = _open_stacks(Path(run) / "logs" / f"stacks-rank-{rank}.txt")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
+    recorded: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        if not recorded and not isinstance(error, Stopped):
+            recorded.append(error)
+            _record_failure(Path(run), attempt, rank, error)
+
     try:
         import torch
 
@@ -47,17 +56,22 @@ def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str)
             signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
             from trainer.rank import train
 
-            code = train(job, Path(run), Path(job_file))
+            code = train(job, Path(run), Path(job_file), failed)
     except Stopped:
         code = STOPPED
     except BaseException as error:
-        code = WRONG_JOB if isinstance(error, JobError) else FAILED
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) and error.code else FAILED
-        _record_failure(Path(run), attempt, rank, error, code)
+        failed(error)
+        code = exit_code(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: finalizers, of a broken process group above all, can hang
+
+
+def exit_code(error: BaseException) -> int:
+    """What a rank ends with after an exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) and error.code else FAILED
+    return WRONG_JOB if isinstance(error, JobError) else FAILED
 
 
 def die_with_template() -> None:
@@ -108,12 +122,12 @@ def _run_script(job: Job) -> int:
     return DONE
 
 
-def _record_failure(run: Path, attempt: int, rank: int, error: BaseException, code: int) -> None:
+def _record_failure(run: Path, attempt: int, rank: int, error: BaseException) -> None:
     """Leave a record for the post-mortem, and the traceback in the log."""
     text = "" if isinstance(error, JobError) else "".join(traceback.format_exception(error))
     print(text or f"ERROR: {error}", file=sys.stderr, flush=True)
     record = {
-        "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": code,
+        "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": exit_code(error),
         "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-8000:],
         "chain": [type(item).__name__ for item in _chain(error)],
     }  # fmt: skip

@@ -20,7 +20,9 @@ def find_job(path: Path) -> Path:
     sweep = read_json(path / "sweep.json") if path.is_dir() else None
     if sweep is None:
         return path
-    number = os.environ.get("SLURM_ARRAY_TASK_ID")
+    from trainer.wiring import array_task  # here: the other verbs do not need it
+
+    number = array_task()
     if number is None or not number.isdigit() or int(number) >= len(sweep["runs"]):
         raise JobError(
             "SLURM_ARRAY_TASK_ID",

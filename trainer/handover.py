@@ -10,7 +10,6 @@ which updates its weights have seen; there, checkpoints alone count.
 from __future__ import annotations
 
 import io
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -180,7 +179,7 @@ class Handover:
 
         None, too, in the first attempt, and when a node's memory is gone.
         """
-        if not self.possible or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if not self.possible or not self.parallel.restarts:
             return None
         own = self.memory.read_state() if self.memory else None
         notes = self.memory.read_notes(self.parallel.local_rank) if self.memory else {}

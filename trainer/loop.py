@@ -63,8 +63,8 @@ class Trainer:
         self.state = State(job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report)
         self.handover = self.state.handover
 
-    def fit(self) -> dict[str, float]:
-        """Train to the end and return the last evaluation.
+    def fit(self, failed: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
+        """Train to the end and return the last evaluation; `failed` is told of an exception before all else.
 
         Raises:
             Stopped: on request, with a checkpoint committed.
@@ -83,10 +83,10 @@ class Trainer:
                     self.train_step(micros)
                     if self.position.step >= self.steps:
                         break
-        except (JobError, NonFiniteLoss, Stopped):
-            raise
-        except Exception:  # such as that of a collective whose peer is gone
-            self.handover.leave()
+        except BaseException as error:  # such as that of a collective whose peer is gone
+            failed(error)
+            if not isinstance(error, (JobError, NonFiniteLoss, Stopped)):
+                self.handover.leave()
             raise
         finally:
             self.loader.close()

@@ -6,11 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from trainer.config import Job
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 from trainer.folder import find_run, is_shared
 from trainer.heartbeat import own_folder
-from trainer.load import merge_job, save_job, to_job
+from trainer.load import merge_job, read_sections, save_job, to_job
 from trainer.memory import Memory, keeps_state
 from trainer.preflight import check_node, network_settings
 from trainer.record import record_event, tell_platform, write_json
@@ -22,8 +24,7 @@ from trainer.wiring import Wiring, wire
 
 def explain(path: Path, overrides: list[str]) -> int:
     """Print wiring, settings and problems of this node."""
-    job = to_job(merge_job(path, overrides))
-    wiring = wire(job.nodes, job.devices_per_node, job.devices)
+    _, job, wiring = _wire(path, overrides)
     print(wiring.explain())
     for name, (value, reason) in network_settings(wiring).items():
         print(f"{name}={value}  ({reason})")
@@ -33,12 +34,22 @@ def explain(path: Path, overrides: list[str]) -> int:
     return WRONG_JOB if any(problem.fatal for problem in problems) else DONE
 
 
+def _wire(path: Path, overrides: list[str]) -> tuple[DictConfig, Job, Wiring]:
+    """The job and this node's place in it; a job that says nothing of nodes takes those of its allocation."""
+    config = merge_job(path, overrides)
+    job = to_job(config)
+    said = "nodes" in read_sections(path) or any(word.startswith("nodes=") for word in overrides)
+    wiring = wire(job.nodes if said else None, job.devices_per_node, job.devices)
+    if wiring.nodes != job.nodes:
+        config.nodes = wiring.nodes
+        job = to_job(config)
+    return config, job, wiring
+
+
 def run_node(path: Path, overrides: list[str]) -> int:
     """Wire, check, fork, watch and report; return the exit code."""
     FLAG.install()
-    config = merge_job(path, overrides)
-    job = to_job(config)
-    wiring = wire(job.nodes, job.devices_per_node, job.devices)
+    config, job, wiring = _wire(path, overrides)
     run = find_run(path, job, wiring.job_id, wiring.platform)
     run.mkdir(parents=True, exist_ok=True)
     (run / "logs").mkdir(exist_ok=True)

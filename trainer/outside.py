@@ -7,8 +7,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from trainer.errors import STOPPED, JobError
-from trainer.load import merge_job, to_job
+from trainer.errors import STOPPED, JobError, Stopped
+from trainer.load import merge_job, save_job, to_job
 from trainer.stop import leave_signals
 from trainer.wiring import rank_wiring
 
@@ -16,10 +16,11 @@ from trainer.wiring import rank_wiring
 def run_outside_rank(path: Path, overrides: list[str]) -> int:
     """Train, or run the script, as the rank that the environment says; the launcher supervises.
 
-    Raises:
+    A task's rank does not return. Raises:
         JobError: the launcher's ranks are not those that the job asks for.
     """
-    job = to_job(merge_job(path, overrides))
+    config = merge_job(path, overrides)
+    job = to_job(config)
     wiring = rank_wiring()
     if job.script:
         leave_signals()
@@ -42,14 +43,21 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
             f"with nodes={job.nodes} makes {job.world_size} ranks, but the launcher started {wiring.world_size}",
             "Make the two agree",
         )
-    from trainer.rank import train
+    from trainer.rank import choose_run, train
 
+    run = _run_folder(path)
+    if wiring.rank == 0:  # so that `muster status` knows it
+        own = run or choose_run(job, wiring)
+        (own / "logs").mkdir(parents=True, exist_ok=True)
+        if not (own / "job.yaml").exists():
+            save_job(config, own / "job.yaml")
     try:
-        return train(job, _run_folder(path), path)
-    except SystemExit as exit_:
-        if exit_.code == STOPPED:
-            return STOPPED
-        raise
+        code = train(job, run, path)
+    except Stopped:
+        code = STOPPED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: of an interpreter's end with torch's threads one in some dozens aborts
 
 
 def _run_folder(path: Path) -> Path | None:

@@ -73,7 +73,7 @@ class Parallel:
         """Choose the devices of this rank."""
         self.job = job
         self.rank, self.world_size = wiring.rank, wiring.world_size
-        self.local_rank = wiring.local_rank
+        self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
         self.cuda = use_cuda(job)
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         if self.cuda:

@@ -33,7 +33,7 @@ class Failure:
 
 
 REMEDIES = {
-    "config": "Correct the job file or the command; it is not retried",
+    "config": "Correct the job file or the command",
     "out of memory": "Lower train.batch_size or raise train.accumulate, or ask for more memory in the site file",
     "shm": "Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
     "port": "Another process holds the port; unset MASTER_PORT so that a free one is chosen",
@@ -45,6 +45,7 @@ REMEDIES = {
     "killed": "Something outside killed it: look at the scheduler's and the kernel's log of that host",
     "crashed": "Native code crashed; the Python stack is in the rank's log",
     "disk full": "Free space in the runs folder, or lower checkpoint.keep_last; committed checkpoints are intact",
+    "loss": "Lower train.lr, set train.clip_norm, look at the named samples, or set train.on_nan=skip",
     "data": "Look at the named samples or files",
     "user code": "Correct the code at the line that the log names",
 }
@@ -60,7 +61,8 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ("peer lost", r"Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|ncclRemoteError"
                   r"|NCCL communicator was aborted|Timed out waiting|recvValue failed|connectFullMesh|DistNetworkError"
                   r"|DistBackendError|another rank|rank 0 could not save|wait timeout|Connection was likely closed"),
-    ("data", r"NonFiniteLoss|DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
+    ("loss", r"NonFiniteLoss"),
+    ("data", r"DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
 )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def classify(code: int, exception: str, message: str, log_tail: str, oom_killed:
         return "crashed"
     for text in (f"{exception}: {message}", log_tail if not exception else ""):
         for kind, pattern in PATTERNS:
-            if text and re.search(pattern, text, re.IGNORECASE if kind != "data" else 0):
+            if text and re.search(pattern, text, re.IGNORECASE if kind not in ("loss", "data") else 0):
                 return kind
     return "user code"
 

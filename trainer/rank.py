@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,14 +20,18 @@ from trainer.optimize import autocast
 from trainer.parallel import Step, make_parallel, use_cuda
 from trainer.report import Report
 from trainer.stop import FLAG
+from trainer.summary import plain_table
 from trainer.task import make_task
-from trainer.wiring import rank_wiring
+from trainer.wiring import RankWiring, rank_wiring
 
 
-def train(job: Job, run: Path | None, job_file: Path | None) -> int:
+def train(
+    job: Job, run: Path | None, job_file: Path | None, failed: Callable[[BaseException], None] = lambda error: None
+) -> int:
     """Train `job` in the run folder `run` as the rank that the environment says; return the exit code.
 
-    Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks.
+    Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks. `failed` is told of
+    an exception before the other ranks can notice, by a connection that closes.
 
     Raises:
         Stopped: on request, with a checkpoint committed (exit code 75).
@@ -38,11 +44,13 @@ def train(job: Job, run: Path | None, job_file: Path | None) -> int:
     if job.train.deterministic and use_cuda(job):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS differs from run to run
         torch.use_deterministic_algorithms(True, warn_only=True)
+        fill: Any = torch.utils.deterministic
+        fill.fill_uninitialized_memory = False  # a kernel more for each new tensor
     add_import_paths(job_file)
     assert job.task
     parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)
     if run is None:
-        run = Path(parallel.share(str(_choose_run(job))))
+        run = Path(parallel.share(str(choose_run(job, wiring))))
     run.mkdir(parents=True, exist_ok=True)
     check_current(run, wiring.attempt)
     report = Report(job, run, wiring.attempt, parallel, pulse)
@@ -58,17 +66,20 @@ def train(job: Job, run: Path | None, job_file: Path | None) -> int:
         rng.seed_all(job.seed, 0, 1 + wiring.rank)  # own dropout masks
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
-        metrics = trainer.fit()
+        metrics = trainer.fit(failed)
         report.finish(metrics)
+        report.say("\n" + plain_table(run))
         pulse.beat(trainer.position.step, "finishing")
         parallel.barrier()
+    except BaseException as error:
+        failed(error)
+        raise
     finally:
         report.close()
         parallel.close()
     return DONE
 
 
-def _choose_run(job: Job) -> Path:
+def choose_run(job: Job, wiring: RankWiring) -> Path:
     """A run folder that is the same for all restarts under one launcher process."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return Path(job.runs).resolve() / f"{job.name}-{name if name != 'none' else f'launcher-{os.getppid()}'}"
+    return Path(job.runs).resolve() / f"{job.name}-{wiring.launch}"

@@ -14,16 +14,34 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch.distributed import HashStore, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
+from trainer import __version__
 from trainer.board import Board, PeerLost, RemoteBoard, bind
-from trainer.errors import FAILED, STOPPED
+from trainer.errors import FAILED, STOPPED, WRONG_JOB
 from trainer.network import own_address
 from trainer.wiring import Wiring
 
 STORE_TIMEOUT = timedelta(seconds=10)
+
+
+VERSIONS = {"muster": __version__, "torch": str(torch.__version__)}
+"""Of what must be the same on all nodes, or ranks compute different things."""
+
+
+def mismatch(versions: list[dict[str, str]]) -> dict[str, Any] | None:
+    """The end of the job, when nodes do not have the same packages."""
+    for node, other in enumerate(versions):
+        for package, version in other.items():
+            if version != versions[0].get(package):
+                reason = (
+                    f"node {node} has {package} {version}, and node 0 {versions[0].get(package)}: use one environment"
+                )
+                return {"end": reason, "code": WRONG_JOB}
+    return None
 
 
 class Ended(RuntimeError):
@@ -94,10 +112,12 @@ class NodeRendezvous(RendezvousHandler):
         if self.interrupted():
             board.put("stop", True)
         board.put(f"{self.round}/failure/{wiring.node_rank}", [self.failure])
+        board.put(f"{self.round}/versions/{wiring.node_rank}", VERSIONS)
         board.put(f"{self.round}/wanted", True)
         if isinstance(board, Board):
             failures = self._wait(board, [f"{self.round}/failure/{node}" for node in range(wiring.nodes)], deadline)
-            plan = self.start_round(self.round, [failure for [failure] in failures])
+            versions = self._wait(board, [f"{self.round}/versions/{node}" for node in range(wiring.nodes)], deadline)
+            plan = mismatch(versions) or self.start_round(self.round, [failure for [failure] in failures])
             if "end" not in plan:
                 plan["port"] = self._host_ranks()
                 board.add("round", 1)

@@ -45,6 +45,8 @@ class Rounds:
             )
             if found.code == WRONG_JOB:
                 return {"end": paragraph(found, "It is not retried.", self.run), "code": WRONG_JOB}
+            if found.kind == "loss":
+                return {"end": paragraph(found, "train.on_nan=halt: it is not retried.", self.run), "code": FAILED}
             if left < 0:
                 outcome = f"Gave up after {self.used - 1} restarts without progress (step {max(step, 0)})."
                 return {"end": paragraph(found, outcome, self.run), "code": FAILED}

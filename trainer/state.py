@@ -18,6 +18,7 @@ from trainer.config import Job
 from trainer.errors import JobError
 from trainer.folder import steps_committed
 from trainer.handover import Handover
+from trainer.load import read_sections
 from trainer.order import Position
 from trainer.parallel import Parallel
 from trainer.report import Report
@@ -35,6 +36,8 @@ class State:
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.average, self.position, self.parallel, self.report = average, position, parallel, report
         self.root = report.run / "checkpoints"
+        self.config = read_sections(report.run / "job.yaml") if (report.run / "job.yaml").exists() else {}
+        """As it was given: interpolations stay as written, so it holds no secret."""
         self.writer = Writer(job.checkpoint.asynchronous)
         self.handover = Handover(job, parallel, model, report.attempt)
         self.metrics: dict[str, float] = {}
@@ -88,6 +91,7 @@ class State:
         facts_of_run = {
             "job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
             "world_size": self.parallel.world_size, "parallel": self.job.parallel, "metrics": self.metrics,
+            "config": self.config,
         }  # fmt: skip
         contents = self.contents()
         payload = {"model.pt": contents.pop("model"), "state.pt": {**contents, "generators": generators}}

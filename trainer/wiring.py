@@ -27,6 +27,10 @@ class RankWiring:
     world_size: int = 1
     local_rank: int = 0
     attempt: int = 0
+    restarts: int = 0
+    """How often its launcher has restarted the ranks."""
+    launch: str = ""
+    """What is the same for all ranks of a launcher, and for their restarts, but not for another one."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,11 @@ def _numbers_nodes(environ: Mapping[str, str]) -> bool:
     return tasks is not None and tasks == nodes == environ.get("WORLD_SIZE") and task == environ.get("RANK")
 
 
+def array_task(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The number of this task of a Slurm array; None outside one."""
+    return environ.get("SLURM_ARRAY_TASK_ID")
+
+
 def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
     """This rank's place; alone when no launcher said anything.
 
@@ -127,7 +136,11 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
                 "Both are set by the launcher that started this process: it must count from 0",
             )
     attempt = "MUSTER_ATTEMPT" if environ.get("MUSTER_ATTEMPT") else "TORCHELASTIC_RESTART_COUNT"
-    return RankWiring(rank, world_size, local_rank, _number(environ, attempt, "0"))
+    restarts, run_id = "TORCHELASTIC_RESTART_COUNT", environ.get("TORCHELASTIC_RUN_ID") or "none"
+    return RankWiring(
+        rank, world_size, local_rank, _number(environ, attempt, "0"), _number(environ, restarts, "0"),
+        run_id if run_id != "none" else f"launcher-{os.getppid()}",
+    )  # fmt: skip
 
 
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
@@ -138,8 +151,8 @@ def _number(environ: Mapping[str, str], name: str, default: str | None = None) -
     return int(text)
 
 
-def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
-    """Wire this node for a job of `nodes` nodes; `devices`: physical devices that the job chooses.
+def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
+    """Wire this node for a job of `nodes` nodes, None for as many as there are; `devices`: those that the job chooses.
 
     Raises:
         JobError: an environment that is partial, or that contradicts the job or itself.
@@ -148,7 +161,7 @@ def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) ->
     platform, source = _platform(environ)
     says: dict[str, str] = {"platform": source}
     if platform == "alone":
-        if nodes > 1:
+        if nodes is not None and nodes > 1:
             problem = f"this process was started by hand, on one machine ({source})"
             remedy = "Use `muster run` to simulate nodes here, or submit to a cluster"
             raise JobError("nodes", nodes, problem, remedy)
@@ -157,7 +170,7 @@ def wire(nodes: int, devices_per_node: int, devices: list[int] | None = None) ->
     else:
         facts = _from_submitit(platform, environ, says)
     count = facts.nodes
-    if count != nodes:
+    if nodes is not None and count != nodes:
         problem = f"the job file says so, but {says['nodes']} says {count}"
         raise JobError("nodes", nodes, problem, f"Submit with nodes={count}, or change the allocation")
     if len(facts.hostnames) != count:

@@ -29,7 +29,7 @@ class Writer:
             Exception: what went wrong with the one before, or, without a thread, with this one.
         """
         if not self.asynchronous:
-            commit(state)
+            commit(self._copy(state))
             return
         self.wait(beat)
         taken = self._copy(state)
@@ -80,6 +80,9 @@ class Writer:
         # Tied weights are one tensor under two names: they are copied, and written, once.
         origin = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
         if tensor.numel() and origin in self.seen:
+            return self.seen[origin]
+        if not self.asynchronous:
+            self.seen[origin] = tensor.detach().cpu()  # itself on a CPU; else a file that any machine can load
             return self.seen[origin]
         kept = self.copies.get(place)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from muster_runs import muster
 from ranks import complete, evaluations, losses, make_job, train
 from states import difference, read_state, steps_saved
 
@@ -43,6 +45,18 @@ def test_no_prefix_is_written(halves: dict[str, Path], mode: str) -> None:
     names = _names(read_state(halves[mode]))
     assert "0.weight" in names
     assert not [name for name in names if "module." in name or "_orig_mod." in name or "vote" in name]
+
+
+def test_the_configuration_is_there_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a variable held is not: it may be a secret."""
+    monkeypatch.setenv("TOKEN", "hunter2")
+    job = tmp_path / "job.yaml"
+    job.write_text("task: trainer.tasks.digits:Digits\nparallel: single\ndevice: cpu\nname: ${oc.env:TOKEN}\n")
+    done = muster("run", job, f"runs={tmp_path}", "train.steps=2")
+    assert done.returncode == 0, done.stdout
+    [path] = tmp_path.glob("*/checkpoints/step-000000002/manifest.json")
+    config = json.loads(path.read_text())["config"]
+    assert config["name"] == "${oc.env:TOKEN}" and config["train"]["steps"] == 2
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

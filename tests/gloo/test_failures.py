@@ -78,6 +78,15 @@ def test_without_progress_the_budget_ends_and_with_it_not(tmp_path: Path) -> Non
         assert [failure["kind"] for failure in failures] == ["user code"] * 6
 
 
+def test_a_loss_that_is_not_finite_is_not_tried_again(tmp_path: Path) -> None:
+    keys = ["task=digit_tasks:Poisoned", "task_args={index: 7, first: 6, last: 10}", "devices_per_node=2"]
+    with submitted(tmp_path, *keys, file=HERE / "small.yaml") as run:
+        assert result(run) == 1
+        [failure] = json.loads((run.folder / "failure.json").read_text())["failures"]
+        assert failure["kind"] == "loss" and "samples" in failure["message"]
+        assert "train.on_nan=skip" in run.status()["reason"]
+
+
 def test_a_wrong_job_is_not_tried_again(tmp_path: Path) -> None:
     with submitted(tmp_path, "train.steps=1000000", "task_args.step_s=0.01", "nodes=2", "devices_per_node=1") as run:
         run.wait("first_step")

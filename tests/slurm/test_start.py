@@ -40,10 +40,10 @@ def by_hand(slurm: Cluster, folder: Path) -> float:
 def test_the_first_step_comes_as_soon_as_with_bare_srun(
     slurm: Cluster, shared_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two nodes with two ranks each, in turn. The gate is wide, for machines that are busy; the aim is 1.15."""
+    """Two nodes with two ranks each, in turn."""
     pairs = [(by_muster(slurm, shared_path), by_hand(slurm, shared_path)) for _ in range(PAIRS)]
     ratio = statistics.median(ours / theirs for ours, theirs in pairs)
     with capsys.disabled():
         times = ", ".join(f"{ours:.1f} s and {theirs:.1f} s" for ours, theirs in pairs)
         print(f"\nfrom the command to the first step, muster submit and bare sbatch: {times}; ratio {ratio:.2f}")
-    assert ratio < 1.6
+    assert ratio <= 1.15

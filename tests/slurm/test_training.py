@@ -25,7 +25,7 @@ def test_the_main_job_trains_in_a_folder_with_spaces(slurm: Cluster, shared_path
 
 
 def test_the_template_by_hand(slurm: Cluster, shared_path: Path) -> None:
-    command = [sys.executable, "-m", "trainer", "jobs/digits.yaml", "nodes=2", f"runs={shared_path}", "train.steps=5"]
+    command = [sys.executable, "-m", "trainer", "jobs/digits.yaml", f"runs={shared_path}", "train.steps=5"]
     options = ["--nodes=2", "--gpus-per-node=2", f"--output={shared_path}/batch.out"]
     job = slurm.sbatch(*options, "slurm/job.sbatch", f"--output={shared_path}/node-%n.out", *command, cwd=ROOT)
     assert slurm.wait(job)["JobState"] == "COMPLETED"

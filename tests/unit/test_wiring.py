@@ -39,6 +39,7 @@ SRUN_PER_GPU = {
     **SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "RANK": "3", "WORLD_SIZE": "4",
     "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
 }  # fmt: skip
+LAUNCHER = f"launcher-{os.getppid()}"
 ALL = (LOCAL, KUBERNETES, SLURM, TORCHRUN, ACCELERATE, PYTORCHJOB)
 
 
@@ -86,6 +87,13 @@ def test_an_agent_knows_its_place(
     assert set(found.provenance) == set(found.__dataclass_fields__) - {"provenance"}
 
 
+def test_a_job_that_says_nothing_of_nodes_takes_those_of_its_allocation(environment: pytest.MonkeyPatch) -> None:
+    apply(environment, SLURM)
+    assert wire(None, 8).nodes == 2
+    with pytest.raises(JobError, match="nodes=1"):
+        wire(1, 8)
+
+
 def test_a_launch_has_ports_of_its_own_which_all_nodes_derive_alike(environment: pytest.MonkeyPatch) -> None:
     ports = {}
     for node in "01":
@@ -101,14 +109,15 @@ def test_a_launch_has_ports_of_its_own_which_all_nodes_derive_alike(environment:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        (TORCHRUN, RankWiring(3, 4, 1, 2)),
-        (ACCELERATE, RankWiring(3, 4, 1, 0)),
-        (PYTORCHJOB, RankWiring(1, 3, 0, 0)),
-        (SRUN_PER_GPU, RankWiring(3, 4, 1, 0)),
-        ({**SLURM, **TORCHRUN}, RankWiring(3, 4, 1, 2)),
-        ({**TORCHRUN, "MUSTER_PLATFORM": "local", "MUSTER_ATTEMPT": "5"}, RankWiring(3, 4, 1, 5)),
+        (TORCHRUN, RankWiring(3, 4, 1, 2, 2, LAUNCHER)),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "8"}, RankWiring(3, 4, 1, 2, 2, "8")),
+        (ACCELERATE, RankWiring(3, 4, 1, 0, 0, LAUNCHER)),
+        (PYTORCHJOB, RankWiring(1, 3, 0, 0, 0, LAUNCHER)),
+        (SRUN_PER_GPU, RankWiring(3, 4, 1, 0, 0, LAUNCHER)),
+        ({**SLURM, **TORCHRUN}, RankWiring(3, 4, 1, 2, 2, LAUNCHER)),
+        ({**TORCHRUN, "MUSTER_PLATFORM": "local", "MUSTER_ATTEMPT": "5"}, RankWiring(3, 4, 1, 5, 2, LAUNCHER)),
     ],
-    ids=["torchrun", "accelerate", "PyTorchJob", "srun per GPU", "torchrun on Slurm", "our agent"],
+    ids=["torchrun", "with a name", "accelerate", "PyTorchJob", "srun per GPU", "torchrun on Slurm", "our agent"],
 )  # fmt: skip
 def test_under_a_launcher_it_is_a_rank(
     environment: pytest.MonkeyPatch, variables: dict[str, str], expected: RankWiring
