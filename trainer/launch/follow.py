@@ -14,6 +14,8 @@ from trainer.record import read_json, read_lines
 from trainer.summary import plain_table, resume_command
 
 POLL_S = 0.1
+BESIDE = 45
+"""Columns for bar, counts, time and gaps: what is said beside them gets the rest of the terminal."""
 
 
 class Reader:
@@ -41,7 +43,7 @@ class Reader:
 
 def follow(run: Path, state: Callable[[], State], stop: Callable[[], None]) -> int:
     """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code."""
-    show: Any = Bar(run) if sys.stdout.isatty() else Lines()
+    show: Any = Bar() if sys.stdout.isatty() else Lines()
     events, metrics = Reader(run / "events.jsonl"), Reader(run / "metrics.jsonl")
     with show:
         while True:
@@ -64,7 +66,8 @@ def follow(run: Path, state: Callable[[], State], stop: Callable[[], None]) -> i
 def end(run: Path, state: State) -> None:
     """Print the table, or why there is none."""
     if state.word == "done":
-        print("\n" + plain_table(run))  # not wrapped: its last line is to be pasted
+        # Not wrapped: its last line is to be pasted. Where the nodes keep the run folder there is no table here.
+        print("\n" + (plain_table(run) or f"continue with  {resume_command(run)}"))
         return
     failure = read_json(run / "failure.json")
     ended = [event for event in read_lines(run / "events.jsonl") if event["event"] == "ended"]
@@ -115,16 +118,15 @@ class Lines:
 class Bar(Lines):
     """A progress bar with the newest loss, speed and evaluation."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self) -> None:
         """Make the bar; it appears when the training begins."""
         super().__init__()
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )  # fmt: skip
-        self.task = self.bar.add_task(run.name, total=None, text="starting")
+            BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"), expand=True
+        )
+        self.task = self.bar.add_task("", total=None, text="starting")
         self.best = ""
 
     def __enter__(self) -> Bar:
@@ -151,7 +153,9 @@ class Bar(Lines):
         if line["kind"] == "evaluation":
             self.best = scalars(line)
         else:
-            text = f"loss {line['mean_loss']:.4f}  {line['samples_per_s']:,.0f} samples/s  {self.best}"
+            text = f"loss {line['mean_loss']:.4f}  {line['samples_per_s']:,.0f} samples/s"
+            if len(text) + 2 + len(self.best) <= self.bar.console.width - BESIDE:
+                text += f"  {self.best}"
             self.bar.update(self.task, completed=line["step"], text=text)
 
 
