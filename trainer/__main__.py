@@ -37,8 +37,13 @@ def main(arguments: list[str]) -> int:
         from trainer.health import check_health
 
         return check_health()
-    unknown = set(options) - {"--explain"}
-    if unknown or not words:
+    unknown = [word for word in options if word != "--explain"]
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], ("--explain", "--health", "--help"), 1)
+        raise JobError("option", unknown[0], "is unknown", f"Did you mean {near[0]}?" if near else "See --help")
+    if not words:
         print(USAGE, file=sys.stderr, end="")
         return WRONG_JOB
     path = find_job(Path(words[0]))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.record import read_json
+from trainer.record import read_json, read_lines
 
 
 def rows(run: Path) -> list[tuple[str, str]]:
@@ -29,12 +29,16 @@ def rows(run: Path) -> list[tuple[str, str]]:
 
 
 def resume_command(run: Path) -> str:
-    """The command that continues a run, as it can be pasted into the shell that started this process."""
+    """The command that continues a run where it ran, as it can be pasted into the shell that started this process."""
     beside = Path(sys.prefix, "bin", "muster")
     program = "muster" if shutil.which("muster") or not beside.exists() else str(beside)
     if program != "muster" and beside.is_relative_to(Path.cwd()):
         program = str(beside.relative_to(Path.cwd()))
-    return f"{shlex.quote(program)} run {shlex.quote(str(run))}"
+    words = [program, "run", str(run)]
+    if not (run / "plan" / "platform.json").exists() and not (run / "handle.json").exists():  # started by hand
+        wired = [event["platform"] for event in read_lines(run / "events.jsonl") if event["event"] == "wired"]
+        words += ["--on", wired[-1]] if wired and wired[-1] not in ("alone", "local") else []
+    return shlex.join(words)
 
 
 def plain_table(run: Path) -> str:

@@ -99,3 +99,64 @@ def test_a_wait_for_nothing_ends(run: Path) -> None:
     began = time.monotonic()
     assert muster("logs", run, "-f").stdout == "[muster] hello\n"
     assert time.monotonic() - began < 10
+
+
+def test_alone_it_explains_itself() -> None:
+    assert muster().stdout == muster("--help").stdout
+
+
+def test_a_mistake_of_the_agents_command_line_is_named() -> None:
+    done = subprocess.run([sys.executable, "-m", "trainer", "--explian"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        64, "ERROR: option='--explian': is unknown. Did you mean --explain?\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["cancel", "preempt"])
+@pytest.mark.parametrize("code", [0, 1, None])
+def test_what_has_ended_is_not_ended_again(run: Path, verb: str, code: int | None) -> None:
+    """Its records stay as they were; without an end it is lost."""
+    (run / "exit.json").write_text(json.dumps({"code": code})) if code is not None else (run / "exit.json").unlink()
+    before = {path.name: path.read_text() for path in run.iterdir()}
+    done = muster(verb, run)
+    assert done.returncode == 64
+    assert done.stderr.startswith(f"ERROR: RUN='{run}': is not running")
+    assert {path.name: path.read_text() for path in run.iterdir()} == before
+
+
+def test_the_step_is_the_newest_that_is_known(run: Path) -> None:
+    """Metrics come every few steps only, and a restart goes back."""
+    with (run / "events.jsonl").open("a") as file:
+        for event in (
+            {"event": "checkpoint", "time": 3, "step": 6},
+            {"event": "training", "time": 4, "step": 2, "steps": 9},
+            {"event": "checkpoint", "time": 5, "step": 4},
+            {"event": "stopped", "time": 5, "step": 4},
+        ):
+            file.write(json.dumps(event) + "\n")
+    assert "step 4 of 9" in muster("status", run).stdout
+    (run / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 7, "time": 3}\n{"kind": "train", "step": 5, "time": 6}\n'
+    )
+    assert "step 5 of 9" in muster("status", run).stdout
+
+
+def test_a_script_or_weights_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
+    words = ("submit", "jobs/digits.yaml", "device=cpu", f"runs={tmp_path / 'runs'}")
+    for more in (["task=null", "script=nowhere.py"], ["checkpoint.load=nowhere.pt"]):
+        done = muster(*words, *more)
+        key, _, value = more[-1].partition("=")
+        assert done.returncode == 64
+        assert f"{key}='{value}': is not in {ROOT}. Give its absolute path" in done.stderr
+    assert [path.name for path in (tmp_path / "runs").glob("*/events.jsonl") if "wired" in path.read_text()] == []
+    assert [item["state"] for item in json.loads(muster("list", tmp_path / "runs", "--json").stdout)] == ["failed"] * 2
+
+
+def test_where_a_log_lies_that_is_not_here(run: Path) -> None:
+    (run / "logs").mkdir()
+    (run / "logs/node-0.log").touch()
+    done = muster("logs", run, "--rank", "1", "-f")
+    assert done.returncode == 64
+    assert (
+        f"There are node-0; it lies where the nodes have their run folder, as {run.name}/logs/rank-1.log" in done.stderr
+    )

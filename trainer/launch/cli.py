@@ -13,7 +13,7 @@ from trainer.errors import WRONG_JOB, JobError
 from trainer.launch import commands
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Run one PyTorch training job as processes or containers here, on Slurm or on Kubernetes.",
 )  # fmt: skip
 
@@ -21,21 +21,24 @@ JobFile = Annotated[
     str, typer.Argument(help="A job file, or the folder of a run, which is continued.", show_default=False)
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.lr=0.1.")]
-On = Annotated[str, typer.Option("--on", help="Platform: local, docker, slurm or kubernetes.")]
-Site = Annotated[Path | None, typer.Option("--site", help="Site file; default: the platform's own.")]
+On = Annotated[
+    str | None,
+    typer.Option("--on", help="Platform: local, docker, slurm or kubernetes; default: that of the run, else local."),
+]
+Site = Annotated[Path | None, typer.Option("--site", help="Site file; default: that of the run, else the platform's.")]
 RunFolder = Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 @app.command()
-def run(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None) -> None:
+def run(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
     """Submit a job and follow it to its end; the exit code is the job's."""
     raise typer.Exit(commands.run(job, overrides or [], on, site))
 
 
 @app.command()
 def submit(
-    job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None,
+    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None,
     sweep: Annotated[str | None, typer.Option("--sweep", help="key=value,value: one array, a run for each.")] = None,
 ) -> None:  # fmt: skip
     """Submit a job and return; prints its run folder."""
@@ -47,7 +50,7 @@ def submit(
 
 
 @app.command()
-def render(job: JobFile, overrides: Overrides = None, on: On = "local", site: Site = None) -> None:
+def render(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
     """Print exactly what `submit` would hand to the platform; submit nothing."""
     print(commands.render(job, overrides or [], on, site))
 
@@ -106,7 +109,7 @@ def list_(
 def main() -> None:
     """Entry point: a mistake of the user is one line and exit code 64."""
     try:
-        sys.exit(app(standalone_mode=False))  # the code of typer.Exit, or nothing
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))  # the code of typer.Exit, or nothing
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         sys.exit(WRONG_JOB)

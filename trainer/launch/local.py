@@ -17,6 +17,7 @@ from typing import Any
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.lease import visible_devices, wanted_devices
 from trainer.launch.platform import Plan, Platform, State
+from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.record import read_json
 from trainer.stop import SIGNALS
 
@@ -27,8 +28,8 @@ class Local(Platform):
     name = "local"
 
     def render(self, plan: Plan) -> str:
-        """The supervisor's command line."""
-        return shlex.join(self._command(plan.run))
+        """The supervisor's command line, behind lines that make the folder of a run that nobody submitted."""
+        return "\n".join([*make_run_by_hand(plan.run, plan.config, False), shlex.join(self._command(plan.run))])
 
     def _command(self, run: Path) -> list[str]:
         return [sys.executable, "-m", "trainer.launch.supervisor", str(run)]
@@ -36,6 +37,8 @@ class Local(Platform):
     def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
         """Start the supervisor, bound to this process when it is followed."""
         wanted_devices(plan.job, visible_devices())
+        source = read_json(plan.run / "plan" / "source.json") or {}
+        check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
         return self._supervise(plan, self._command(plan.run), follow)
 
     def _supervise(self, plan: Plan, command: list[str], follow: bool) -> dict[str, Any]:
@@ -65,15 +68,15 @@ class Local(Platform):
 
     def cancel(self, run: Path, handle: dict[str, Any]) -> None:
         """Ask the supervisor to end: the ranks save first."""
-        self._signal(handle, signal.SIGTERM)
+        self._signal(run, handle, signal.SIGTERM)
 
     def preempt(self, run: Path, handle: dict[str, Any]) -> None:
         """Make the ranks save and stop; the supervisor starts them again."""
-        self._signal(handle, signal.SIGUSR2)
+        self._signal(run, handle, signal.SIGUSR2)
 
-    def _signal(self, handle: dict[str, Any], number: signal.Signals) -> None:
+    def _signal(self, run: Path, handle: dict[str, Any], number: signal.Signals) -> None:
         if not _alive(handle):
-            raise JobError("RUN", handle.get("pid"), "is not running", "`muster status` says how it ended")
+            raise JobError("RUN", str(run), "is not running", "`muster status` says how it ended")
         os.kill(int(handle["pid"]), number)
 
 

@@ -31,6 +31,8 @@ class Plan:
     run: Path
     """The run folder; for a rendering, where it would be."""
     site: dict[str, Any] = field(default_factory=dict)
+    site_file: Path | None = None
+    """Where `site` was read; None: the platform's own file."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Platform(ABC):
     """One way to run a job."""
 
     name: str
+    arrays = False
+    """Whether it has `submit_sweep`."""
 
     def load_site(self, path: Path | None) -> dict[str, Any]:
         """Read the site file; platforms without one accept none.
@@ -67,12 +71,8 @@ class Platform(ABC):
         """Submit and return the handle that is kept in `handle.json`; `follow`: the caller waits for the end."""
 
     def submit_sweep(self, plan: Plan, runs: list[Path]) -> list[dict[str, Any]]:
-        """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them.
-
-        Raises:
-            JobError: the platform has no arrays.
-        """
-        raise JobError("--sweep", self.name, "has no job arrays here", "Use --on slurm, or submit the jobs one by one")
+        """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
+        raise NotImplementedError
 
     @abstractmethod
     def state(self, run: Path, handle: dict[str, Any]) -> State:

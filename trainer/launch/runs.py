@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import Job
 from trainer.errors import JobError
+from trainer.folder import steps_committed
 from trainer.record import record_event, write_json
 
 if TYPE_CHECKING:  # not for the verbs that only read
@@ -47,6 +49,37 @@ def make_run(job: Job, config: DictConfig | None = None, job_folder: Path | None
         raise JobError("runs", job.runs, f"cannot be written: {error}", "Give a writable folder: runs=...") from None
     record_event(run, "submitted", by=os.environ.get("USER", str(os.getuid())))
     return run
+
+
+def make_run_by_hand(run: Path, config: DictConfig, copied: bool) -> list[str]:
+    """Lines of shell that make the folder of a run that nobody submitted; `copied`: whether its code lies in it."""
+    from omegaconf import OmegaConf
+
+    if (run / "plan" / "source.json").exists():
+        return []
+    code = [f"mkdir -p {shlex.quote(str(run / 'code'))}  # where modules of your own are found: copy them there"]
+    return [
+        f"mkdir -p {shlex.quote(str(run / 'logs'))}",
+        *(code if copied else []),
+        f"cat >{shlex.quote(str(run / 'job.yaml'))} <<'END_OF_JOB'",
+        *OmegaConf.to_yaml(config, resolve=False).splitlines(),
+        "END_OF_JOB",
+    ]
+
+
+def check_files(job: Job, run: Path, folder: Path, everywhere: bool) -> None:
+    """Refuse a script, or weights to start from, that the ranks would not find.
+
+    `folder`: where relative paths begin for them; `everywhere`: whether they also see the rest of this machine.
+
+    Raises:
+        JobError: it is not there.
+    """
+    begun = steps_committed(run) >= 0  # then no other weights are loaded
+    for key, value in (("script", job.script), ("checkpoint.load", None if begun else job.checkpoint.load)):
+        if value and (everywhere or not os.path.isabs(value)) and not (folder / value).exists():
+            ignored = "" if everywhere else ", or let git not ignore it: then it is copied there"
+            raise JobError(key, value, f"is not in {folder}", f"Give its absolute path{ignored}")
 
 
 def list_runs(root: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -20,12 +21,18 @@ from submitit.slurm.slurm import SlurmExecutor
 from trainer.errors import JobError
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.platform import Plan, Platform, State
+from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.launch.site import read_site, template
 from trainer.launch.slurm_state import SlurmState, run_client
 from trainer.launch.snapshot import take_snapshot
 
+POLL_S = 5.0
+"""How old an answer of the controller may be: who follows a run asks ten times a second."""
 SAVE_MARGIN_S = 30
 """Between our grace period and Slurm's: the batch script requeues in it."""
+
+UNREACHABLE = re.compile("Unable to contact slurm controller|Could not establish a configuration source")
+"""What sbatch says when nobody answers it: neither the site file nor the job is wrong then."""
 
 
 @dataclass
@@ -72,6 +79,11 @@ class Slurm(Platform):
     """A cluster under Slurm, reached by its client commands."""
 
     name = "slurm"
+    arrays = True
+
+    def __init__(self) -> None:
+        """Nothing was asked yet."""
+        self.asked: tuple[float, str, State] | None = None
 
     def load_site(self, path: Path | None) -> dict[str, Any]:
         """Read and check `slurm/site.yaml` or the given file."""
@@ -90,12 +102,17 @@ class Slurm(Platform):
         return asdict(site)
 
     def render(self, plan: Plan) -> str:
-        """The sbatch command line, as a comment, and the script."""
+        """The script and the sbatch command line, as they can be typed."""
         site = SlurmSite(**plan.site)
-        path = template("slurm", "job.sbatch")
-        line = shlex.join(["sbatch", *self.flags(plan, site), str(path), *self.words(plan, site)])
-        exports = "".join(f"# export {k}={shlex.quote(v)}\n" for k, v in self.exports(site).items())
-        return f"{path.read_text()}\n# submitted from {plan.run / 'code'} by:\n{exports}# {line}"
+        script = plan.run / "job.sbatch"
+        exports = ["env", *(f"{name}={value}" for name, value in self.exports(site).items())]
+        line = ["sbatch", *self.flags(plan, site), str(script), *self.words(plan, site)]
+        return "\n".join([
+            *make_run_by_hand(plan.run, plan.config, True),
+            f"cat >{shlex.quote(str(script))} <<'END_OF_SCRIPT'",
+            f"{template('slurm', 'job.sbatch').read_text()}END_OF_SCRIPT",
+            shlex.join([*exports, *line] if exports[1:] else line),
+        ])  # fmt: skip
 
     def flags(self, plan: Plan, site: SlurmSite) -> list[str]:
         """Options of sbatch: the job's counts, the site's facts."""
@@ -128,7 +145,7 @@ class Slurm(Platform):
         words = [f"--output={logs}", *site.srun_args]
         python = site.python or (sys.executable if site.runtime == "none" else "python")
         command = [python, "-m", "trainer", str(target or plan.run / "job.yaml")]
-        mounts = [f"{plan.run}:{plan.run}", *site.mounts]
+        mounts = [f"{plan.run.parent}:{plan.run.parent}", *site.mounts]  # the runs of a sweep lie beside its folder
         if site.runtime == "pyxis":
             names = sorted({*self.exports(site), "MUSTER_SETUP"} - {"MUSTER_SETUP"})
             words += [f"--container-image={site.image}", f"--container-mounts={','.join(mounts)}",
@@ -165,6 +182,7 @@ class Slurm(Platform):
         for index, run in enumerate(runs):  # Slurm writes them beside the array; a run's own folder leads to them
             links = {f"node-{node}.log": f"task-{index}-node-{node}.log" for node in range(plan.job.nodes)}
             links[f"slurm-{array}_{index}.out"] = f"slurm-{array}_{index}.out"
+            (run / "code").symlink_to(Path("..", plan.run.name, "code"))
             for name, target in links.items():
                 (run / "logs" / name).symlink_to(Path("../..", plan.run.name, "logs", target))
         return [{"job_id": f"{array}_{index}"} for index in range(len(runs))]
@@ -174,7 +192,7 @@ class Slurm(Platform):
             raise JobError(
                 "--on", "slurm", "there is no sbatch on this machine", "Submit from a login node of the cluster"
             )
-        take_snapshot(Path.cwd(), plan.run)
+        check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         folder = plan.run / "plan"
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)  # submitit reads pickles from such folders: nobody else may write there
@@ -184,6 +202,10 @@ class Slurm(Platform):
                 job = executor._submit_command("")
         except FailedJobError as error:
             text = " ".join(str(error).split())
+            if UNREACHABLE.search(text):
+                raise JobError(
+                    "--on", "slurm", text, "Wait until `scontrol ping` says that the controller is up"
+                ) from None
             raise JobError(
                 "sbatch", shlex.join(flags), f"Slurm refused: {text}", "Correct slurm/site.yaml or the job"
             ) from None
@@ -191,17 +213,24 @@ class Slurm(Platform):
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
         """By squeue, scontrol, sacct and the run folder, whichever knows."""
-        return SlurmState(run, str(handle["job_id"]), bool(handle.get("cancelled"))).read()
+        job_id = str(handle["job_id"])
+        if self.asked and self.asked[1] == job_id and time.monotonic() - self.asked[0] < POLL_S:
+            return self.asked[2]
+        state = SlurmState(run, job_id, bool(handle.get("cancelled"))).read()
+        self.asked = time.monotonic(), job_id, state
+        return state
 
     def cancel(self, run: Path, handle: dict[str, Any]) -> None:
         """scancel: the agents save within Slurm's KillWait."""
         for pause_s in (1, 0):  # a requeue by the batch script in the same moment would bring the job back to life
             run_client(["scancel", str(handle["job_id"])])
             time.sleep(pause_s)
+        self.asked = None
 
     def preempt(self, run: Path, handle: dict[str, Any]) -> None:
         """Send what Slurm sends before a preemption; the batch script requeues."""
         run_client(["scancel", "--signal=USR2", str(handle["job_id"])])
+        self.asked = None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,181 @@
+"""What `muster` asks of Slurm's client commands, and how often; programs that write down their words stand in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_cli import MUSTER, ROOT
+
+from trainer.errors import JobError
+from trainer.launch import commands, slurm
+from trainer.launch.slurm import Slurm
+from trainer.summary import resume_command
+
+JOB, CPU = "jobs/digits.yaml", ["device=cpu", "devices_per_node=1"]
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Slurm's programs: each adds its words to a file of its name, and does what a test wrote for it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def write(name: str, body: str) -> None:
+        (folder / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{folder}/{name}.words"\n{body}\n')
+        (folder / name).chmod(0o755)
+
+    def words(name: str) -> list[str]:
+        path = folder / f"{name}.words"
+        return path.read_text().splitlines() if path.exists() else []
+
+    write("sbatch", "echo Submitted batch job 7")
+    write("squeue", "echo 'RUNNING|None'")
+    for name in ("scontrol", "sacct", "scancel"):
+        write(name, "exit 0")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(ROOT)
+    return SimpleNamespace(write=write, words=words)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder for run folders."""
+    return tmp_path / "runs"
+
+
+def ends(client: SimpleNamespace) -> None:
+    """The job ends, as Slurm tells it."""
+    client.write("squeue", "exit 1")
+    client.write("sacct", "echo 'FAILED|1:0'")
+
+
+def test_an_answer_is_kept_for_some_seconds(
+    client: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform, handle = Slurm(), {"job_id": "7"}
+    for _ in range(20):
+        assert platform.state(tmp_path, handle).word == "running"
+    assert len(client.words("squeue")) == 1
+    platform.preempt(tmp_path, handle)
+    platform.state(tmp_path, handle)
+    platform.cancel(tmp_path, handle)
+    platform.state(tmp_path, handle)
+    assert len(client.words("squeue")) == 3
+    monkeypatch.setattr(slurm, "POLL_S", 0)
+    platform.state(tmp_path, handle)
+    assert len(client.words("squeue")) == 4
+    assert platform.state(tmp_path, {"job_id": "8"}).word == "running"
+    assert "--jobs=8" in client.words("squeue")[-1]
+
+
+def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
+    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    for command in (["logs", str(run), "-f"], ["run", JOB, f"runs={runs}", *CPU, "--on", "slurm"]):
+        before = len(client.words("squeue"))
+        process = subprocess.Popen([MUSTER, *command], stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 30
+        while len(client.words("squeue")) == before and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.kill()
+        process.wait()
+        assert len(client.words("squeue")) == before + 1, command
+
+
+def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("partition: night\n")
+    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", site)
+    ends(client)
+    word, verb, folder = resume_command(run).split()
+    assert (Path(word).name, verb, folder) == ("muster", "run", str(run))
+    commands.submit(folder, ["train.epochs=20"], None, None)
+    assert len(client.words("sbatch")) == 2
+    assert all("--partition=night" in words for words in client.words("sbatch"))
+    assert commands.render(folder, [], None, None).splitlines()[-1].startswith("sbatch ")
+    assert "supervisor" in commands.render(folder, [], "local", None)
+    (run / "plan/platform.json").unlink()  # of a run that was made before it was kept
+    commands.submit(folder, [], None, None)
+    assert len(client.words("sbatch")) == 3
+
+
+def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path) -> None:
+    client.write("sbatch", "echo 'sbatch: error: invalid partition specified: nigth' >&2; exit 1")
+    with pytest.raises(JobError, match=r"Slurm refused: .*invalid partition.*slurm/site\.yaml"):
+        commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    client.write("sbatch", "echo Submitted batch job 8")
+    (run,) = runs.iterdir()
+    commands.submit(str(run), [], None, None)
+    assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "job_id": "8"}
+
+
+def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "wired", "platform": "slurm", "time": 1}\n')
+    assert resume_command(tmp_path).endswith(f" run {tmp_path} --on slurm")
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("Batch job submission failed: Invalid account", r"Correct slurm/site\.yaml or the job$"),
+        ("Unable to contact slurm controller (connect failure)", r"Wait until `scontrol ping` .*$"),
+    ],
+)
+def test_no_run_of_a_refused_sweep_is_pending(client: SimpleNamespace, runs: Path, said: str, remedy: str) -> None:
+    client.write("sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
+    with pytest.raises(JobError, match=remedy):
+        commands.submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "train.lr=0.1,0.01")
+    found = commands.list_all(runs)
+    assert [(item["state"], said in item["reason"]) for item in found] == [("failed", True)] * 2
+
+
+def test_a_platform_without_arrays_leaves_nothing_behind(runs: Path) -> None:
+    with pytest.raises(JobError, match="local has no job arrays"):
+        commands.submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_the_container_of_a_sweep_sees_its_runs(
+    client: SimpleNamespace, runs: Path, tmp_path: Path, runtime: str
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(f"runtime: {runtime}\nimage: muster.sqsh\nruns: {runs}\n")
+    made = commands.submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")
+    (sent,) = client.words("sbatch")
+    assert f"{runs}:{runs}" in sent
+    assert {run.parent for run in made} == {runs}
+    assert all((run / "code/trainer/load.py").is_file() for run in made)
+
+
+def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Path) -> None:
+    """Word for word, but for the script's name, when it is pasted into a shell."""
+    runs, site = tmp_path / "my runs", tmp_path / "site.yaml"
+    site.write_text(f"fabric: efa\nruns: {runs}\n")
+    run = commands.submit(JOB, CPU, "slurm", site)
+    made = runs / "digits-ID"
+    rendered = commands.render(JOB, CPU, "slurm", site)
+    by_hand = subprocess.run(["bash", "-e"], input=rendered, text=True, capture_output=True, cwd=tmp_path)
+    assert (by_hand.returncode, by_hand.stdout) == (0, "Submitted batch job 7\n"), by_hand.stderr
+    ours, theirs = client.words("sbatch")
+    assert run.parent == runs
+    ours = re.sub(r"/plan/\S+\.sh ", "/job.sbatch ", ours)
+    assert ours.replace(run.name, made.name) == theirs
+    assert (made / "job.sbatch").read_text() == (run / "plan/7_submission.sh").read_text()
+    assert (made / "job.yaml").read_text() == (run / "job.yaml").read_text()
+    assert (made / "code").is_dir() and (made / "logs").is_dir()
+
+
+def test_a_script_that_the_snapshot_lacks_is_refused(client: SimpleNamespace, runs: Path) -> None:
+    words = [*CPU, f"runs={runs}", "task=null"]
+    with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or let git"):
+        commands.submit(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
+    assert client.words("sbatch") == []
+    commands.submit(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see
