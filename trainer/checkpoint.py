@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from trainer import __version__
 from trainer.attempt import check_current
@@ -233,10 +234,20 @@ class Hashing:
         self.file.flush()
 
 
+def dump(value: Any, file: Hashing) -> None:
+    """What torch.load reads, without zip's own checksums: they would be computed while no other thread can run."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        torch.save(value, file)  # type: ignore[arg-type]
+    finally:
+        set_crc32_options(before)
+
+
 def _write(path: Path, value: Any) -> dict[str, Any]:
     with path.open("xb") as raw:
         hashing = Hashing(raw)
-        torch.save(value, hashing)  # type: ignore[arg-type]
+        dump(value, hashing)
         raw.flush()
         os.fsync(raw.fileno())
     return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import rng
-from trainer.checkpoint import Hashing
+from trainer.checkpoint import Hashing, dump
 from trainer.config import Job
 from trainer.memory import ANSWERED, ASK, BUSY, NOTE, NOTE_HEAD, NOTES, ROOM, STATE, Memory, keeps_state
 from trainer.parallel import Parallel
@@ -163,7 +163,7 @@ class Handover:
             if file is not None:
                 file.seek(STATE.size)
                 hashing = Hashing(file)
-                torch.save(self.contents(), hashing)  # type: ignore[arg-type]
+                dump(self.contents(), hashing)
                 memory.seal(file, key, hashing.bytes, hashing.digest.digest())
 
     def _listen(self) -> None:

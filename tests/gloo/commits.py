@@ -34,7 +34,7 @@ def value_of(saved: checkpoint.Saved) -> float:
 def commit_until_killed(root: Path, step: int, value: float, keep_last: int, best: str | None, count: int) -> None:
     """Commit and prune; SIGKILL before file operation number `count`."""
     left = count
-    fsync, write = os.fsync, checkpoint._Hashing.write
+    fsync, write = os.fsync, checkpoint.Hashing.write
 
     def operation() -> None:
         nonlocal left
@@ -46,11 +46,11 @@ def commit_until_killed(root: Path, step: int, value: float, keep_last: int, bes
         operation()
         fsync(handle)
 
-    def counted_write(self: checkpoint._Hashing, data: Any) -> int:
+    def counted_write(self: checkpoint.Hashing, data: Any) -> int:
         operation()
         return write(self, data)
 
-    os.fsync, checkpoint._Hashing.write = counted_fsync, counted_write  # type: ignore[assignment, method-assign]
+    os.fsync, checkpoint.Hashing.write = counted_fsync, counted_write  # type: ignore[assignment, method-assign]
     sys.addaudithook(lambda event, _: operation() if event in OPERATIONS else None)
     checkpoint.commit(root, step, payload(value), {}, 0)
     checkpoint.prune(root, keep_last, best)

@@ -1,0 +1,179 @@
+"""What a save costs the training: the step that waits for it, and those beside which it is written.
+
+Ways of saving take turns on the same state in one process, whose steps are matrix products on one core. A stall is
+the time of the call that saves; its limit is one copy of the state in memory. Everything goes to one folder on disk.
+
+    python bench/checkpoint.py [--megabytes 400 2000] [--rounds 5] [--output bench/results/checkpoint.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from measure import show, spread, table
+
+from trainer import checkpoint
+from trainer.writer import Writer
+
+STEP_S = 0.02
+TENSORS = 40
+"""As many as in a model of some size; the state is cut into so many equal ones."""
+Save = Callable[[dict[str, Any], Path], Callable[[], None]]
+"""Saves a state in a new folder; returns what waits until it is on disk."""
+
+
+def nothing() -> None:
+    """No sign of life is expected here."""
+
+
+class Ways:
+    """The ways of saving; each keeps what it would keep from one save to the next."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.writer = Writer(asynchronous=True)
+        self.copies = {name: torch.empty_like(tensor) for name, tensor in tensors(state).items()}
+
+    def copy(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
+        """The limit: nothing is written."""
+        for name, tensor in tensors(state).items():
+            self.copies[name].copy_(tensor)
+        return nothing
+
+    def ours(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
+        """A copy, and a thread that hashes, writes and commits it."""
+        self.writer.submit(state, lambda taken: commit(taken, folder), nothing)
+        return lambda: self.writer.wait(nothing)
+
+    def ours_waiting(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
+        """`checkpoint.asynchronous=false`."""
+        Writer(asynchronous=False).submit(state, lambda taken: commit(taken, folder), nothing)
+        return nothing
+
+    def torch_save(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
+        """What most scripts do; neither verified nor, but for the fsync that we add, surely on disk."""
+        folder.mkdir()
+        with (folder / "state.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return nothing
+
+    def torch_async_save(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
+        """torch.distributed.checkpoint, with its defaults."""
+        from torch.distributed.checkpoint import async_save
+
+        future = async_save(tensors(state), checkpoint_id=folder)
+        return lambda: (future.result(), None)[1]
+
+
+WAYS: dict[str, Callable[[Ways], Save]] = {
+    "memory copy": lambda ways: ways.copy, "muster": lambda ways: ways.ours,
+    "muster, asynchronous=false": lambda ways: ways.ours_waiting, "torch.save": lambda ways: ways.torch_save,
+    "torch async_save": lambda ways: ways.torch_async_save,
+}  # fmt: skip
+
+
+def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """All of a state, flat."""
+    return {f"{part}.{name}": tensor for part, values in state.items() for name, tensor in values.items()}
+
+
+def make_state(megabytes: int) -> dict[str, Any]:
+    """A third of it is the model, as with Adam."""
+    each = megabytes * 10**6 // 4 // TENSORS
+    values = [torch.randn(each) for _ in range(TENSORS)]
+    return {"model.pt": {f"weight{n}": values[n] for n in range(TENSORS // 3)},
+            "state.pt": {f"moment{n}": values[n] for n in range(TENSORS // 3, TENSORS)}}  # fmt: skip
+
+
+def commit(state: dict[str, Any], folder: Path) -> None:
+    """As the trainer does it."""
+    checkpoint.commit(folder / "checkpoints", 1, state, {}, 0)
+
+
+def make_step() -> Callable[[], float]:
+    """One step of a training on one core; returns its seconds."""
+    side = 256
+    left = torch.randn(side, side)
+
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            left @ left
+        return time.perf_counter() - began
+
+    run(50)
+    count = max(1, round(STEP_S / (run(100) / 100)))
+    return lambda: run(count)
+
+
+def compare(megabytes: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """Stalls, slow-down while writing, seconds until all is on disk; of each way over all rounds."""
+    state, step = make_state(megabytes), make_step()
+    ways = Ways(state)
+    found: dict[str, dict[str, list[float]]] = {name: {"stall": [], "slower": [], "whole": []} for name in WAYS}
+    for number in range(rounds + 1):  # the first allocates, and does not count
+        for name, way in WAYS.items():
+            alone = statistics.median(step() for _ in range(20))
+            target = folder / f"{number}-{name.replace(' ', '-')}"
+            began = time.perf_counter()
+            wait = way(ways)(state, target)
+            stall = time.perf_counter() - began
+            beside = [step() for _ in range(20)]
+            wait()
+            whole = time.perf_counter() - began
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()
+            if number:
+                for key, value in (("stall", stall), ("slower", statistics.median(beside) / alone), ("whole", whole)):
+                    found[name][key].append(value)
+    limit = found["memory copy"]["stall"]
+    return [
+        {
+            "way": name, "megabytes": megabytes, "rounds": rounds, "stall_s": spread(values["stall"]),
+            "ratio": spread([a / b for a, b in zip(values["stall"], limit, strict=True)]),
+            "slower": spread(values["slower"]), "whole_s": spread(values["whole"]),
+        }
+        for name, values in found.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[400, 2000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary folder")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS / "checkpoint.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for megabytes in options.megabytes:
+            rows += compare(megabytes, options.rounds, Path(folder))
+    torch.distributed.destroy_process_group()
+    head = ["way of saving", "state, MB", "stall, s", "stall / memory copy", "step beside it", "until on disk, s"]
+    print(table([head, *(
+        [row["way"], str(row["megabytes"]), *(show(row[key]) for key in ("stall_s", "ratio", "slower", "whole_s"))]
+        for row in rows
+    )]))  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of all ways together: {peak:,.0f} MiB; muster's own share is one copy of the state")
+    measure.write_results(options.output, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
