@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-bench train test test-unit test-gloo test-slurm test-docker test-kubernetes \
-  test-gpu bench checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs k8s-delete clean
+  test-gpu test-full bench checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs k8s-delete clean
 
 ##@ Start here
 
@@ -76,11 +76,14 @@ test-slurm: setup-dev ## Run the tests on a real Slurm
 test-docker: setup-dev ## Run the tests on a real container engine
 	@"$(BIN)/pytest" tests/docker $(ARGS)
 
-test-kubernetes: setup-dev ## Run the tests of manifests, and on a real cluster where there is one
+test-kubernetes: setup-dev ## Run the tests with the real kubectl, and with pods as real containers
 	@"$(BIN)/pytest" tests/kubernetes $(ARGS)
 
 test-gpu: setup-dev ## Run the tests that need an NVIDIA GPU
 	@"$(BIN)/pytest" tests/gpu $(ARGS)
+
+test-full: setup-dev ## Kill, stop and restart as often as a release asks for: half an hour
+	@MUSTER_FULL=1 "$(BIN)/pytest" --timeout=3600 $(shell grep -lw FULL tests/gloo/test_*.py) $(ARGS)
 
 checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/ruff" format --check . && "$(BIN)/ruff" check .

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trainer.errors import JobError
 from trainer.launch.cli import app
+from trainer.load import merge_job, to_job
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -38,6 +40,28 @@ def test_make_targets_and_verbs_exist(document: Path) -> None:
     assert targets <= set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     verbs = {command.name or command.callback.__name__.rstrip("_") for command in app.registered_commands}
     assert set(re.findall(r"^(?:\.venv/bin/)?muster ([a-z]+)", commands, re.MULTILINE)) <= verbs
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_keys_of_commands_are_valid(document: Path) -> None:
+    """Each line's key=value words together, on the job that the line names or else the main one."""
+    for line in code(document, "console").splitlines():
+        line = re.sub(r"--sweep ([\w.]+=[^,\s]+)\S*", r"\1", line.partition("  # ")[0])
+        words = re.findall(r"(?<=[\s\"=])[a-z_]+(?:\.[a-z_]+)*=[^\s\"]+", re.sub(r"--\S+=\S+", "", line))
+        job = re.search(r"(?:jobs|docs)/\S+\.yaml", line)
+        to_job(merge_job(ROOT / (job[0] if job else "jobs/digits.yaml"), words))
+
+
+def test_a_misspelt_key_would_be_found(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    for line in (
+        'make train ARGS="nodes=1 train.epoch=3"',
+        "make train ARGS=train.epoch=3",
+        "muster run X train.epoch=3",
+    ):
+        path.write_text(f"```console\n{line}    # train it\n```\n")
+        with pytest.raises(JobError, match=r"train\.epoch=3.*train\.epochs"):
+            test_keys_of_commands_are_valid(path)
 
 
 def test_named_files_exist() -> None:
