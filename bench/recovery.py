@@ -1,9 +1,9 @@
 """From kill -9 of a rank to the next completed step, and the steps that are lost, under muster and under torchrun.
 
-All run the same unmodified script (`bench/tiny.py`), which saves every 10 steps, by turns; the kill comes some
-seconds after the first step, and 5 steps after a save. torchrun's in-job restart is broken on gloo with its default
-settings in some versions of torch: it is measured with the known workaround, too, which is what ratios are taken to,
-within a round.
+By turns: a task, whose state survivors hand over; and the same unmodified script (`bench/tiny.py`), which saves every
+10 steps, under either. The kill comes some seconds after the first step, and 5 steps after a save. torchrun's in-job
+restart is broken on gloo with its default settings in some versions of torch: it is measured with the known workaround,
+too, which is what ratios are taken to, within a round.
 
     python bench/recovery.py [--rounds 8] [--quick] [--output bench/results/recovery.json]
 """
@@ -11,6 +11,7 @@ within a round.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ from typing import Any
 
 import measure
 from measure import BIN, TRAINING, Mark, show, spread, table
+
+from trainer.record import read_lines
 
 START_S, SETTLE_S, RECOVER_S = 90.0, 6.0, 30.0
 """Until the first step at most; from there to the kill; after the kill, until a job counts as not recovered."""
@@ -39,6 +42,8 @@ class Runner:
     name: str
     command: Callable[[Path, list[str]], list[str | Path]]
     variables: dict[str, str] = field(default_factory=dict)
+    marks: Callable[[Path], list[Mark]] = lambda folder: measure.read_marks(folder / "marks")
+    """What the ranks have done so far, in the folder of the training."""
 
     @property
     def ours(self) -> bool:
@@ -50,23 +55,54 @@ def _muster(**keys: Any) -> Callable[[Path, list[str]], list[str | Path]]:
     return lambda folder, words: [BIN / "muster", "run", measure.write_job(folder, words, **keys)]
 
 
+def _muster_task(**keys: Any) -> Callable[[Path, list[str]], list[str | Path]]:
+    """The digits, without an end or an evaluation; with the defaults else."""
+    job = {
+        "task": "trainer.tasks.digits:Digits", "device": "cpu", "train": {"batch_size": 64, "steps": 10**6},
+        "evaluation": {"every_epochs": 10**6}, "log": {"every_steps": 1}, **keys,
+    }  # fmt: skip
+
+    def command(folder: Path, words: list[str]) -> list[str | Path]:
+        (folder / "digits.yaml").write_text(json.dumps(job | {"runs": str(folder / "runs")}))
+        return [BIN / "muster", "run", folder / "digits.yaml"]
+
+    return command
+
+
+def read_task_marks(folder: Path) -> list[Mark]:
+    """The steps that rank 0 recorded, which all ranks have completed then."""
+    marks = []
+    for run in (folder / "runs").glob("*"):
+        pids = {event["attempt"]: {} for event in read_lines(run / "events.jsonl") if event["event"] == "ranks"}
+        for event in read_lines(run / "events.jsonl"):
+            if event["event"] == "ranks":
+                pids[event["attempt"]] |= event["pids"]
+        for line in read_lines(run / "metrics.jsonl"):
+            if line["kind"] == "train":
+                marks += [Mark(line["time"], pid, int(rank), "step", line["step"])
+                          for rank, pid in pids[line["attempt"]].items()]  # fmt: skip
+    return marks
+
+
 def _torchrun(folder: Path, words: list[str]) -> list[str | Path]:
     return [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3", TRAINING, *words]
 
 
 RUNNERS = [
-    Runner("muster, one node", _muster(devices_per_node=2)),
-    Runner("muster, two nodes", _muster(nodes=2, devices_per_node=1)),
+    Runner("muster, task, one node", _muster_task(devices_per_node=2), marks=read_task_marks),
+    Runner("muster, task, two nodes", _muster_task(nodes=2, devices_per_node=1), marks=read_task_marks),
+    Runner("muster, script, one node", _muster(devices_per_node=2)),
+    Runner("muster, script, two nodes", _muster(nodes=2, devices_per_node=1)),
     Runner("torchrun", _torchrun),
     Runner(BASE, _torchrun, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
 ]
 
 
-def wait_for(path: Path, ready: Callable[[Mark], bool], timeout_s: float) -> Mark | None:
+def wait_for(read: Callable[[], list[Mark]], ready: Callable[[Mark], bool], timeout_s: float) -> Mark | None:
     """The first mark of a kind; None when it does not come."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        found = next((mark for mark in measure.read_marks(path) if ready(mark)), None)
+        found = next((mark for mark in read() if ready(mark)), None)
         if found is not None:
             return found
         time.sleep(0.02)
@@ -77,8 +113,11 @@ def kill_once(runner: Runner, victim: int) -> dict[str, Any]:
     """Start the training, kill a rank, wait for the next step that any rank of the next attempt completes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        marks = folder / "marks"
-        words = ["--marks", str(marks), "--state", str(folder / "state"), "--steps=1000000", "--pause=0.02"]
+        words = ["--marks", str(folder / "marks"), "--state", str(folder / "state"), "--steps=1000000", "--pause=0.02"]
+
+        def marks() -> list[Mark]:
+            return runner.marks(folder)
+
         process = measure.start(runner.command(folder, words), folder, **runner.variables)
         try:
             first = wait_for(marks, lambda mark: mark.what == "step", START_S)
@@ -94,14 +133,15 @@ def kill_once(runner: Runner, victim: int) -> dict[str, Any]:
                 raise SystemExit(f"{runner.name} did not start:\n{(folder / 'output.txt').read_text()[-3000:]}")
             killed = time.time()
             os.kill(due.pid, signal.SIGKILL)
-            old = {mark.pid for mark in measure.read_marks(marks)}
+            old = {mark.pid for mark in marks()}
             after = wait_for(marks, lambda mark: mark.what == "step" and mark.pid not in old, RECOVER_S)
-            before = max(mark.step for mark in measure.read_marks(marks) if mark.what == "step" and mark.pid in old)
+            before = max(mark.step for mark in marks() if mark.what == "step" and mark.pid in old)
         finally:
             end(process.pid)
         if after is None:
             return {"recovered": False}
-        return {"recovered": True, "s": after.time - killed, "lost": before - after.step + 1}
+        # A task's rank 0 may have been killed between a step's end and its record.
+        return {"recovered": True, "s": after.time - killed, "lost": max(0, before - after.step + 1)}
 
 
 def end(pid: int) -> None:
