@@ -60,6 +60,7 @@ def make_run_by_hand(run: Path, config: DictConfig, copied: bool) -> list[str]:
     code = [f"mkdir -p {shlex.quote(str(run / 'code'))}  # where modules of your own are found: copy them there"]
     return [
         f"mkdir -p {shlex.quote(str(run / 'logs'))}",
+        f"touch {shlex.quote(str(run / 'events.jsonl'))}  # tells that it is a run's: nobody makes another",
         *(code if copied else []),
         f"cat >{shlex.quote(str(run / 'job.yaml'))} <<'END_OF_JOB'",
         *OmegaConf.to_yaml(config, resolve=False).splitlines(),
