@@ -126,7 +126,9 @@ class Agent:
     restarts: int = _option(3, "restarts without progress before giving up", minimum=0)
     hang_timeout_s: float = _option(300.0, "seconds without a heartbeat of a rank until it counts as hung", above=0)
     start_timeout_s: float = _option(600.0, "the same before the first step: imports, data, compilation", above=0)
-    grace_s: float = _option(30.0, "seconds from a stop signal to the end: one step and one save must fit", above=0)
+    grace_s: float = _option(
+        30.0, "seconds from a stop signal to the end: one step, on GPUs two, and one save must fit", above=0
+    )
     rejoin_timeout_s: float = _option(120.0, "seconds to wait for a lost node's replacement", above=0)
 
 

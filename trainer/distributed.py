@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Ddp, Job
 from trainer.errors import JobError
-from trainer.parallel import Parallel, Step
+from trainer.parallel import Late, Parallel, Step
 from trainer.wiring import RankWiring
 
 
@@ -94,21 +94,31 @@ class Distributed(Parallel):
             self._ballot = ballot if self._ballot is None else self._ballot + ballot
         (scaled + torch.dot(self._vote, ballot).to(scaled.dtype)).backward()
 
-    def agree(self, due: bool) -> tuple[Tensor | float, Tensor | bool]:
+    _before: Late | None = None
+    """The vote of the step before. Under post-local SGD, whose averages are rare, that of the step is waited for."""
+    _stopping = False
+
+    def agree(self, due: bool) -> tuple[Late | float, bool]:
         """Read the vote; its gradient has been averaged with the others."""
         if not self._local():
             self._check_unused()
         gradient = self.voting.vote.grad
         assert gradient is not None
-        ballot = gradient.clone() if self.cuda else gradient
+        ballot = gradient
         if self._ballot is not None or (self._local() and self._averages(due)):
             ballot = ballot.clone() if self._ballot is None else self._ballot
             self._ballot = None
             dist.all_reduce(ballot)
             ballot /= self.world_size
-        values: tuple[Any, Any] = (ballot[0], ballot[1]) if self.cuda else tuple(ballot.tolist())
         self.voting.vote.grad = None
-        return values[0], values[1] > 0
+        if not self.cuda:
+            loss, votes = ballot.tolist()
+            return loss, votes > 0
+        late = Late(ballot)
+        asked, self._before = late if self._local() else self._before, late
+        if asked is not None and self._averages(due):
+            self._stopping = self._stopping or asked.read()[1] > 0
+        return late, self._stopping
 
     def _check_unused(self) -> None:
         """Name the parameters that DDP waits for in vain: their bucket, and all after it, were not averaged."""

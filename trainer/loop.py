@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer import rng
 from trainer.config import Job
@@ -18,7 +17,7 @@ from trainer.errors import JobError, Stopped
 from trainer.evaluate import check_count, evaluate
 from trainer.optimize import make_average, make_optimizer, make_scaler, make_schedule, set_rate
 from trainer.order import MicroBatch, Order, Position
-from trainer.parallel import Parallel
+from trainer.parallel import Late, Parallel
 from trainer.report import Report
 from trainer.state import State
 from trainer.task import Task
@@ -152,14 +151,15 @@ class Trainer:
         if due:
             self.finish_step()
 
-    def update(self, mean: Tensor | float, micros: list[tuple[MicroBatch, Any]]) -> None:
+    def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
         train = self.job.train
-        if isinstance(mean, Tensor) and train.on_nan == "halt":
+        samples = [micro for micro, _ in micros]
+        if isinstance(mean, Late) and train.on_nan == "halt":
             self.check_late()  # on a GPU, look at a loss one step late rather than wait for it at every step
-            self.late = mean, self.position.step + 1, micros
+            self.late = mean, self.position.step + 1, samples
         elif not math.isfinite(mean):
-            self.refuse_loss(float(mean), self.position.step + 1, micros)
+            self.refuse_loss(float(mean), self.position.step + 1, samples)
             self.optimizer.zero_grad()
             return
         if self.scaler is not None:
@@ -175,7 +175,7 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.state.model)
 
-    late: tuple[Tensor, int, list[tuple[MicroBatch, Any]]] | None = None
+    late: tuple[Late, int, list[MicroBatch]] | None = None
 
     def check_late(self) -> None:
         """Look at the loss that nobody looked at yet: before weights are saved, and after each further step."""
@@ -183,9 +183,9 @@ class Trainer:
         if late is not None and not math.isfinite(late[0]):
             self.refuse_loss(float(late[0]), *late[1:])
 
-    def refuse_loss(self, mean: float, step: int, micros: list[tuple[MicroBatch, Any]]) -> None:
+    def refuse_loss(self, mean: float, step: int, micros: list[MicroBatch]) -> None:
         """Name the samples of the loss of `step` that is not finite, and halt when the job says so."""
-        indices = [int(index) for micro, _ in micros for index in micro.indices[: micro.count]]
+        indices = [int(index) for micro in micros for index in micro.indices[: micro.count]]
         self.report.event("nonfinite_loss", loss=str(mean), step=step, rank=self.parallel.rank, samples=indices)
         if self.job.train.on_nan == "halt":
             raise NonFiniteLoss(

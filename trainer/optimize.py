@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from trainer.config import Train
 from trainer.errors import JobError
@@ -105,8 +105,26 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     return torch.amp.GradScaler("cuda")
 
 
+class Average(AveragedModel):
+    """torch's, without the copy of its counter to the GPU, for which each step would wait."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """`decay`: the weight of the average in each update."""
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Copy the first weights, then move towards each; buffers are copied."""
+        weight = 1 - self.decay if self.n_averaged else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        for kept, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            kept.copy_(new)
+        self.n_averaged += 1
+
+
 def make_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """The exponential moving average of the weights, buffers copied along."""
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    return Average(model, decay)

@@ -66,6 +66,29 @@ def apply_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+class Late:
+    """Numbers on their way from a GPU: to read them waits for what was queued before, not for what was queued since.
+
+    `Tensor.item()` waits for all that is queued; a step later that is the next step's forward and backward pass.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """`values`: of shape (n,), the first of which is a loss."""
+        self.values = values.to("cpu", non_blocking=True)  # torch takes page-locked memory for such a copy
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        self.copied.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
+
+    def __float__(self) -> float:
+        """The loss."""
+        return self.read()[0]
+
+
 class Parallel:
     """One process: single, or DataParallel over several devices of this node."""
 
@@ -118,15 +141,17 @@ class Parallel:
     _stop = False
     steps = 0
 
-    def agree(self, due: bool) -> tuple[Tensor | float, Tensor | bool]:
+    def agree(self, due: bool) -> tuple[Late | float, bool]:
         """The global mean loss of the step and whether any rank was asked to stop; forgets both.
+
+        With ranks on GPUs the stop is that of the step before: nobody waits for a GPU to know it.
 
         `due`: the step ends an epoch, or an evaluation or a checkpoint follows it.
         """
         loss, stop = self._loss, self._stop
         assert loss is not None
         self._loss, self._stop = None, False
-        return loss if self.cuda else loss.item(), stop
+        return Late(loss.view(1)) if self.cuda else loss.item(), stop
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:

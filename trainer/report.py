@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.config import Job
 from trainer.heartbeat import Pulse
 from trainer.order import Indices, Position
-from trainer.parallel import Parallel
+from trainer.parallel import Late, Parallel
 from trainer.record import Metrics, record_event, write_json
 
 
@@ -28,7 +27,7 @@ class Report:
         self.job, self.run, self.attempt, self.parallel, self.pulse = job, run, attempt, parallel, pulse
         self.first = parallel.rank == 0
         self.metrics: Metrics | None = None
-        self.losses: list[Tensor | float] = []
+        self.losses: list[Late | float] = []
         self.count = self.total = 0
         self.seconds = 0.0
         self.window = 0
@@ -55,7 +54,7 @@ class Report:
         self.started = self.mark = time.perf_counter()
         self.pulse.beat(position.step, "training")
 
-    def step(self, position: Position, loss: Tensor | float, rate: float, samples: int) -> None:
+    def step(self, position: Position, loss: Late | float, rate: float, samples: int) -> None:
         """A step is done; `loss` is the mean over its global batch."""
         self.pulse.beat(position.step, "training")
         self.total += samples
