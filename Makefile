@@ -90,8 +90,11 @@ checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/mypy"
 	@"$(BIN)/shellcheck" $(SCRIPTS) && "$(BIN)/yamllint" --strict $(wildcard jobs slurm docker k8s)
 
-bench: setup-bench ## Measure loop, launch and recovery against hand-written PyTorch and other launchers
-	@for part in loop launch recovery; do "$(BIN)/python" "bench/$$part.py" $(ARGS); done
+bench: setup-bench ## Measure loop, start, recovery, checkpoints, data, DDP and scale, peers too; draw the results
+	@for part in loop launch recovery checkpoint data ddp scale plots; do "$(BIN)/python" "bench/$$part.py"; done
+
+bench-gpu: setup-bench ## Measure a language model on this machine's GPU against a hand-written loop
+	@"$(BIN)/python" bench/gpu.py $(ARGS)
 
 clean: ## Remove caches and build output; runs and the environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
