@@ -20,7 +20,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-bench train test test-unit test-gloo test-slurm test-docker test-kubernetes \
-  test-gpu test-full bench checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs k8s-delete clean
+  test-gpu test-full bench bench-gpu checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs \
+  k8s-delete clean
 
 ##@ Start here
 
