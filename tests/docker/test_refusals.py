@@ -45,6 +45,10 @@ def test_no_image(runs: Runs) -> None:
     assert "make docker-build" in refused(runs)
 
 
+def test_no_script(runs: Runs) -> None:
+    assert "script='nowhere.py': is not in" in refused(runs, "task=null", "script=nowhere.py")
+
+
 def test_no_image_of_a_registry(runs: Runs) -> None:
     runs.set_site("image: muster:1", "registry: localhost:5000/team")
     assert "docker pull localhost:5000/team/muster:1" in refused(runs)

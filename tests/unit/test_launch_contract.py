@@ -75,8 +75,8 @@ def docker(plan: Plan, text: str) -> list[Launch]:
     """Lines of `docker run`: options, image, and the job file for the image's entrypoint."""
     launches = []
     for line in text.splitlines():
-        words = [word for word in shlex.split(line) if word != "&"]
-        if words[1] == "run":
+        if line.startswith("docker run "):
+            words = [word for word in shlex.split(line) if word != "&"]
             options = dict(
                 word.removeprefix("--env=").partition("=")[::2] for word in words if word.startswith("--env=")
             )

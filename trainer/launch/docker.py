@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from trainer.config import Job
 from trainer.errors import WRONG_JOB, JobError
 from trainer.launch.docker_engine import check_engine, docker, refusal, run_quietly
@@ -18,6 +16,7 @@ from trainer.launch.fabric import fabric_environment
 from trainer.launch.lease import Lease, visible_devices, wanted_devices
 from trainer.launch.local import Local
 from trainer.launch.platform import Plan, State
+from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.launch.site import read_site
 from trainer.launch.snapshot import take_snapshot
 from trainer.launch.supervisor import Nodes
@@ -166,7 +165,7 @@ class Docker(Local):
         visible = visible_devices()
         wanted = wanted_devices(plan.job, visible)
         devices = wanted if isinstance(wanted, list) else visible[:wanted]
-        lines = [] if (plan.run / "job.yaml").exists() else make_run_by_hand(plan)
+        lines = make_run_by_hand(plan.run, plan.config, True)
         lines += [f"docker network create {nodes.name}"] if nodes.own_network else []
         for node in range(plan.job.nodes):
             words, _ = nodes.command(node, 0, Lease(devices))
@@ -182,7 +181,7 @@ class Docker(Local):
         site = DockerSite(**plan.site)
         wanted = wanted_devices(plan.job, visible_devices())
         check_engine(site.reference, bool(site.registry), bool(wanted))
-        take_snapshot(Path.cwd(), plan.run)
+        check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         check_command(DockerNodes(plan.run, plan.job, site))
         write_json(plan.run / "plan" / "docker.json", plan.site)
         return self._supervise(plan, [*self._command(plan.run), "--docker"], follow)
@@ -195,17 +194,6 @@ class Docker(Local):
         logs = [last_lines(log).splitlines() for log in sorted((run / "logs").glob("node-*.log"))]
         said = [line for lines in logs for line in lines[::-1] if line.startswith("docker:")]
         return State("failed", str(refusal(["run"], said[0])), WRONG_JOB) if said else state
-
-
-def make_run_by_hand(plan: Plan) -> list[str]:
-    """Lines of shell that make the folder of a run that nobody submitted."""
-    code, job_file = plan.run / "code", plan.run / "job.yaml"
-    return [
-        f"mkdir -p {shlex.quote(str(code))}  # where modules of your own are found: copy them there",
-        f"cat >{shlex.quote(str(job_file))} <<'END_OF_JOB'",
-        *OmegaConf.to_yaml(plan.config, resolve=False).splitlines(),
-        "END_OF_JOB",
-    ]
 
 
 def check_command(nodes: DockerNodes) -> None:
