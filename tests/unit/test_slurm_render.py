@@ -17,7 +17,7 @@ OURS = [
     "sbatch", "--job-name=digits", "--nodes=2", "--signal=USR2@60",
     f"--chdir={RUN}/code", f"--output={RUN}/logs/slurm-%j.out",
 ]  # fmt: skip
-TEMPLATE = [str(ROOT / "slurm/job.sbatch"), f"--output={RUN}/logs/node-%n.log"]
+SCRIPT = [f"{RUN}/job.sbatch", f"--output={RUN}/logs/node-%n.log"]
 AGENT = ["-m", "trainer", f"{RUN}/job.yaml"]
 
 
@@ -26,13 +26,12 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def command_line(folder: Path, text: str) -> tuple[list[str], list[str]]:
-    """The words of the sbatch line, and the variables that are exported before it."""
+def command_line(folder: Path, text: str) -> list[str]:
+    """The words of the last line, which submits."""
     site = folder / "site.yaml"
     site.write_text(text)
     words = ["nodes=2", "devices_per_node=4", "train.batch_size=64", "runs=/big"]
-    lines = commands.render("jobs/digits.yaml", words, "slurm", site).splitlines()
-    return shlex.split(lines[-1].removeprefix("# ")), [line for line in lines if line.startswith("# export ")]
+    return shlex.split(commands.render("jobs/digits.yaml", words, "slurm", site).splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -50,11 +49,11 @@ def command_line(folder: Path, text: str) -> tuple[list[str], list[str]]:
     ],
 )  # fmt: skip
 def test_options_of_sbatch(tmp_path: Path, site: str, flags: list[str]) -> None:
-    assert command_line(tmp_path, site) == ([*OURS, *flags, *TEMPLATE, sys.executable, *AGENT], [])
+    assert command_line(tmp_path, site) == [*OURS, *flags, *SCRIPT, sys.executable, *AGENT]
 
 
 def test_the_notice_comes_after_the_first_half_of_a_short_limit(tmp_path: Path) -> None:
-    assert "--signal=USR2@30" in command_line(tmp_path, "time_limit_min: 1")[0]
+    assert "--signal=USR2@30" in command_line(tmp_path, "time_limit_min: 1")
 
 
 @pytest.mark.parametrize(
@@ -63,25 +62,23 @@ def test_the_notice_comes_after_the_first_half_of_a_short_limit(tmp_path: Path) 
         ("srun_args: [--cpu-bind=none, --mpi=none]\npython: /opt/python",
          ["--cpu-bind=none", "--mpi=none", "/opt/python", *AGENT]),
         ("runtime: pyxis\nimage: team#muster:1\nmounts: ['/data:/data:ro']\nsrun_args: [--mpi=none]",
-         ["--mpi=none", "--container-image=team#muster:1", f"--container-mounts={RUN}:{RUN},/data:/data:ro",
+         ["--mpi=none", "--container-image=team#muster:1", "--container-mounts=/big:/big,/data:/data:ro",
           f"--container-workdir={RUN}/code", "python", *AGENT]),
         ("runtime: apptainer\nimage: /img/my muster.sif\nmounts: ['/data:/data:ro']",
-         ["apptainer", "exec", "--nv", "--bind", f"{RUN}:{RUN}", "--bind", "/data:/data:ro", "--pwd", f"{RUN}/code",
+         ["apptainer", "exec", "--nv", "--bind", "/big:/big", "--bind", "/data:/data:ro", "--pwd", f"{RUN}/code",
           "/img/my muster.sif", "python", *AGENT]),
     ],
     ids=["plain", "pyxis", "apptainer"],
 )  # fmt: skip
 def test_what_srun_starts(tmp_path: Path, site: str, words: list[str]) -> None:
-    assert command_line(tmp_path, f"gpus: none\n{site}") == ([*OURS, *TEMPLATE, *words], [])
+    assert command_line(tmp_path, f"gpus: none\n{site}") == [*OURS, *SCRIPT, *words]
 
 
 def test_variables_of_fabric_and_setup_go_with_the_job(tmp_path: Path) -> None:
     text = "fabric: efa\nsetup: /etc/my site.sh\nruntime: pyxis\nimage: muster\n"
-    words, exports = command_line(tmp_path, text)
+    words = command_line(tmp_path, text)
     assert "--container-env=FI_EFA_USE_HUGE_PAGE,FI_PROVIDER" in words  # the image's own values would win
-    assert exports == [
-        "# export FI_PROVIDER=efa", "# export FI_EFA_USE_HUGE_PAGE=0", "# export MUSTER_SETUP='/etc/my site.sh'",
-    ]  # fmt: skip
+    assert words[:5] == ["env", "FI_PROVIDER=efa", "FI_EFA_USE_HUGE_PAGE=0", "MUSTER_SETUP=/etc/my site.sh", "sbatch"]
 
 
 def test_an_unknown_fabric_is_refused_by_its_key(tmp_path: Path) -> None:
