@@ -101,8 +101,9 @@ def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tm
     assert all("--partition=night" in words for words in client.words("sbatch"))
     assert commands.render(folder, [], None, None).splitlines()[-1].startswith("sbatch ")
     assert "supervisor" in commands.render(folder, [], "local", None)
-    (run / "plan/platform.json").unlink()  # of a run that was made before it was kept
-    commands.submit(folder, [], None, None)
+    with pytest.raises(JobError, match="nowhere"):  # refused elsewhere, it has not moved
+        commands.submit(folder, ["task=null", "script=nowhere.py"], "local", None)
+    commands.submit(folder, ["task=trainer.tasks.digits:Digits", "script=null"], None, None)
     assert len(client.words("sbatch")) == 3
 
 
@@ -113,7 +114,7 @@ def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path
     client.write("sbatch", "echo Submitted batch job 8")
     (run,) = runs.iterdir()
     commands.submit(str(run), [], None, None)
-    assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "job_id": "8"}
+    assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
 
 
 def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     from trainer.load import merge_job, to_job
 
     run = _find_run(job_path)
-    before = (read_json(run / "plan" / "platform.json") or read_json(run / "handle.json") or {}) if run else {}
+    before = (read_json(run / "handle.json") or read_json(run / "plan" / "platform.json") or {}) if run else {}
     on = on or before.get("platform", "local")
     if site is None and on == before.get("platform") and before.get("site"):
         site = Path(before["site"])
@@ -63,18 +63,19 @@ def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path |
     return platform, plan
 
 
-def _remember(platform: Platform, plan: Plan, run: Path) -> None:
-    """Keep where a run is submitted to, so that it goes on there, also when the platform refuses it now."""
+def _remember(platform: Platform, plan: Plan, run: Path) -> dict[str, Any]:
+    """The part of a handle that is known before: where a run goes on, also one that the platform refuses at first."""
     (run / "plan").mkdir(exist_ok=True)
-    site = str(plan.site_file.resolve()) if plan.site_file else None
-    write_json(run / "plan" / "platform.json", {"platform": platform.name, "site": site})
+    place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
+    write_json(run / "plan" / "platform.json", place)
+    return place
 
 
 def _submit(platform: Platform, plan: Plan, following: bool) -> dict[str, Any]:
-    _remember(platform, plan, plan.run)
+    place = _remember(platform, plan, plan.run)
     (plan.run / "plan" / f"{platform.name}.txt").write_text(platform.render(plan) + "\n")
     with _refusals_recorded([plan.run]):
-        handle = {"platform": platform.name, **platform.submit(plan, following)}
+        handle = {**place, **platform.submit(plan, following)}
     write_json(plan.run / "handle.json", handle)
     return handle
 
@@ -129,12 +130,11 @@ def submit_sweep(job_path: str, overrides: Sequence[str], on: str | None, site: 
     folder = make_run(replace(first.job, name=f"{first.job.name}-sweep"), first.config, beside)
     (folder / "job.yaml").unlink()  # a sweep is no run
     write_json(folder / "sweep.json", {"sweep": sweep, "runs": [str(run) for run in runs]})
-    for run in runs:
-        _remember(platform, first, run)
+    places = [_remember(platform, first, run) for run in runs]
     with _refusals_recorded(runs):
         handles = platform.submit_sweep(replace(first, run=folder), runs)
-    for run, handle in zip(runs, handles, strict=True):
-        write_json(run / "handle.json", {"platform": platform.name, **handle})
+    for run, place, handle in zip(runs, places, handles, strict=True):
+        write_json(run / "handle.json", {**place, **handle})
     return runs
 
 
