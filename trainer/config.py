@@ -65,7 +65,11 @@ class Data:
 class Ddp:
     """Options of DistributedDataParallel; refused under other modes when changed."""
 
-    bucket_mb: float = _option(25.0, "gradient bucket, MiB (pytorch#118421 finds 25 small for fast links)", above=0)
+    bucket_mb: float | None = _option(
+        None,
+        "gradient bucket, MiB; null: a first one of 1, then 25 (pytorch#118421 finds 25 small for fast links)",
+        above=0,
+    )
     static_graph: bool = _option(False, "promise that each step uses the same parameters")
     find_unused_parameters: bool = _option(False, "search each step for parameters without a gradient (slower)")
     sync_batchnorm: bool = _option(False, "batch statistics over the global batch (needs GPUs)")

@@ -249,8 +249,18 @@ def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:
         state = powerSGD_hook.PowerSGDState(
             process_group=None, matrix_approximation_rank=options.powersgd_rank, start_powerSGD_iter=10
         )
-        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        hook = powerSGD_hook.powerSGD_hook
+        ddp.register_comm_hook(state, hook if ddp.device_type != "cpu" else lambda s, bucket: finish(hook(s, bucket)))
     elif options.compression == "bf16":  # under another name: torch refuses its own hook with gloo, which can do it
         ddp.register_comm_hook(None, lambda group, bucket: default_hooks.bf16_compress_hook(group, bucket))
     else:
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+
+
+def finish(bucket: torch.futures.Future[Tensor]) -> torch.futures.Future[Tensor]:
+    """Wait for a bucket before the next: PowerSGD starts more collectives in callbacks, in any order over buckets.
+
+    gloo pairs collectives by their order: with two buckets, ranks of torch 2.13 aborted.
+    """
+    bucket.wait()
+    return bucket

@@ -284,7 +284,7 @@ def _master(environ: Mapping[str, str], facts: NodeFacts, says: dict[str, str]) 
 def _ports(environ: Mapping[str, str], facts: NodeFacts, says: dict[str, str]) -> tuple[int, ...]:
     """Candidates for the port where the agents meet."""
     ports = tuple(candidate_ports(f"{facts.job_id}/{facts.launch}"))
-    says["ports"] = "derived from job id and launch, outside the ephemeral range"
+    says["ports"] = "derived from job id and launch, below Linux's ephemeral range"
     given = environ.get("MASTER_PORT")
     if given:
         if not given.isdecimal() or not 0 < int(given) < 65536:

@@ -151,7 +151,7 @@ def test_all_modes_train_the_same_number_of_steps_of_the_same_batch(job_file: Pa
     assert list(jobs) == ["single", "dp", "ddp", NO_SYNC] and not refused
     assert {(job.train.batch_size, job.train.steps, job.train.lr) for job in jobs.values()} == {(64, 70, 0.5)}
     assert [job.world_size for job in jobs.values()] == [1, 1, 2, 2]
-    assert jobs["ddp"].ddp.bucket_mb == 5 and jobs["dp"].ddp.bucket_mb == 25
+    assert jobs["ddp"].ddp.bucket_mb == 5 and jobs["dp"].ddp.bucket_mb is None
 
 
 def test_a_job_that_cannot_go_without_synchronisation_is_still_compared(job_file: Path) -> None:

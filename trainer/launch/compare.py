@@ -116,7 +116,8 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     share = job.train.batch_size // (job.devices_per_node * job.train.accumulate)
     # The evaluation that ends a run shall not be what the peak memory shows.
     common.append(f"evaluation.batch_size={max(1, min(job.evaluation.batch_size, share))}")
-    plain = [f"{key}={item.default}" for key, item in valid_keys(Ddp, "ddp.")]
+    defaults = {key: item.default for key, item in valid_keys(Ddp, "ddp.")}
+    plain = [f"{key}={'null' if value is None else value}" for key, value in defaults.items()]
     primary = [f"devices=[{job.devices[0]}]"] if job.devices else []
     common = [*overrides, *common]
     variants = {
