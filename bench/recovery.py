@@ -31,6 +31,7 @@ from trainer.record import read_lines
 START_S, SETTLE_S, RECOVER_S = 90.0, 6.0, 30.0
 """Until the first step at most; from there to the kill; after the kill, until a job counts as not recovered."""
 BASE = "torchrun, workaround"
+QUICK = ("muster, task, one node", "muster, task, two nodes", BASE)
 GATE = 0.7
 """What fails `--quick`: a ratio to torchrun above it, or a run of ours that does not recover."""
 
@@ -187,14 +188,14 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     """Measure, print, write; 1 when `--quick` finds a recovery that is far too slow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, help="default 8; 3 with --quick")
-    parser.add_argument("--quick", action="store_true", help="without torchrun's default settings, for CI")
+    parser.add_argument("--rounds", type=int, help="default 8; 1 with --quick")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, for CI")
     parser.add_argument("--output", type=Path, default=measure.RESULTS / "recovery.json")
     options = parser.parse_args()
     measure.adopt_orphans()
-    runners = [runner for runner in RUNNERS if not (options.quick and runner.name == "torchrun")]
+    runners = [runner for runner in RUNNERS if not options.quick or runner.name in QUICK]
     found: dict[str, list[dict[str, Any]]] = {runner.name: [] for runner in runners}
-    rounds = options.rounds or (3 if options.quick else 8)
+    rounds = options.rounds or (1 if options.quick else 8)
     for number in range(rounds):
         turn = number % len(runners)
         for runner in runners[turn:] + runners[:turn]:
