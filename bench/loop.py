@@ -1,193 +1,228 @@
-"""The cost of the loop: our trainer against the same training written by hand in plain PyTorch.
+"""The cost of the loop: our trainer against the same training by hand and with Lightning Fabric, Lightning's Trainer
+and accelerate.
 
-Blocks of steps of both alternate in the same processes, so that a noisy machine slows both; CPU time is compared,
-block by block. The trainer runs with its defaults: metrics, TensorBoard, heartbeat, votes, checkpoints.
+All alternate in the same rank processes, in blocks of steps whose order changes from round to round, so that a noisy
+machine slows all; CPU time of all ranks is compared, round by round. Ours runs with its defaults on: metrics,
+TensorBoard, heartbeat, votes, checkpoints (its progress bar is drawn by the command, from what rank 0 writes, and is
+not counted). Libraries are measured twice: as their documentation shows them, which includes a DataLoader, and lean,
+with the raw loop's own batches and nothing beside the loop. What each does: `bench/loop_peers.py`.
 
-    python bench/loop.py [--pairs 40] [--output bench/results/loop.json]
+    python bench/loop.py [--rounds 40] [--sizes small medium large] [--quick] [--output bench/results/loop.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import multiprocessing
 import os
-import platform
+import random
 import socket
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SIZES = {"small": (4, 16), "medium": (32, 64), "large": (64, 256)}
-"""Name: width of the network, global batch; about 0.3, 3 and 30 ms a step on one core."""
-NOISE = 0.10
-"""Half the distance between the quartiles of the ratio above which no number is given."""
+import measure
+import torch
+from loop_peers import OURS, PEERS, RAW, RAW_LOADER, Case, Dense, begin, join
+from measure import show, spread, table
+from torch.utils.data import TensorDataset
+
+from trainer.memory import Memory
+from trainer.tasks.digits import Digits
+
+SIZES: dict[str, tuple[type[Digits], int, int]] = {
+    "small": (Dense, 32, 16), "medium": (Digits, 16, 64), "large": (Digits, 32, 256)
+}  # fmt: skip
+"""Name: kind and width of the network, global batch; about 0.3, 3 and 30 ms a step on one core."""
+GOALS = {"small": 1.10, "medium": 1.02}
+GATES = {"small": 1.6, "medium": 1.25}
+"""Of our ratio to the raw loop; a median above a gate fails `--quick`."""
+BLOCK_S, WARM_UP = 0.1, 12
+"""Wall time of a block of the raw loop; steps before anything counts."""
+EPOCH = 100
+"""The digits are repeated so often that an epoch, and with it the checkpoint at its end, has a realistic length."""
+Plan = list[tuple[str, bool]]
+"""Sizes and whether libraries run lean."""
 
 
-def make_task(width: int, repeat: int) -> Any:
-    """The digits, repeated so that an epoch, and with it the checkpoint at its end, has a realistic length."""
-    from torch.utils.data import TensorDataset
-
-    from trainer.tasks.digits import Digits
-
-    class Repeated(Digits):
-        def train_dataset(self) -> TensorDataset:
-            images, labels = super().train_dataset().tensors
-            return TensorDataset(images.repeat(repeat, 1, 1, 1), labels.repeat(repeat))
-
-    return Repeated(width)
-
-
-def trainer_steps(job: Any, task: Any, run: Path, parallel: Any) -> Iterator[None]:
-    """Our loop, a step at a time."""
-    import torch
-
-    from trainer.heartbeat import Pulse
-    from trainer.loop import Trainer
-    from trainer.optimize import autocast
-    from trainer.parallel import Step
-    from trainer.report import Report
-
-    torch.manual_seed(0)
-    model = task.model()
-    parallel.wrap(Step(model, task, autocast("float32", parallel.device)))
-    report = Report(job, run, 0, parallel, Pulse(parallel.local_rank))
-    trainer = Trainer(job, task, parallel, report, model, lambda: False, task.train_dataset(), task.eval_dataset())
-    report.start(trainer.position, trainer.steps, trainer.order.steps_per_epoch)
-    while True:
-        for micros in trainer.epoch():
-            trainer.train_step(micros)
-            yield
-
-
-def raw_steps(task: Any, batch_size: int, rank: int, world_size: int) -> Iterator[None]:
-    """The same training by hand, without a loader's cost, with the same fused optimizer and a loss that is read."""
-    import torch
-    from torch.nn import functional
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.manual_seed(0)
-    model: torch.nn.Module = task.model()
+def be_rank(
+    rank: int, world_size: int, port: int, plan: Plan, names: list[str], rounds: int, folder: Path, answer: Connection
+) -> None:
+    """One rank: for each case of the plan send the CPU seconds that each contestant's step took in each round."""
+    output = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     if world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    images, labels = task.train_dataset().tensors
-    share = batch_size // world_size
-    while True:
-        order = torch.randperm(len(labels))
-        for start in range(0, len(labels) - batch_size + 1, batch_size):
-            chosen = order[start + rank * share : start + (rank + 1) * share]
-            loss = functional.cross_entropy(model(images[chosen]), labels[chosen])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-            yield
-
-
-def measure(rank: int, world_size: int, port: int, size: str, pairs: int, folder: str, answer: Any) -> None:
-    """One rank: warm up, alternate blocks; send (trainer, raw) CPU seconds of each pair and the wall time of a step."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-                   "MUSTER_HEARTBEAT": str(Path(folder) / "heartbeat")}  # fmt: skip
-    import torch
-
-    from trainer.config import Job, Log, Train
-    from trainer.parallel import make_parallel
-    from trainer.rules import check_job
-    from trainer.wiring import rank_wiring
-
-    torch.set_num_threads(1)
-    width, batch = SIZES[size]
-    job = Job(name="bench", task="trainer.tasks.digits:Digits", devices_per_node=world_size, device="cpu",
-              train=Train(batch_size=batch, epochs=1000), log=Log())  # fmt: skip
-    check_job(job)
-    task = make_task(width, 100)
-    parallel = make_parallel(job, rank_wiring() if world_size > 1 else _alone(), supervised=True)
-    ours, raw = trainer_steps(job, task, Path(folder), parallel), raw_steps(task, batch, rank, world_size)
-    for _ in range(30):
-        next(ours), next(raw)
-    started = time.perf_counter()
-    for _ in range(10):
-        next(raw)
-    step_s = (time.perf_counter() - started) / 10
-    block = max(10, min(300, int(0.3 / step_s)))
-    times = []
-    for pair in range(pairs):
-        costs = {}
-        for name, steps in (("ours", ours), ("raw", raw))[:: 1 if pair % 2 else -1]:
-            before = time.process_time()
-            for _ in range(block):
-                next(steps)
-            costs[name] = (time.process_time() - before) / block
-        times.append((costs["ours"], costs["raw"]))
-    answer.put((rank, times, step_s))
-    answer.close()
-    answer.join_thread()
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    parallel = join(world_size)
+    for size, lean in plan:
+        kind, width, batch_size = SIZES[size]
+        task = kind(width)
+        images, labels = task.train_dataset().tensors
+        data = TensorDataset(images.repeat(EPOCH, 1, 1, 1), labels.repeat(EPOCH))
+        own = folder / f"{size}-{lean}"
+        own.mkdir(exist_ok=True)
+        answer.send(alternate(Case(task, data, batch_size, parallel, own, lean), names, rounds))
     parallel.barrier()
-    os._exit(0)  # the generators hold the process group
+    os._exit(0)  # loops that never end hold the process group
 
 
-def _alone() -> Any:
-    from trainer.wiring import RankWiring
+def alternate(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
+    """Let all contestants do a block each, round by round, in an order that all ranks draw alike."""
+    runs = {name: begin(name, case) for name in names}
+    torch.set_num_threads(1)  # a library may have chosen another number
+    for run in runs.values():
+        run(WARM_UP)
+    started = time.perf_counter()
+    runs[RAW](WARM_UP)
+    step_s = case.parallel.share((time.perf_counter() - started) / WARM_UP)  # ranks must agree on the length of a block
+    block = max(3, min(300, round(BLOCK_S / step_s)))
+    gc.collect()
+    gc.freeze()  # or each would pay for collecting among the objects of all
+    costs = []
+    for number in range(rounds):
+        cost = {}
+        for name in random.Random(number).sample(names, len(names)):
+            before = time.process_time()
+            runs[name](block)
+            cost[name] = (time.process_time() - before) / block
+        costs.append(cost)
+    return {"costs": costs, "step_s": step_s, "block": block}
 
-    return RankWiring()
 
-
-def compare(size: str, world_size: int, pairs: int) -> dict[str, Any]:
-    """Medians over pairs of blocks, CPU time summed over ranks."""
+def measure_ranks(world_size: int, plan: Plan, names: list[str], rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield what the ranks of one process group answer for each case of the plan."""
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=measure, args=(rank, world_size, port, size, pairs, folder, answer))
-                 for rank in range(world_size)]  # fmt: skip
-        for process in ranks:
-            process.start()
-        results = [answer.get(timeout=600) for _ in ranks]
-        for process in ranks:
-            process.join(30)
-    summed = [tuple(sum(times[pair][side] for _, times, _ in results) for side in (0, 1)) for pair in range(pairs)]
-    ratios = [ours / raw for ours, raw in summed]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        memory = Memory.make(world_size)  # the agent's part
+        os.environ |= {**memory.environment(), "MUSTER_HEARTBEAT": str(folder / "heartbeat")}
+        ranks, answers = [], []
+        for rank in range(world_size):
+            answer, end = context.Pipe(duplex=False)
+            ranks.append(context.Process(
+                target=be_rank, args=(rank, world_size, port, plan, names, rounds, folder, end), daemon=True
+            ))  # fmt: skip
+            ranks[-1].start()
+            end.close()  # so that we notice when a rank has died
+            answers.append(answer)
+        try:
+            for _ in plan:
+                yield [answer.recv() for answer in answers]
+        except EOFError:
+            outputs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output-*.txt")))
+            raise SystemExit(f"a rank failed:\n{outputs}") from None
+        finally:
+            for process in ranks:
+                process.join(30)
+                process.kill()
+
+
+def summarize(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row: CPU time summed over ranks, each contestant's ratio to the raw loop and ours to each, by rounds."""
+    rounds = [
+        {name: sum(cost[name] for cost in costs) for name in costs[0]}
+        for costs in zip(*(answer["costs"] for answer in answers), strict=True)
+    ]
+    ours, raw = OURS, RAW
+    others = [name for name in rounds[0] if name != raw]
     return {
-        "size": size, "ranks": world_size, "pairs": pairs, "step_ms": 1000 * results[0][2],
-        "raw_cpu_ms": 1000 * statistics.median(raw for _, raw in summed), "ratio": median, "quartiles": [low, high],
-        "noisy": (high - low) / 2 > NOISE,
+        "rounds": len(rounds), "block": answers[0]["block"], "raw_wall_ms": 1000 * answers[0]["step_s"],
+        "raw_cpu_ms": 1000 * statistics.median(cost[raw] for cost in rounds),
+        "ratio": {name: spread([cost[name] / cost[raw] for cost in rounds]) for name in others},
+        "ratio_of_sums": {name: sum(c[name] for c in rounds) / sum(c[raw] for c in rounds) for name in others},
+        "ours_to": {name: spread([cost[ours] / cost[name] for cost in rounds]) for name in others if name != ours},
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measure all sizes on one and two ranks, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loop.json")
-    options = parser.parse_args()
-    rows = []
-    print(f"{'size':8} {'ranks':>5} {'raw step':>10} {'trainer / raw, CPU time':>25}")
-    for size in options.sizes:
-        for world_size in (1, 2):
-            row = compare(size, world_size, options.pairs)
-            rows.append(row)
-            shown = (
-                "noise too high"
-                if row["noisy"]
-                else f"{row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]"
-            )
-            print(f"{size:8} {world_size:5} {row['raw_cpu_ms']:7.2f} ms {shown:>25}", flush=True)
-    import torch
+def place(row: dict[str, Any], peers: Sequence[str]) -> str:
+    """Ours among the libraries by median ratio, and which may be equal: with 1 between the quartiles of the ratio."""
+    against = {name: row["ours_to"][name] for name in peers}
+    number = 1 + sum(value["median"] > 1 for value in against.values())
+    level = [name for name, value in against.items() if value["quartiles"][0] <= 1 <= value["quartiles"][1]]
+    return f"{number} of {len(peers) + 1}" + (f", not apart from {' and '.join(level)}" if level else "")
 
-    options.output.parent.mkdir(exist_ok=True)
-    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
-               "torch": torch.__version__, "load": os.getloadavg()}  # fmt: skip
-    options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+def cell(value: dict[str, Any] | None) -> str:
+    """The median with its quartiles: three digits, for a hundredth matters here."""
+    if value is None or value["noisy"]:
+        return show(value)
+    low, high = value["quartiles"]
+    return f"{value['median']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def report(rows: Sequence[dict[str, Any]], columns: Sequence[str], peers: Sequence[str]) -> str:
+    """The table, as text."""
+    cells = [["CPU time / raw", "ranks", "libraries", "raw, ms", *columns, f"{OURS}'s place", "goal"]]
+    for row in rows:
+        goal, ours = GOALS.get(row["size"]), row["ratio"][OURS]
+        met = "" if goal is None or ours["noisy"] else ": met" if ours["median"] <= goal else ": missed"
+        cells.append([
+            row["size"], str(row["ranks"]), "lean" if row["lean"] else "as documented", f"{row['raw_cpu_ms']:.2f}",
+            *(cell(row["ratio"].get(name)) for name in columns), place(row, peers) if peers else "-",
+            f"<= {goal}{met}" if goal else "-",
+        ])  # fmt: skip
+    return table(cells)
+
+
+def check(rows: Sequence[dict[str, Any]]) -> int:
+    """Print our ratio of each row; 1 when one is beyond its gate."""
+    code = 0
+    for row in rows:
+        ratio, gate = row["ratio"][OURS], GATES[row["size"]]
+        failed = ratio["median"] > gate
+        code |= failed
+        print(f"{row['size']}, {row['ranks']} ranks: {ratio['median']:.3f} of the raw loop's CPU time "
+              f"(must be <= {gate}){': FAILED' if failed else ''}")  # fmt: skip
+    return code
+
+
+def main() -> int:
+    """Measure, print, write; 1 when `--quick` finds a ratio that is far too high."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, help="default 40; 12 with --quick")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default all; small and medium with --quick")
+    parser.add_argument("--quick", action="store_true", help="only ours against the raw loop, for CI")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS / "loop.json")
+    options = parser.parse_args()
+    # One arena: a thread's own would serve Lightning's Trainer otherwise than the loops in the main thread.
+    variables = measure.environment(MALLOC_ARENA_MAX="1")
+    os.environ.clear()
+    os.environ |= variables
+    peers, columns = [], [OURS]
+    if not options.quick:
+        for name, package in PEERS.items():
+            if measure.installed(package):
+                peers.append(name)
+            else:
+                print(f"{name}: not installed, left out; `make bench` installs it (.ci/setup dev bench)")
+        columns += [RAW_LOADER, *peers]
+    sizes = options.sizes or list(GATES if options.quick else SIZES)
+    plan = [(size, lean) for size in sizes for lean in ((False, True) if peers else (False,))]
+    rows = []
+    for ranks in (1, 2):
+        results = measure_ranks(ranks, plan, [RAW, *columns], options.rounds or (12 if options.quick else 40))
+        for (size, lean), answers in zip(plan, results, strict=True):
+            rows.append({"size": size, "ranks": ranks, "lean": lean, **summarize(answers)})
+            print(f"\r{len(rows)} of {2 * len(plan)} rows", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    if options.quick:
+        return check(rows)
+    rows.sort(key=lambda row: (list(SIZES).index(row["size"]), row["lean"]))
+    print(report(rows, columns, peers))
+    measure.write_results(options.output, rows=rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -156,7 +156,7 @@ def installed(package: str) -> str | None:
 
 def write_results(path: Path, **values: Any) -> None:
     """The rows, with what the numbers depend on."""
-    packages = ("muster-train", "torch", "accelerate", "torchrunx")
+    packages = ("muster-train", "torch", "lightning", "accelerate", "torchrunx", "tensorboard", "numpy")
     machine = {
         "cpus": os.cpu_count(), "machine": platform.machine(), "system": platform.system(),
         "python": platform.python_version(), "load": [round(value, 2) for value in os.getloadavg()],

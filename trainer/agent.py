@@ -149,10 +149,14 @@ class NodeAgent(LocalElasticAgent):
             self._copy_log()  # before the last word on it
 
     def _save_state(self) -> None:
-        """Let ranks that live hand over what the next attempt goes on from; a stopped one cannot."""
+        """Let ranks that live hand over what the next attempt goes on from; one that starts, or is stopped, cannot."""
+        if self.memory is None:
+            return
         living = [(index, process) for index, process in enumerate(self._processes()) if process.exitcode is None]
-        if self.memory is not None:
-            self.memory.ask([(index, process) for index, process in living if process_state(process.pid) != "T"])
+        self.memory.ask([
+            (index, process) for index, process in living
+            if self.heartbeat.read(index).phase != "starting" and process_state(process.pid) != "T"
+        ])  # fmt: skip
 
     def _copy_log(self) -> None:
         for tail in self.tails:

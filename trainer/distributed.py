@@ -5,9 +5,8 @@ The other modes, and the interface, are in `trainer.parallel`.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Ddp, Job
 from trainer.errors import JobError
-from trainer.parallel import Late, Parallel, Step
+from trainer.parallel import NOTHING, Late, Parallel, Step
 from trainer.wiring import RankWiring
 
 
@@ -51,6 +50,7 @@ class Distributed(Parallel):
         dtype = next((p.dtype for p in step.model.parameters() if p.requires_grad), torch.float32)
         voting = Voting(step, torch.zeros(2, device=self.device, dtype=dtype))
         self.voting = voting
+        self._answers = torch.tensor([0.0, 1.0], device=self.device, dtype=dtype).unbind()
         self.module = self.ddp = DistributedDataParallel(
             voting,
             device_ids=[self.device] if self.cuda else None,
@@ -87,12 +87,13 @@ class Distributed(Parallel):
         result: dict[str, Tensor] = self.step(batch, True)
         return result
 
-    def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
+    def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
         """Accumulate gradients; the mean over ranks of `vote`'s gradient is (global loss, share that wants to stop)."""
-        ballot = torch.stack((loss.detach(), loss.new_full((), float(stop)))).to(self._vote.dtype)
+        loss, gradient = self.weigh(losses, weight, scaler)
+        ballot = torch.stack((loss.to(self._vote.dtype), self._answers[stop]))
         if self.compressed:  # it is counted apart: in the bucket it would lose its digits, or overflow
             self._ballot = ballot if self._ballot is None else self._ballot + ballot
-        (scaled + torch.dot(self._vote, ballot).to(scaled.dtype)).backward()
+        torch.autograd.backward((losses, self._vote), (gradient, ballot))
 
     _before: Late | None = None
     """The vote of the step before. Under post-local SGD, whose averages are rare, that of the step is waited for."""
@@ -138,11 +139,9 @@ class Distributed(Parallel):
                 "Set it to true, use them in the forward pass, or set requires_grad=False on them",
             ) from None
 
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
+    def accumulating(self, more: bool) -> AbstractContextManager[None]:
         """Skip the gradient averaging while micro-batches follow, and under post-local SGD after its start."""
-        with self.ddp.no_sync() if more or self._local() else contextlib.nullcontext():
-            yield
+        return self.ddp.no_sync() if more or self._local() else NOTHING
 
     def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
         """Under post-local SGD, average weights and optimizer state when that is due.

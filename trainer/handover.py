@@ -71,9 +71,10 @@ class Handover:
             return
         self.notes = [self._views(index) for index in range(NOTES)]
         self.watch = rng.Watch()
-        for index, (generators, _) in enumerate(self.notes):
+        generators = rng.get_state(self.parallel.device).numpy().tobytes()
+        for index in range(NOTES):
             NOTE.pack_into(self.memory.notes, self._offset(index), 0, -1, 0)
-            generators.copy_(rng.get_state(self.parallel.device))
+            self._put(index, 0, generators)
         self._write(self.moment)
         self.whole = True
         threading.Thread(target=self._listen, name="handover", daemon=True).start()
@@ -82,14 +83,19 @@ class Handover:
         assert self.memory is not None
         return self.memory.note_offset(self.parallel.local_rank, moment)
 
-    def _views(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """A note of this rank as tensors: all generators, and rank 0's buffers."""
+    def _put(self, moment: int, place: int, data: bytes) -> None:
         assert self.memory is not None
-        room = torch.frombuffer(
-            self.memory.notes, dtype=torch.uint8, count=self.size, offset=self._offset(index) + NOTE_HEAD
-        )
-        buffers = self.buffers if self.parallel.rank == 0 else {}
-        return room[: self.generators], [self._cut(room, name) for name in buffers]
+        begin = self._offset(moment) + NOTE_HEAD + place
+        self.memory.notes[begin : begin + len(data)] = data
+
+    def _views(self, index: int) -> list[Tensor]:
+        """The buffers in a note of rank 0."""
+        assert self.memory is not None
+        if self.parallel.rank:
+            return []
+        offset = self._offset(index) + NOTE_HEAD
+        room = torch.frombuffer(self.memory.notes, dtype=torch.uint8, count=self.size, offset=offset)
+        return [self._cut(room, name) for name in self.buffers]
 
     def _cut(self, room: Tensor, name: str) -> Tensor:
         """The buffer called `name` in a note."""
@@ -103,16 +109,20 @@ class Handover:
 
     def _write(self, moment: int) -> None:
         assert self.memory is not None
-        offset = self._offset(moment)
-        generators, buffers = self.notes[moment % NOTES]
+        offset, buffers = self._offset(moment), self.notes[moment % NOTES]
         NOTE.pack_into(self.memory.notes, offset, 0, -1, 0)
-        if self.watch.moved():
-            generators.copy_(rng.get_state(self.parallel.device))
-        else:  # Python's and NumPy's, which take ten times as long to read, are as they were
-            generators[rng.TORCH :].copy_(torch.get_rng_state())
+        self.noted, place = self._generators()
+        self._put(moment, place, self.noted)
         if buffers:
             torch._foreach_copy_(buffers, list(self.buffers.values()))
         NOTE.pack_into(self.memory.notes, offset, self.attempt, moment, self.size)
+
+    def _generators(self) -> tuple[bytes, int]:
+        """What may have moved since the last note, and its place in one."""
+        if self.watch.moved():
+            return rng.get_state(self.parallel.device).numpy().tobytes(), 0
+        # Python's and NumPy's, which take ten times as long to read, are as they were.
+        return torch.get_rng_state().numpy().tobytes(), rng.TORCH
 
     def open(self) -> None:
         """An update begins."""
@@ -125,13 +135,8 @@ class Handover:
         if self.memory is None:
             return
         self.moment = 2 * step
-        generators, _ = self.notes[self.moment % NOTES]
         # What was noted must be true still: nothing may draw random numbers in a backward pass or an update.
-        if self.watch.moved():
-            same = torch.equal(generators, rng.get_state(self.parallel.device))
-        else:
-            same = torch.equal(generators[rng.TORCH :], torch.get_rng_state())
-        self.exact = self.exact and same
+        self.exact = self.exact and self._generators()[0] == self.noted
         self.whole = True
         self.lock.release()
 
@@ -184,6 +189,8 @@ class Handover:
         own = self.memory.read_state() if self.memory else None
         notes = self.memory.read_notes(self.parallel.local_rank) if self.memory else {}
         told = self.parallel.gather_objects((own[0] if own else None, set(notes), committed))
+        if self.memory and self.parallel.local_rank == 0:  # all have read it; should it not load, it is not tried again
+            self.memory.clear_state()
         noted = set.intersection(*(keys for _, keys, _ in told))
         # Weights are the same before and after an evaluation; before it, it is done again.
         handed = {key: rank for rank, (key, _, _) in enumerate(told) if key is not None}
@@ -200,9 +207,6 @@ class Handover:
             data = self.parallel.share(data, source)
         contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         self._put_buffers(contents, self.parallel.share(notes[key]) if self.buffers else b"")
-        self.parallel.barrier()  # all have read it
-        if self.memory and self.parallel.local_rank == 0:
-            self.memory.clear_state()
         generators = torch.frombuffer(bytearray(notes[key][: self.generators]), dtype=torch.uint8)
         return Kept(contents, generators, evaluated=bool(key[1] & 1))
 

@@ -127,12 +127,11 @@ class Trainer:
                 losses = parallel.losses(batch)
                 check_count(losses, len(micro.indices))
                 # The mean over the global batch: DDP will divide the sum over ranks by their number.
-                loss = losses.sum() * (parallel.world_size * bool(micro.count) / micro.step_count)
-                scaled = loss if self.scaler is None else self.scaler.scale(loss)
+                weight = parallel.world_size * bool(micro.count) / micro.step_count
                 if micro.last:
-                    self.report.samples(position, [item.indices[: item.count] for item, _ in micros])
+                    self.report.samples(position, micros)
                     self.handover.note()
-                parallel.backward(loss, scaled, self.stop())
+                parallel.backward(losses, weight, self.scaler, self.stop())
         step_count = micros[0][0].step_count
         due = self.due(position.step + 1, position.samples + step_count)
         mean, stop = parallel.agree(due)

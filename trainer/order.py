@@ -41,7 +41,7 @@ def share(first: int, last: int, parts: int, part: int) -> tuple[int, int]:
     return first + part * size // parts, first + (part + 1) * size // parts
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that takes four times as long to make
 class MicroBatch:
     """What one rank computes at once."""
 

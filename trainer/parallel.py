@@ -5,8 +5,8 @@ What differs between them is how a step's module is wrapped and how ranks agree;
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from trainer.errors import JobError
 from trainer.replicas import ThreadReplicas
 from trainer.task import Task
 from trainer.wiring import RankWiring
+
+NOTHING = nullcontext()
 
 
 class Step(nn.Module):
@@ -95,6 +97,7 @@ class Parallel:
     def __init__(self, job: Job, wiring: RankWiring) -> None:
         """Choose the devices of this rank."""
         self.job = job
+        self._weights: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         self.rank, self.world_size = wiring.rank, wiring.world_size
         self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
         self.cuda = use_cuda(job)
@@ -128,14 +131,27 @@ class Parallel:
         result: dict[str, Tensor] = self.module(batch, True)
         return result
 
-    def backward(self, loss: Tensor, scaled: Tensor, stop: bool) -> None:
-        """Accumulate gradients of `scaled`, and what the ranks must agree on.
+    def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
+        """Accumulate gradients of the sum of `losses` times `weight`, and what the ranks must agree on.
 
-        `loss`: this rank's part of the global mean loss, unscaled; `stop`: whether this rank was asked to stop.
+        That product is this rank's part of the global mean loss; `stop`: whether this rank was asked to stop.
         """
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        loss, gradient = self.weigh(losses, weight, scaler)
+        self._loss = loss if self._loss is None else self._loss + loss
         self._stop = self._stop or stop
-        scaled.backward()
+        losses.backward(gradient)
+
+    def weigh(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None) -> tuple[Tensor, Tensor]:
+        """The sum of `losses` times `weight`, and its gradient, scaled: known, so autograd need not find it.
+
+        The weight is made a tensor once: torch would make one of a number at each use.
+        """
+        key = len(losses), weight
+        if key not in self._weights:
+            constant = torch.full_like(losses, weight, requires_grad=False)
+            self._weights[key] = constant[0], constant
+        factor, gradient = self._weights[key]
+        return losses.detach().sum() * factor, gradient if scaler is None else scaler.scale(gradient)
 
     _loss: Tensor | None = None
     _stop = False
@@ -153,10 +169,9 @@ class Parallel:
         self._loss, self._stop = None, False
         return Late(loss.view(1)) if self.cuda else loss.item(), stop
 
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
+    def accumulating(self, more: bool) -> AbstractContextManager[None]:
         """Surround forward and backward; `more`: further micro-batches follow before the update."""
-        yield
+        return NOTHING
 
     def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
         """Do what the mode does after an update; return whether all ranks hold the same weights now."""

@@ -14,7 +14,7 @@ import torch
 
 from trainer.config import Job
 from trainer.heartbeat import Pulse
-from trainer.order import Indices, Position
+from trainer.order import MicroBatch, Position
 from trainer.parallel import Late, Parallel
 from trainer.record import Metrics, record_event, write_json
 
@@ -101,10 +101,10 @@ class Report:
         self.seconds += seconds
         self.pulse.beat(self.position.step, "training")
 
-    def samples(self, position: Position, indices: Sequence[Indices]) -> None:
+    def samples(self, position: Position, micros: Sequence[tuple[MicroBatch, Any]]) -> None:
         """Record which samples this rank's part of the step consumed."""
         if self.samples_file is not None:
-            numbers = [int(index) for part in indices for index in part]
+            numbers = [int(index) for micro, _ in micros for index in micro.indices[: micro.count]]
             line = {"attempt": self.attempt, "epoch": position.epoch, "step": position.step, "samples": numbers}
             self.samples_file.write(json.dumps(line) + "\n")
 

@@ -1,0 +1,298 @@
+"""The contestants of `loop.py`: one training, a step at a time, written by hand, by ours and with each library.
+
+All have the same weights, samples, batch per rank, fused AdamW and float32, and read the loss of every step. Libraries
+run with their defaults, in the loop that their documentation shows; `lean` takes from them what they do beside the
+loop. One process group serves all, and one process holds all, of which only one runs at any time.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from trainer.config import Job, Train
+from trainer.heartbeat import Pulse
+from trainer.loop import Trainer
+from trainer.optimize import autocast
+from trainer.parallel import Parallel, Step, make_parallel
+from trainer.report import Report
+from trainer.rules import check_job
+from trainer.stop import FLAG
+from trainer.tasks.digits import Digits
+from trainer.wiring import rank_wiring
+
+Run = Callable[[int], None]
+"""Does so many steps."""
+
+
+class Dense(Digits):
+    """The digits, with a network so small that a step is mostly Python: convolutions take longer."""
+
+    def model(self) -> nn.Module:
+        """Three linear layers."""
+        width = self.width
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all contestants of a rank are given."""
+
+    task: Digits
+    data: TensorDataset
+    batch_size: int
+    """Global."""
+    parallel: Parallel
+    """Ours, joined: its process group serves all."""
+    folder: Path
+    lean: bool
+    """Libraries read the raw loop's batches, and Lightning's Trainer leaves out logs, progress and checkpoints."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.parallel.world_size
+
+    def make_model(self) -> nn.Module:
+        """The same weights for all."""
+        torch.manual_seed(0)
+        return self.task.model()
+
+    def loader(self) -> DataLoader[Any]:
+        """What libraries have their users write, for one process: each rank's share as the batch size."""
+        return DataLoader(self.data, batch_size=self.batch_size // self.world_size, shuffle=True)
+
+
+class Batches:
+    """A rank's whole batches of an epoch, each indexed at once: by hand, for samples that lie in memory."""
+
+    def __init__(self, case: Case) -> None:
+        """Seeded, for all ranks must have one order."""
+        self.images, self.labels = case.data.tensors
+        self.size, self.rank, self.share = case.batch_size, case.parallel.rank, case.batch_size // case.world_size
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self.labels) // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels."""
+        order = torch.randperm(len(self.labels), generator=self.generator)
+        for start in range(self.rank * self.share, len(self) * self.size, self.size):
+            chosen = order[start : start + self.share]
+            yield self.images[chosen], self.labels[chosen]
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """As ours makes it, but for one group of parameters in place of two."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+
+
+def join(world_size: int) -> Parallel:
+    """Initialise the process group, if there is to be one, by our trainer."""
+    return make_parallel(make_job(world_size, world_size), rank_wiring(), supervised=True)
+
+
+def make_job(world_size: int, batch_size: int) -> Job:
+    """All defaults, for so long that it never ends."""
+    job = Job(name="bench", task="trainer.tasks.digits:Digits", devices_per_node=world_size, device="cpu",
+              train=Train(batch_size=batch_size, epochs=1000))  # fmt: skip
+    check_job(job)
+    return job
+
+
+def muster(case: Case, turn: Callable[[], None]) -> None:
+    """Ours: metrics, TensorBoard, heartbeat, vote, schedule, what the ranks note for a recovery from memory;
+    evaluation and checkpoint at the end of each epoch.
+    """
+    job = make_job(case.world_size, case.batch_size)
+    parallel, model = copy.copy(case.parallel), case.make_model()
+    parallel.wrap(Step(model, case.task, autocast(job.train.precision, parallel.device)))
+    report = Report(job, case.folder, 0, parallel, Pulse(parallel.local_rank))
+    trainer = Trainer(
+        job, case.task, parallel, report, model, lambda: FLAG.requested is not None, case.data,
+        case.task.eval_dataset(),
+    )  # fmt: skip
+    step = trainer.train_step
+
+    def train_step(micros: Any) -> None:
+        if not trainer.position.samples:  # a checkpoint is being written: that CPU time is ours
+            trainer.state.writer.wait(lambda: None)
+        turn()
+        step(micros)
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.fit()
+
+
+def raw(case: Case) -> Iterator[None]:
+    """By hand, with ready batches: what all ratios are taken to."""
+    model, optimizer, batches = *make_raw(case), Batches(case)
+    while True:
+        for images, labels in batches:
+            loss = functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+            yield
+
+
+def raw_loader(case: Case) -> Iterator[None]:
+    """By hand, with torch's DataLoader, as libraries have it: what they add to this is their own."""
+    model, optimizer = make_raw(case)
+    sampler = DistributedSampler(case.data, case.world_size, case.parallel.rank)
+    loader = DataLoader(case.data, batch_size=case.batch_size // case.world_size, sampler=sampler)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            yield
+
+
+def make_raw(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model, wrapped for several ranks, and optimizer; gradients are views of their buckets, as ours are."""
+    model = case.make_model()
+    if case.world_size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model, make_optimizer(model)
+
+
+def fabric(case: Case) -> Iterator[None]:
+    """Lightning Fabric."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=case.world_size, strategy="ddp" if case.world_size > 1 else "auto")
+    fabric.launch()
+    model = case.make_model()
+    model, optimizer = fabric.setup(model, make_optimizer(model))
+    loader = Batches(case) if case.lean else fabric.setup_dataloaders(case.loader())
+    while True:
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            fabric.backward(loss)
+            optimizer.step()
+            loss.item()
+            yield
+
+
+def accelerate(case: Case) -> Iterator[None]:
+    """Hugging Face accelerate."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = case.make_model()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    loader = Batches(case) if case.lean else accelerator.prepare(case.loader())
+    while True:
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            loss.item()
+            yield
+
+
+def lightning(case: Case, turn: Callable[[], None]) -> None:
+    """Lightning's Trainer: logs, checkpoint at the end of each epoch, progress bar with the loss; lean: barebones."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch import Trainer as LightningTrainer
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.make_model()
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            turn()
+            images, labels = batch
+            loss = functional.cross_entropy(self.model(images), labels)
+            if case.lean:
+                loss.item()
+            else:
+                self.log("loss", loss, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return make_optimizer(self)
+
+    trainer = LightningTrainer(
+        accelerator="cpu", devices=case.world_size, strategy="ddp" if case.world_size > 1 else "auto", max_epochs=-1,
+        default_root_dir=case.folder, barebones=case.lean,
+    )  # fmt: skip
+    trainer.fit(Module(), Batches(case) if case.lean else case.loader())
+
+
+class Thread:
+    """A loop that calls us, in a thread of its own, which goes on only while we wait for it."""
+
+    def __init__(self, loop: Callable[[Callable[[], None]], None]) -> None:
+        """Start it, up to its first step; `loop` is given what it must call at the beginning of each."""
+        self.left = 0
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        threading.Thread(target=self._follow, args=(loop,), daemon=True).start()
+        self.done.acquire()
+
+    def run(self, steps: int) -> None:
+        """Let it do so many steps."""
+        self.left = steps
+        self.go.release()
+        self.done.acquire()
+
+    def _turn(self) -> None:
+        if not self.left:
+            self.done.release()
+            self.go.acquire()
+        self.left -= 1
+
+    def _follow(self, loop: Callable[[Callable[[], None]], None]) -> None:
+        try:
+            loop(self._turn)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # it never ends by itself
+
+
+OURS, RAW, RAW_LOADER = "muster", "raw", "raw, DataLoader"
+LOOPS: dict[str, Callable[[Case], Iterator[None]]] = {
+    RAW: raw, RAW_LOADER: raw_loader, "Fabric": fabric, "accelerate": accelerate
+}  # fmt: skip
+CALLERS: dict[str, Callable[[Case, Callable[[], None]], None]] = {OURS: muster, "Lightning Trainer": lightning}
+"""Loops that call us."""
+PEERS = {"Fabric": "lightning", "Lightning Trainer": "lightning", "accelerate": "accelerate"}
+"""Contestant to the package that it needs."""
+
+
+def begin(name: str, case: Case) -> Run:
+    """Set a contestant up."""
+    if name in CALLERS:
+        return Thread(lambda turn: CALLERS[name](case, turn)).run
+    steps = LOOPS[name](case)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            next(steps)
+
+    return run
