@@ -70,7 +70,7 @@ def test_at_any_moment(tmp_path: Path) -> None:
             kill(target, chance.choice(SIGNALS))
             found.append(agent.wait(60))
             checkpoint.newest_good(run.folder / "checkpoints")  # raises when there are some and none is whole
-            assert not [pid for pid in run.processes() if alive(pid)]
+            run.wait_gone(2)
         assert start_agent(run, 0, 1, *keys).wait(60) == 0
     finally:
         end_all(run)
