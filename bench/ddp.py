@@ -237,7 +237,7 @@ def report(rows: dict[str, list[dict[str, Any]]]) -> str:
     for row in rows["bandwidth"]:
         keys = ("gloo_gb_per_s", "tcp_gb_per_s", "share", "cpu")
         bandwidth.append([f"{row['mib']} MiB", *(show(row[key]) for key in keys)])
-    buckets = [["gradient buckets", "step, s", "CPU time, s", "step / 25 MiB", "CPU time / 25 MiB"]]
+    buckets = [["gradient buckets", "step, s", "CPU time, s", "step / default", "CPU time / default"]]
     for row in rows["buckets"]:
         buckets.append([row["buckets"], *(show(row[key]) for key in ("s", "cpu_s", "wall", "cpu"))])
     hooks = [["compression", "step / none", "CPU time / none", "MB received by a rank in a step", "expected"]]
