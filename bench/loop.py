@@ -41,8 +41,8 @@ SIZES: dict[str, tuple[type[Digits], int, int]] = {
 }  # fmt: skip
 """Name: kind and width of the network, global batch; about 0.3, 3 and 30 ms a step on one core."""
 GOALS = {"small": 1.10, "medium": 1.02}
-GATES = {"small": 1.6, "medium": 1.25}
-"""Of our ratio to the raw loop; a median above a gate fails `--quick`."""
+GATES = {"small": 1.8, "medium": 1.5}
+"""Of our ratio to the raw loop, on a machine that runs other tests too; a median above one fails `--quick`."""
 BLOCK_S, WARM_UP = 0.1, 12
 """Wall time of a block of the raw loop; steps before anything counts."""
 EPOCH = 100
