@@ -110,7 +110,8 @@ def test_a_full_disk_ends_the_attempt_and_costs_nothing_else(
     assert run.code == 1
     assert "No space left on device" in run.output(0)
     saved = steps_saved(folder)
-    assert saved == [8, 9]
+    beside = "checkpoint.asynchronous=true" in keys
+    assert saved == [8, 9] or (beside and saved == [7, 8])  # step 9 was still being written
     (folder / "ballast").unlink()
     complete(folder, job)
     complete(tmp_path / "uninterrupted", make_job(*keys))
