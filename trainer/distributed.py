@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Ddp, Job
 from trainer.errors import JobError
-from trainer.parallel import NOTHING, Late, Parallel, Step
+from trainer.parallel import NOTHING, Late, Parallel, Step, scaled
 from trainer.wiring import RankWiring
 
 
@@ -48,11 +48,9 @@ class Distributed(Parallel):
             step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
         self.step = step
         dtype = next((p.dtype for p in step.model.parameters() if p.requires_grad), torch.float32)
-        voting = Voting(step, torch.zeros(2, device=self.device, dtype=dtype))
-        self.voting = voting
-        self._answers = torch.tensor([0.0, 1.0], device=self.device, dtype=dtype).unbind()
+        step.vote = self.vote = nn.Parameter(torch.zeros(2, device=self.device, dtype=dtype))
         self.module = self.ddp = DistributedDataParallel(
-            voting,
+            step,
             device_ids=[self.device] if self.cuda else None,
             bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True,
@@ -73,7 +71,7 @@ class Distributed(Parallel):
         losses, vote = self.ddp(batch)
         ((losses.sum() + vote.sum()) * 0).backward()
         self._check_unused()
-        self.voting.vote.grad = None
+        self.vote.grad = None
 
     def losses(self, batch: Any) -> Tensor:
         """Per-sample losses of this rank's batch."""
@@ -89,11 +87,13 @@ class Distributed(Parallel):
 
     def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
         """Accumulate gradients; the mean over ranks of `vote`'s gradient is (global loss, share that wants to stop)."""
-        loss, gradient = self.weigh(losses, weight, scaler)
-        ballot = torch.stack((loss.to(self._vote.dtype), self._answers[stop]))
+        weights = self.weights(losses, weight)
+        torch.dot(losses.detach(), weights.gradient, out=weights.losses[stop])
+        # Without averaging, autograd takes the ballot itself as the gradient, to which others are added.
+        ballot = weights.answers[stop].to(self._vote.dtype, copy=not self.ddp.require_backward_grad_sync)
         if self.compressed:  # it is counted apart: in the bucket it would lose its digits, or overflow
-            self._ballot = ballot if self._ballot is None else self._ballot + ballot
-        torch.autograd.backward((losses, self._vote), (gradient, ballot))
+            self._ballot = ballot.clone() if self._ballot is None else self._ballot + ballot
+        torch.autograd.backward((losses, self._vote), (scaled(weights.gradient, scaler), ballot))
 
     _before: Late | None = None
     """The vote of the step before. Under post-local SGD, whose averages are rare, that of the step is waited for."""
@@ -101,22 +101,23 @@ class Distributed(Parallel):
 
     def agree(self, due: bool) -> tuple[Late | float, bool]:
         """Read the vote; its gradient has been averaged with the others."""
-        if not self._local():
+        local = self._local()
+        if not local:
             self._check_unused()
-        gradient = self.voting.vote.grad
+        gradient = self.vote.grad
         assert gradient is not None
         ballot = gradient
-        if self._ballot is not None or (self._local() and self._averages(due)):
+        if self._ballot is not None or (local and self._averages(due)):
             ballot = ballot.clone() if self._ballot is None else self._ballot
             self._ballot = None
             dist.all_reduce(ballot)
             ballot /= self.world_size
-        self.voting.vote.grad = None
+        self.vote.grad = None
         if not self.cuda:
             loss, votes = ballot.tolist()
             return loss, votes > 0
         late = Late(ballot)
-        asked, self._before = late if self._local() else self._before, late
+        asked, self._before = late if local else self._before, late
         if asked is not None and self._averages(due):
             self._stopping = self._stopping or asked.read()[1] > 0
         return late, self._stopping
@@ -126,11 +127,11 @@ class Distributed(Parallel):
         try:
             self.ddp._check_reducer_finalized()
         except RuntimeError as error:
-            names = [name for name, parameter in self.voting.named_parameters() if parameter.requires_grad]
+            names = [name for name, parameter in self.step.named_parameters() if parameter.requires_grad]
             listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             if listed is None:
                 raise
-            unused = [names[int(index)].removeprefix("step.model.") for index in listed[1].split()]
+            unused = [names[int(index)].removeprefix("model.") for index in listed[1].split()]
             more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
             raise JobError(
                 "ddp.find_unused_parameters",
@@ -149,7 +150,7 @@ class Distributed(Parallel):
         Averaging the momenta too (Yu et al. 2019, arXiv 1905.03817) makes the ranks equal, so a checkpoint is whole.
         """
         averages = self._averages(due)
-        if self._local() and averages:
+        if averages and self._local():
             average([p.data for p in self.step.model.parameters()], self.world_size)
             states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
             average(states, self.world_size)
@@ -212,19 +213,6 @@ class Distributed(Parallel):
 
 
 _ended: list[Any] = []
-
-
-class Voting(nn.Module):
-    """A step's module and the parameter that votes; its gradient is set in `Distributed.backward`."""
-
-    def __init__(self, step: Step, vote: Tensor) -> None:
-        super().__init__()
-        self.step = step
-        self.vote = nn.Parameter(vote)
-
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Losses, and the vote as an output: DDP looks for used parameters in the outputs' graph."""
-        return self.step(batch), self.vote.view_as(self.vote)
 
 
 def average(tensors: list[Tensor], world_size: int) -> None:

@@ -69,32 +69,24 @@ class Handover:
         self.moment, self.contents = 2 * step + finished, contents
         if self.memory is None:
             return
-        self.notes = [self._views(index) for index in range(NOTES)]
+        memory, rank = self.memory, self.parallel.local_rank
+        self.places = [memory.note_offset(rank, index) for index in range(NOTES)]
+        self.views = [self._views(place) for place in self.places]
         self.watch = rng.Watch()
         generators = rng.get_state(self.parallel.device).numpy().tobytes()
-        for index in range(NOTES):
-            NOTE.pack_into(self.memory.notes, self._offset(index), 0, -1, 0)
-            self._put(index, 0, generators)
+        for place in self.places:
+            NOTE.pack_into(memory.notes, place, 0, -1, 0)
+            memory.notes[place + NOTE_HEAD : place + NOTE_HEAD + len(generators)] = generators
         self._write(self.moment)
         self.whole = True
         threading.Thread(target=self._listen, name="handover", daemon=True).start()
 
-    def _offset(self, moment: int) -> int:
-        assert self.memory is not None
-        return self.memory.note_offset(self.parallel.local_rank, moment)
-
-    def _put(self, moment: int, place: int, data: bytes) -> None:
-        assert self.memory is not None
-        begin = self._offset(moment) + NOTE_HEAD + place
-        self.memory.notes[begin : begin + len(data)] = data
-
-    def _views(self, index: int) -> list[Tensor]:
+    def _views(self, place: int) -> list[Tensor]:
         """The buffers in a note of rank 0."""
         assert self.memory is not None
         if self.parallel.rank:
             return []
-        offset = self._offset(index) + NOTE_HEAD
-        room = torch.frombuffer(self.memory.notes, dtype=torch.uint8, count=self.size, offset=offset)
+        room = torch.frombuffer(self.memory.notes, dtype=torch.uint8, count=self.size, offset=place + NOTE_HEAD)
         return [self._cut(room, name) for name in self.buffers]
 
     def _cut(self, room: Tensor, name: str) -> Tensor:
@@ -109,20 +101,22 @@ class Handover:
 
     def _write(self, moment: int) -> None:
         assert self.memory is not None
-        offset, buffers = self._offset(moment), self.notes[moment % NOTES]
-        NOTE.pack_into(self.memory.notes, offset, 0, -1, 0)
-        self.noted, place = self._generators()
-        self._put(moment, place, self.noted)
-        if buffers:
-            torch._foreach_copy_(buffers, list(self.buffers.values()))
-        NOTE.pack_into(self.memory.notes, offset, self.attempt, moment, self.size)
+        notes, place, views = self.memory.notes, self.places[moment % NOTES], self.views[moment % NOTES]
+        NOTE.pack_into(notes, place, 0, -1, 0)
+        self.noted = generators = self._generators()
+        # Mostly torch's part alone, which is the last.
+        end = place + NOTE_HEAD + self.generators
+        notes[end - len(generators) : end] = generators
+        if views:
+            torch._foreach_copy_(views, list(self.buffers.values()))
+        NOTE.pack_into(notes, place, self.attempt, moment, self.size)
 
-    def _generators(self) -> tuple[bytes, int]:
-        """What may have moved since the last note, and its place in one."""
+    def _generators(self) -> bytes:
+        """The end of their state: what may have moved since the training began."""
         if self.watch.moved():
-            return rng.get_state(self.parallel.device).numpy().tobytes(), 0
+            return rng.get_state(self.parallel.device).numpy().tobytes()
         # Python's and NumPy's, which take ten times as long to read, are as they were.
-        return torch.get_rng_state().numpy().tobytes(), rng.TORCH
+        return torch.default_generator.get_state().numpy().tobytes()
 
     def open(self) -> None:
         """An update begins."""
@@ -136,7 +130,7 @@ class Handover:
             return
         self.moment = 2 * step
         # What was noted must be true still: nothing may draw random numbers in a backward pass or an update.
-        self.exact = self.exact and self._generators()[0] == self.noted
+        self.exact = self.exact and self._generators() == self.noted
         self.whole = True
         self.lock.release()
 

@@ -39,8 +39,7 @@ class Heartbeat:
         size = SLOT.size * ranks
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            if os.fstat(handle).st_size < size:
-                os.ftruncate(handle, size)
+            os.posix_fallocate(handle, 0, size)  # never shortens what another rank just made
             self.memory = mmap.mmap(handle, size)
         finally:
             os.close(handle)

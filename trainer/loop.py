@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -102,15 +103,15 @@ class Trainer:
         micro = next(self.order.epoch(Position()))
         [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
         self.parallel.settle(batch)
-        self.optimizer.zero_grad()
+        self.drop_gradients()
         rng.set_state(before[0], device)
         for buffer, value in zip(buffers, before[1], strict=True):
             buffer.copy_(value)
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""
-        plan = list(self.order.epoch(self.position))
-        batches = self.mover.move(self.loader.read((micro.epoch, micro.indices) for micro in plan))
+        plan, read = itertools.tee(self.order.epoch(self.position))
+        batches = self.mover.move(self.loader.read((micro.epoch, micro.indices) for micro in read))
         group: list[tuple[MicroBatch, Any]] = []
         for micro, batch in zip(plan, batches, strict=True):
             group.append((micro, batch))
@@ -153,13 +154,12 @@ class Trainer:
     def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
         train = self.job.train
-        samples = [micro for micro, _ in micros]
         if isinstance(mean, Late) and train.on_nan == "halt":
             self.check_late()  # on a GPU, look at a loss one step late rather than wait for it at every step
-            self.late = mean, self.position.step + 1, samples
+            self.late = mean, self.position.step + 1, [micro for micro, _ in micros]
         elif not math.isfinite(mean):
-            self.refuse_loss(float(mean), self.position.step + 1, samples)
-            self.optimizer.zero_grad()
+            self.refuse_loss(float(mean), self.position.step + 1, [micro for micro, _ in micros])
+            self.drop_gradients()
             return
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -170,9 +170,14 @@ class Trainer:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()
+        self.drop_gradients()
         if self.average is not None:
             self.average.update_parameters(self.state.model)
+
+    def drop_gradients(self) -> None:
+        """What `Optimizer.zero_grad` does, without its 20 microseconds of wrappers."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     late: tuple[Late, int, list[MicroBatch]] | None = None
 

@@ -74,14 +74,15 @@ class Order:
 
     def epoch(self, position: Position) -> Iterator[MicroBatch]:
         """This rank's micro-batches from `position` to the end of its epoch."""
-        order = epoch_order(self.seed, position.epoch, self.count)
+        epoch = position.epoch
+        order = epoch_order(self.seed, epoch, self.count)
         for start in range(position.samples, self.count, self.batch_size):
             stop = min(start + self.batch_size, self.count)
             for micro in range(self.accumulate):
                 part = micro * self.world_size + self.rank
                 first, last = share(start, stop, self.accumulate * self.world_size, part)
                 indices = order[first:last] if last > first else order[start : start + 1]
-                yield MicroBatch(position.epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
+                yield MicroBatch(epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
 
 
 def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[int, Indices]]:

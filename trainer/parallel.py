@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,14 @@ class Step(nn.Module):
         self.model = model
         self.task = task
         self.autocast = autocast
+        self.vote: nn.Parameter | None = None
         self.apply_model = torch.compile(apply_model) if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
-        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
+        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics.
+
+        With a `vote` (see `Distributed.wrap`) the losses and the vote: DDP looks for parameters in the outputs' graph.
+        """
         with self.autocast():
             output = self.apply_model(self.model, self.task.inputs(batch))
             losses = self.task.loss(output, batch)
@@ -48,7 +52,7 @@ class Step(nn.Module):
             losses = losses.float()  # a sum of them would keep three digits
         if evaluate:
             return {"loss": losses, **self._metrics(output, batch, len(losses))}
-        return losses
+        return losses if self.vote is None else (losses, self.vote.view_as(self.vote))
 
     def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
         metrics = self.task.metrics(output, batch)
@@ -91,13 +95,29 @@ class Late:
         return self.read()[0]
 
 
+class Weights(NamedTuple):
+    """Constants of a batch of n samples that each count `weight`."""
+
+    gradient: Tensor
+    """Of the sum, shape (n,): known, so autograd need not find it."""
+    answers: tuple[Tensor, ...]
+    """(loss, 0) and (loss, 1): what a rank says that was not asked to stop, or was."""
+    losses: tuple[Tensor, ...]
+    """Where to write the loss in each of these."""
+
+
+def scaled(gradient: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """The gradient to begin with under fp16's loss scaling."""
+    return gradient if scaler is None else scaler.scale(gradient)
+
+
 class Parallel:
     """One process: single, or DataParallel over several devices of this node."""
 
     def __init__(self, job: Job, wiring: RankWiring) -> None:
         """Choose the devices of this rank."""
         self.job = job
-        self._weights: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        self._weights: dict[tuple[int, float], Weights] = {}
         self.rank, self.world_size = wiring.rank, wiring.world_size
         self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
         self.cuda = use_cuda(job)
@@ -136,22 +156,22 @@ class Parallel:
 
         That product is this rank's part of the global mean loss; `stop`: whether this rank was asked to stop.
         """
-        loss, gradient = self.weigh(losses, weight, scaler)
+        weights = self.weights(losses, weight)
+        loss = torch.dot(losses.detach(), weights.gradient)
         self._loss = loss if self._loss is None else self._loss + loss
         self._stop = self._stop or stop
-        losses.backward(gradient)
+        # Tensor.backward would only call it.
+        torch.autograd.backward((losses,), (scaled(weights.gradient, scaler),))
 
-    def weigh(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None) -> tuple[Tensor, Tensor]:
-        """The sum of `losses` times `weight`, and its gradient, scaled: known, so autograd need not find it.
-
-        The weight is made a tensor once: torch would make one of a number at each use.
-        """
+    def weights(self, losses: Tensor, weight: float) -> Weights:
+        """What turns `losses` into their sum times `weight`; made once for each."""
         key = len(losses), weight
         if key not in self._weights:
-            constant = torch.full_like(losses, weight, requires_grad=False)
-            self._weights[key] = constant[0], constant
-        factor, gradient = self._weights[key]
-        return losses.detach().sum() * factor, gradient if scaler is None else scaler.scale(gradient)
+            answers = losses.new_tensor([[0, 0], [0, 1]], requires_grad=False)
+            self._weights[key] = Weights(
+                torch.full_like(losses, weight, requires_grad=False), answers.unbind(), answers[:, 0].unbind()
+            )  # fmt: skip
+        return self._weights[key]
 
     _loss: Tensor | None = None
     _stop = False

@@ -66,22 +66,21 @@ class Watch:
     def __init__(self) -> None:
         """Look for the first time."""
         numpy: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        self.places = [
-            (id(random._inst) + object.__basicsize__, WATCHED.size),  # as in CPython's struct
-            (numpy.ctypes.state_address + 620 * 4, WATCHED.size),
-        ]
+        python = id(random._inst) + object.__basicsize__  # as in CPython's struct
+        self.python = (ctypes.c_char * WATCHED.size).from_address(python)
+        self.numpy = (ctypes.c_char * WATCHED.size).from_address(numpy.ctypes.state_address + 620 * 4)
         self.seen = self._look()
         _, words, gauss = random.getstate()
         state: Any = np.random.get_state(legacy=False)
-        expected = [
+        expected = (
             WATCHED.pack(words[624], *words[:4]),
             WATCHED.pack(*state["state"]["key"][620:], state["state"]["pos"]),
-        ]
+        )
         # A second normal number, already made, takes no draw; and another interpreter keeps its state elsewhere.
         self.used = gauss is not None or bool(state["has_gauss"]) or self.seen != expected
 
-    def _look(self) -> list[bytes]:
-        return [ctypes.string_at(*place) for place in self.places]
+    def _look(self) -> tuple[bytes, bytes]:
+        return self.python.raw, self.numpy.raw
 
     def moved(self) -> bool:
         """Whether either was used, ever since the watch began."""
