@@ -6,11 +6,11 @@ from trainer.stop import FLAG, ignore_signals
 
 FLAG.install()  # before all else: a stop request may come at any moment
 
-import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from trainer.ahead import Loaded, Loading  # noqa: E402
 from trainer.errors import WRONG_JOB, JobError  # noqa: E402
 from trainer.folder import find_job  # noqa: E402
 from trainer.record import tell_platform  # noqa: E402
@@ -26,8 +26,8 @@ JOB.yaml    a job file, or the job.yaml of a run folder, which is continued
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Parse the command line and do what it says; return the exit code."""
+def main(arguments: list[str], loaded: Loaded | None) -> int:
+    """Parse the command line and do what it says; return the exit code. `loaded`: the job, where it is known."""
     options = [word for word in arguments if word.startswith("--")]
     words = [word for word in arguments if not word.startswith("--")]
     if "--help" in options:
@@ -51,12 +51,15 @@ def main(arguments: list[str]) -> int:
         from trainer.outside import run_outside_rank
 
         return run_outside_rank(path, words[1:])
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not by C++ frames
-    if "--explain" not in options:
-        start_template("script" if _says_script(path, words[1:]) else "task")
-    from trainer.node import explain, run_node
+    if "--explain" in options:
+        from trainer.node import explain
 
-    return explain(path, words[1:]) if "--explain" in options else run_node(path, words[1:])
+        return explain(path, words[1:])
+    loading = Loading(path, words[1:], loaded)
+    start_template("script" if _says_script(path, words[1:]) else "task")
+    from trainer.node import run_node
+
+    return run_node(path, words[1:], loading.result())
 
 
 def _says_script(path: Path, overrides: list[str]) -> bool:
@@ -70,10 +73,10 @@ def _says_script(path: Path, overrides: list[str]) -> bool:
     return re.search(r"^script:[ \t]*(?!null\b|~|#)\S", text, re.MULTILINE) is not None
 
 
-def run() -> None:
+def run(loaded: Loaded | None = None) -> None:
     """Entry point: errors of the user end in one line and exit code 64."""
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:], loaded)
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         tell_platform(f"ERROR: {error}")

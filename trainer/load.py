@@ -81,9 +81,14 @@ def to_job(config: DictConfig) -> Job:
     return job
 
 
+def to_text(config: DictConfig) -> str:
+    """The merged job as YAML. Interpolations stay as written, so a secret from the environment is never stored."""
+    return OmegaConf.to_yaml(config, resolve=False)
+
+
 def save_job(config: DictConfig, path: Path) -> None:
-    """Write the merged job. Interpolations stay as written, so a secret from the environment is never stored."""
-    path.write_text(OmegaConf.to_yaml(config, resolve=False))
+    """Write the merged job."""
+    path.write_text(to_text(config))
 
 
 def read_sections(path: Path) -> dict[str, Any]:

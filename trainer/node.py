@@ -6,13 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from trainer.ahead import Loaded, load
 from trainer.config import Job
 from trainer.errors import DONE, STOPPED, WRONG_JOB
-from trainer.folder import find_run, is_shared
+from trainer.folder import add_import_paths, find_run, is_shared
 from trainer.heartbeat import own_folder
-from trainer.load import merge_job, read_sections, save_job, to_job
 from trainer.memory import Memory, keeps_state
 from trainer.preflight import check_node, network_settings
 from trainer.record import record_event, tell_platform, write_json
@@ -24,7 +22,7 @@ from trainer.wiring import Wiring, wire
 
 def explain(path: Path, overrides: list[str]) -> int:
     """Print wiring, settings and problems of this node."""
-    _, job, wiring = _wire(path, overrides)
+    (job, *_), wiring = _wire(path, overrides, load(path, overrides))
     print(wiring.explain())
     for name, (value, reason) in network_settings(wiring).items():
         print(f"{name}={value}  ({reason})")
@@ -34,27 +32,26 @@ def explain(path: Path, overrides: list[str]) -> int:
     return WRONG_JOB if any(problem.fatal for problem in problems) else DONE
 
 
-def _wire(path: Path, overrides: list[str]) -> tuple[DictConfig, Job, Wiring]:
+def _wire(path: Path, overrides: list[str], loaded: Loaded) -> tuple[Loaded, Wiring]:
     """The job and this node's place in it; a job that says nothing of nodes takes those of its allocation."""
-    config = merge_job(path, overrides)
-    job = to_job(config)
-    said = "nodes" in read_sections(path) or any(word.startswith("nodes=") for word in overrides)
-    wiring = wire(job.nodes if said else None, job.devices_per_node, job.devices)
+    job = loaded.job
+    wiring = wire(job.nodes if loaded.says_nodes else None, job.devices_per_node, job.devices)
     if wiring.nodes != job.nodes:
-        config.nodes = wiring.nodes
-        job = to_job(config)
-    return config, job, wiring
+        loaded = load(path, [*overrides, f"nodes={wiring.nodes}"])
+    return loaded, wiring
 
 
-def run_node(path: Path, overrides: list[str]) -> int:
-    """Wire, check, fork, watch and report; return the exit code."""
+def run_node(path: Path, overrides: list[str], loaded: Loaded) -> int:
+    """Wire, check, fork, watch and report; return the exit code. `loaded`: the job of these words."""
     FLAG.install()
-    config, job, wiring = _wire(path, overrides)
+    add_import_paths(path / "job.yaml" if path.is_dir() else path)  # another process may have loaded the job
+    loaded, wiring = _wire(path, overrides, loaded)
+    job = loaded.job
     run = find_run(path, job, wiring.job_id, wiring.platform)
     run.mkdir(parents=True, exist_ok=True)
     (run / "logs").mkdir(exist_ok=True)
     if wiring.node_rank == 0 and not (run / "job.yaml").exists():
-        save_job(config, run / "job.yaml")
+        (run / "job.yaml").write_text(loaded.text)
     record_event(
         run,
         "wired",

@@ -28,5 +28,5 @@ else:
         "torch._dynamo",
     )
 
-gc.collect()
 gc.freeze()  # the collector of a rank leaves the shared pages alone
+gc.enable()

@@ -40,15 +40,24 @@ def start_template(kind: str) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     start_interpreter = util.spawnv_passfds
     try:
-        import torch.distributed.elastic.multiprocessing.errors  # noqa: F401  the agent and the ranks need it
-
+        import_torch()
         resource_tracker.ensure_running()  # it is started in the same way, and should stay small
         if threading.active_count() == 1:
             util.spawnv_passfds = _fork  # type: ignore[assignment]
         forkserver.ensure_running()
     finally:
         util.spawnv_passfds = start_interpreter
+        gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def import_torch() -> None:
+    """Import what the agent and the ranks need; the caller enables the collector of garbage again."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not by C++ frames
+    gc.disable()  # in vain it would look, again and again, through all that was imported: a tenth of the time
+    import torch.distributed.elastic.multiprocessing.errors  # noqa: F401
+
+    gc.freeze()
 
 
 def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
@@ -89,9 +98,11 @@ def import_when_idle(first: list[str], last: str) -> None:
                     return ready
                 name = first.pop(0) if first else last
                 done.add(name)
+                gc.disable()
                 with contextlib.suppress(ImportError):  # the rank will say so, should it need it
                     importlib.import_module(name)
                 gc.freeze()
+                gc.enable()
             return super().select(timeout)
 
     def make() -> selectors.BaseSelector:

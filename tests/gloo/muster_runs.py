@@ -126,20 +126,26 @@ class Run:
         return found
 
     def processes(self) -> list[int]:
-        """All processes of the run that still exist: they name its folder in command line or environment."""
-        word, found = str(self.folder).encode(), []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                text = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
-            except OSError:
-                continue
-            if word in text and int(path.name) != os.getpid() and alive(int(path.name)):
-                found.append(int(path.name))
-        return found
+        """All processes of the run that still exist."""
+        return processes_of(str(self.folder))
 
     def wait_gone(self, timeout_s: float = 20.0) -> None:
         """Until no process of the run is left."""
         wait_for(f"end of the processes of {self.folder}", lambda: not self.processes(), timeout_s)
+
+
+def processes_of(word: str) -> list[int]:
+    """Processes that have a word, such as a folder, in their command line, environment or open files."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+            text += " ".join(os.readlink(link) for link in (path / "fd").iterdir()).encode()
+        except OSError:
+            continue
+        if word.encode() in text and int(path.name) != os.getpid() and alive(int(path.name)):
+            found.append(int(path.name))
+    return found
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def list_(
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one line and exit code 64."""
+    """Do what the command line says: a mistake of the user is one line and exit code 64."""
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))  # the code of typer.Exit, or nothing
     except JobError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.errors import WRONG_JOB, JobError
 from trainer.folder import open_run
+from trainer.launch.early import drop_supervisor
 from trainer.launch.follow import follow
 from trainer.launch.platform import Plan, Platform, State, find_platform
 from trainer.launch.runs import last_event, list_runs, make_run
@@ -94,6 +95,8 @@ def _refusals_recorded(runs: list[Path]) -> Iterator[None]:
 def run(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> int:
     """Submit and follow; a stop request is passed on to the job."""
     platform, plan = _begin(job_path, overrides, on, site)
+    if platform.name != "local":
+        drop_supervisor()
     print(f"run folder: {plan.run}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     handle = _submit(platform, plan, True)

@@ -184,7 +184,7 @@ class Docker(Local):
         check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         check_command(DockerNodes(plan.run, plan.job, site))
         write_json(plan.run / "plan" / "docker.json", plan.site)
-        return self._supervise(plan, [*self._command(plan.run), "--docker"], follow)
+        return self._supervise(plan, True, follow)
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
         """By the supervisor's end; of a container that did not start, with the engine's reason."""

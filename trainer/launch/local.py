@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pickle
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
+from trainer.launch.early import take_supervisor
 from trainer.launch.lease import visible_devices, wanted_devices
 from trainer.launch.platform import Plan, Platform, State
 from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.record import read_json
-from trainer.stop import SIGNALS
 
 
 class Local(Platform):
@@ -39,19 +37,14 @@ class Local(Platform):
         wanted_devices(plan.job, visible_devices())
         source = read_json(plan.run / "plan" / "source.json") or {}
         check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
-        return self._supervise(plan, self._command(plan.run), follow)
+        return self._supervise(plan, False, follow)
 
-    def _supervise(self, plan: Plan, command: list[str], follow: bool) -> dict[str, Any]:
-        command = command + ([f"--follow={os.getpid()}"] if follow else [])
+    def _supervise(self, plan: Plan, docker: bool, follow: bool) -> dict[str, Any]:
         with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
             (plan.run / "exit.json").unlink(missing_ok=True)
-            process = subprocess.Popen(
-                [*command, f"--lock={held}", "--job"], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                start_new_session=True, pass_fds=[held], preexec_fn=_hold_signals,
-            )  # fmt: skip
-        assert process.stdin is not None
-        with suppress(BrokenPipeError), process.stdin as pipe:  # how it ended is seen as always
-            pipe.write(pickle.dumps(plan.job))
+            waiting = take_supervisor(not docker, follow)
+            message = (plan.run, plan.job, docker, os.getpid() if follow else None)
+            process = waiting.tell(message, [log.fileno(), held])
         return {"pid": process.pid, "started": _start_time(process.pid)}
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
@@ -95,11 +88,6 @@ def lock(run: Path) -> Iterator[int]:
         raise JobError("RUN", str(run), "is running, or still saving", "Wait for its end, or cancel it") from None
     finally:
         os.close(handle)
-
-
-def _hold_signals() -> None:
-    """Keep a stop request for the supervisor until it is ready for it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _start_time(pid: int) -> str:

@@ -5,21 +5,23 @@ It holds the lease of the GPUs, starts an agent that was killed again, and start
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
+from trainer.ahead import Loaded
 from trainer.config import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
+from trainer.launch.early import Waiting, end_with
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
 from trainer.record import read_json, record_event, write_json
 from trainer.stop import SIGNALS
@@ -76,12 +78,14 @@ class Nodes:
 class Supervisor:
     """Starts, watches and ends the agents of one run."""
 
-    def __init__(self, run: Path, job: Job, nodes: Nodes, lock: int | None = None) -> None:
-        """Nothing is started yet; `nodes`: what an agent's process is here; `lock`: a file that all of them hold."""
+    def __init__(
+        self, run: Path, job: Job, nodes: Nodes, kept: Sequence[int] = (), first: Waiting | None = None
+    ) -> None:
+        """`nodes`: what an agent's process is here; for the others see `serve`."""
         self.run, self.job, self.nodes = run, job, nodes
         source = read_json(run / "plan" / "source.json")
         self.folder = source["working_directory"] if source and os.path.isdir(source["working_directory"]) else None
-        self.kept = [lock] if lock is not None else []
+        self.kept, self.first = kept, first
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
         self.codes: dict[int, int] = {}
         self.launch = 0
@@ -186,10 +190,17 @@ class Supervisor:
     def start(self, node: int) -> None:
         """Start the agent of a node."""
         command, variables = self.nodes.command(node, self.launch, self.lease)
+        environment = clean_environment() | variables
         with (self.run / "logs" / f"node-{node}.log").open("ab") as log:
+            kept = [*self.lease.handles, *self.kept]
+            if node == 0 and self.first is not None:
+                first, self.first = self.first, None
+                message = (command[2:], environment, self.folder, Loaded(self.job, "", True), os.getpid())
+                self.agents[0] = first.tell(message, [log.fileno(), *kept])
+                return
             self.agents[node] = subprocess.Popen(
-                command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.folder, start_new_session=True, pass_fds=self.lease.handles + self.kept,
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.folder, start_new_session=True, pass_fds=kept,
                 preexec_fn=functools.partial(end_with, os.getpid()),
             )  # fmt: skip
 
@@ -208,13 +219,6 @@ class Supervisor:
                 agent.send_signal(number)
 
 
-def end_with(parent: int) -> None:
-    """Let this process stop, with a checkpoint, when its parent is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, prctl(2)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def clean_environment() -> dict[str, str]:
     """Our environment without what makes a process a rank: we may run inside one, or in a shell that played one."""
     return {
@@ -231,18 +235,16 @@ def worst(codes: list[int]) -> int:
     return failed[0] if failed else max(codes, default=FAILED)
 
 
-def main() -> None:
-    """Entry point; the exit code is kept in `exit.json`, because the parent may be gone."""
-    run = Path(sys.argv[1])
-    words = dict(word.partition("=")[::2] for word in sys.argv[2:])
-    if "--follow" in words:
-        end_with(int(words["--follow"]))
+def serve(run: Path, job: Job, docker: bool, kept: Sequence[int] = (), first: Waiting | None = None) -> NoReturn:
+    """Run a job to its end; the exit code is kept in `exit.json`, because the parent may be gone.
+
+    `kept`: files that supervisor and agents hold; `first`: node 0's agent, which waits already.
+    """
     try:
-        job = pickle.load(sys.stdin.buffer) if "--job" in words else _load(run)
-        nodes = _nodes(run, job, "--docker" in words)
+        nodes = _nodes(run, job, docker)
         nodes.prepare()
         try:
-            code = Supervisor(run, job, nodes, int(words["--lock"]) if "--lock" in words else None).main()
+            code = Supervisor(run, job, nodes, kept, first).main()
         finally:
             nodes.finish()
     except JobError as error:
@@ -251,13 +253,6 @@ def main() -> None:
         code = WRONG_JOB
     write_json(run / "exit.json", {"code": code, "time": time.time()})
     sys.exit(code)
-
-
-def _load(run: Path) -> Job:
-    """The job of a run; who starts this process may hand it over instead, which saves 60 ms."""
-    from trainer.load import load_job
-
-    return load_job(run / "job.yaml")
 
 
 def _nodes(run: Path, job: Job, docker: bool) -> Nodes:
@@ -270,4 +265,6 @@ def _nodes(run: Path, job: Job, docker: bool) -> Nodes:
 
 
 if __name__ == "__main__":
-    main()
+    from trainer.load import load_job
+
+    serve(Path(sys.argv[1]), load_job(Path(sys.argv[1]) / "job.yaml"), docker=False)

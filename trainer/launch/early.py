@@ -1,0 +1,130 @@
+"""The head start of `muster run`: an agent imports torch, which takes a second, while the job is still being read.
+
+The command starts the supervisor of a local run before it knows the job, and the supervisor an agent. Both wait to be
+told what to do; when the job is refused, or goes elsewhere, they are killed, and so they are when the command is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.stop import FLAG, SIGNALS
+
+_begun: Waiting | None = None
+
+
+class Waiting:
+    """A process that waits to be told what to do."""
+
+    def __init__(self, role: str, bound: bool = True) -> None:
+        """`role`: a call of a function of this module; `bound`: it dies with this process, until it is told."""
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", f"from trainer.launch import early; early.{role}"], stdin=theirs.fileno(),
+                start_new_session=True, preexec_fn=functools.partial(_wait_with, os.getpid() if bound else None),
+            )  # fmt: skip
+
+    def tell(self, message: Any, handles: Sequence[int]) -> subprocess.Popen[bytes]:
+        """Let it begin; `handles`: files for it to hold, of which the first is where its output goes."""
+        data = pickle.dumps(message)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError), self.connection:  # its end is seen as always
+            socket.send_fds(self.connection, [len(data).to_bytes(8, "little")], handles)
+            self.connection.sendall(data)
+        return self.process
+
+
+def main() -> None:
+    """What the command `muster` runs."""
+    global _begun
+    if sys.argv[1:2] == ["run"] and not any(word.startswith("-") for word in sys.argv[1:]):
+        _begun = Waiting("supervisor(True)")
+    from trainer.launch.cli import main
+
+    main()
+
+
+def take_supervisor(ahead: bool, follow: bool) -> Waiting:
+    """The supervisor that was started early, or another.
+
+    `ahead`: agents are processes, so one may start already; `follow`: the supervisor ends with this process.
+    """
+    global _begun
+    begun, _begun = _begun, None
+    if begun is not None and not ahead:
+        begun.process.kill()
+        begun = None
+    return begun or Waiting(f"supervisor({ahead})", bound=follow)
+
+
+def drop_supervisor() -> None:
+    """Nothing runs here: end what was started early."""
+    if _begun is not None:
+        _begun.process.kill()
+
+
+def supervisor(ahead: bool) -> None:
+    """Wait for a run, with a waiting agent."""
+    first = Waiting("agent()") if ahead else None
+    from trainer.launch.supervisor import serve
+
+    (run, job, docker, follow), (_, *handles) = _listen()
+    if follow:
+        end_with(follow)
+    serve(run, job, docker, handles, first)
+
+
+def agent() -> None:
+    """Import torch, then wait for a job."""
+    FLAG.install()
+    from trainer.template import import_torch
+
+    with contextlib.suppress(Exception):  # which comes again, when there is a log
+        import_torch()
+    (sys.argv, environment, folder, loaded, parent), _ = _listen()
+    end_with(parent)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder or ".")
+    from trainer.__main__ import run
+
+    run(loaded)
+
+
+def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Let this process get a signal when its parent is gone: SIGTERM stops it with a checkpoint."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def _wait_with(parent: int | None) -> None:
+    """In a new process: die with the parent, and keep stop requests until there are handlers."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if parent is not None:
+        end_with(parent, signal.SIGKILL)
+
+
+def _listen() -> tuple[Any, list[int]]:
+    """Wait to be told what to do."""
+    with socket.socket(fileno=os.dup(0)) as connection:
+        head, handles, _, _ = socket.recv_fds(connection, 8, 64)
+        if not head:
+            os._exit(0)  # there is nothing to do
+        with connection.makefile("rb") as stream:
+            message = pickle.loads(stream.read(int.from_bytes(head, "little")))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for number in (1, 2):
+        os.dup2(handles[0], number)
+    return message, handles
