@@ -13,7 +13,7 @@ Limits = dict[str, Any]
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a field with its meaning and limits (`choices`, `minimum`, `maximum`, `above`)."""
+    """Declare a field with its meaning and limits (`choices`, `minimum`, `maximum`, `above`, `below`)."""
     metadata: Limits = {"help": help, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -44,7 +44,7 @@ class Train:
         choices=("float32", "bf16", "fp16", "float64"),
     )
     ema_decay: float | None = _option(
-        None, "keep an exponential moving average of the weights and evaluate it", above=0, maximum=1
+        None, "keep an exponential moving average of the weights and evaluate it", above=0, below=1
     )
     channels_last: bool = _option(False, "lay 4-d weights and inputs out as NHWC")
     compile: bool = _option(False, "torch.compile the model")

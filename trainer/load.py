@@ -179,10 +179,10 @@ def _check_limits(key: str, value: Any, limits: Any) -> None:
         return
     if not math.isfinite(value):
         raise JobError(key, value, "must be a finite number", f"It means: {limits['help']}")
-    words = {"minimum": "at least", "maximum": "at most", "above": "more than"}
+    words = {"minimum": "at least", "maximum": "at most", "above": "more than", "below": "less than"}
     for name in words.keys() & limits.keys():
         limit = limits[name]
-        inside = {"minimum": value >= limit, "maximum": value <= limit, "above": value > limit}
+        inside = {"minimum": value >= limit, "maximum": value <= limit, "above": value > limit, "below": value < limit}
         if not inside[name]:
             raise JobError(key, value, f"must be {words[name]} {limit}", f"It means: {limits['help']}")
 

@@ -67,6 +67,7 @@ RANGES = [
     (["train.min_lr_ratio=${train.lr}", "train.lr=3"], "train.min_lr_ratio=3", "at most 1"),
     (["train.precision=${oc.env:HOME}"], "train.precision=", "is not one of float32"),
     (["train.ema_decay=0"], "train.ema_decay=0", "more than 0"),
+    (["train.ema_decay=1"], "train.ema_decay=1", "less than 1"),
     (["seed=-1"], "seed=-1", "at least 0"),
     (["seed=4294967296"], "seed=4294967296", "at most 4294967295"),
     (["seed=" + "9" * 400], "seed=999", "too large a number"),

@@ -117,6 +117,15 @@ def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path
     assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+def test_a_run_of_another_user_is_not_continued(client: SimpleNamespace, runs: Path) -> None:
+    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    ends(client)
+    os.chown(run / "plan", 12345, -1)
+    with pytest.raises(JobError, match="belongs to another user"):
+        commands.submit(str(run), [], None, None)
+
+
 def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "wired", "platform": "slurm", "time": 1}\n')
     assert resume_command(tmp_path).endswith(f" run {tmp_path} --on slurm")

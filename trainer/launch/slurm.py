@@ -195,7 +195,10 @@ class Slurm(Platform):
         check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         folder = plan.run / "plan"
         folder.mkdir(mode=0o700, exist_ok=True)
-        folder.chmod(0o700)  # submitit reads pickles from such folders: nobody else may write there
+        # submitit reads pickles from such folders: nobody else may write there.
+        if folder.stat().st_uid != os.geteuid():
+            raise JobError("RUN", str(plan.run), "belongs to another user", "Submit its job file as your own")
+        folder.chmod(0o700)
         executor = TemplateExecutor(folder, flags, words, plan.job.nodes)
         try:
             with _clean_environment(self.exports(site)), contextlib.redirect_stderr(open(os.devnull, "w")):
