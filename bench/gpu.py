@@ -36,9 +36,9 @@ from trainer.load import load_job
 from trainer.loop import Trainer
 from trainer.optimize import autocast
 from trainer.parallel import Step, make_parallel
+from trainer.rank_wiring import RankWiring
 from trainer.report import Report
 from trainer.tasks.bytelm import SIZES, VOCABULARY, ByteLM, Shape
-from trainer.wiring import RankWiring
 from trainer.writer import Writer
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "bytelm.yaml"

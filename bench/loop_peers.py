@@ -28,11 +28,11 @@ from trainer.heartbeat import Pulse
 from trainer.loop import Trainer
 from trainer.optimize import autocast
 from trainer.parallel import Parallel, Step, make_parallel
+from trainer.rank_wiring import rank_wiring
 from trainer.report import Report
 from trainer.rules import check_job
 from trainer.stop import FLAG
 from trainer.tasks.digits import Digits
-from trainer.wiring import rank_wiring
 
 Run = Callable[[int], None]
 """Does so many steps."""

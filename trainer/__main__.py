@@ -13,9 +13,9 @@ from pathlib import Path  # noqa: E402
 from trainer.ahead import Loaded, Loading  # noqa: E402
 from trainer.errors import WRONG_JOB, JobError  # noqa: E402
 from trainer.folder import find_job  # noqa: E402
+from trainer.rank_wiring import is_rank  # noqa: E402
 from trainer.record import tell_platform  # noqa: E402
 from trainer.template import start_template, stop_template  # noqa: E402
-from trainer.wiring import is_rank  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
        python -m trainer --health

@@ -83,7 +83,7 @@ class Fetch:
         epoch, indices = keys
         if self.tensors is not None:
             chosen = torch.from_numpy(indices)
-            return [tensor[chosen] for tensor in self.tensors]
+            return [tensor.index_select(0, chosen) for tensor in self.tensors]  # half the time of tensor[chosen]
         return self.collate(self.seeded.read(epoch, indices.tolist()))
 
 

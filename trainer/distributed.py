@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import Ddp, Job
 from trainer.errors import JobError
 from trainer.parallel import NOTHING, Late, Parallel, Step, scaled
-from trainer.wiring import RankWiring
+from trainer.rank_wiring import RankWiring
 
 
 class Distributed(Parallel):

@@ -21,9 +21,9 @@ from trainer import template
 from trainer.config import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.memory import ASK
+from trainer.rank_wiring import rank_wiring
 from trainer.record import write_json
 from trainer.stop import leave_signals
-from trainer.wiring import rank_wiring
 
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""

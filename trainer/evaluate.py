@@ -57,7 +57,7 @@ def check_count(losses: Tensor, count: int) -> None:
     Raises:
         JobError: another number.
     """
-    if len(losses) != count:
+    if losses.shape[0] != count:
         raise JobError(
             "task.loss",
             tuple(losses.shape),

@@ -65,6 +65,8 @@ def make_schedule(train: Train, steps: int) -> Callable[[int], float]:
     else:
         custom = find_object("train.schedule", train.schedule)
     warmup, floor = train.warmup_steps, train.min_lr_ratio
+    if train.schedule == "constant" and not warmup:
+        return lambda step: train.lr
 
     def rate(step: int) -> float:
         if step < warmup:

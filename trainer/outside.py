@@ -9,8 +9,8 @@ from pathlib import Path
 
 from trainer.errors import STOPPED, JobError, Stopped
 from trainer.load import merge_job, save_job, to_job
+from trainer.rank_wiring import rank_wiring
 from trainer.stop import leave_signals
-from trainer.wiring import rank_wiring
 
 
 def run_outside_rank(path: Path, overrides: list[str]) -> int:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from trainer.config import Job
 from trainer.errors import JobError
+from trainer.rank_wiring import RankWiring
 from trainer.replicas import ThreadReplicas
 from trainer.task import Task
-from trainer.wiring import RankWiring
 
 NOTHING = nullcontext()
 
@@ -165,7 +165,7 @@ class Parallel:
 
     def weights(self, losses: Tensor, weight: float) -> Weights:
         """What turns `losses` into their sum times `weight`; made once for each."""
-        key = len(losses), weight
+        key = losses.shape[0], weight
         if key not in self._weights:
             answers = losses.new_tensor([[0, 0], [0, 1]], requires_grad=False)
             self._weights[key] = Weights(

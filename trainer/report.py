@@ -59,10 +59,10 @@ class Report:
         self.pulse.beat(position.step, "training")
         self.total += samples
         self._profile(position.step)
-        if position.step - 1 == self.first_step and self.first:
-            self.event("first_step", step=position.step)
         if self.metrics is None:
             return
+        if position.step - 1 == self.metrics.step:
+            self.event("first_step", step=position.step)
         self.losses.append(loss)
         self.window += samples
         if position.step % self.job.log.every_steps and position.step != self.steps:
@@ -75,11 +75,6 @@ class Report:
         })  # fmt: skip
         self.losses.clear()
         self.mark, self.window = now, 0
-
-    @property
-    def first_step(self) -> int:
-        """Steps done before this attempt."""
-        return self.metrics.step if self.metrics else -1
 
     def evaluation(self, position: Position, values: Mapping[str, float]) -> None:
         """An evaluation is done."""

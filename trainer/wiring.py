@@ -1,7 +1,8 @@
-"""Wiring: who this node is, who the others are, where they meet. Only this module reads rank and scheduler variables.
+"""Wiring: who this node is, who the others are, where they meet.
 
 Node facts come from submitit's JobEnvironment, master address and port through its TorchDistributedEnvironment,
-with one submitit task per node. Each value remembers where it came from.
+with one submitit task per node. Each value remembers where it came from. Only this module and `trainer.rank_wiring`
+read what a launcher or a scheduler sets.
 """
 
 from __future__ import annotations
@@ -14,23 +15,9 @@ from typing import Any
 from trainer.errors import JobError
 from trainer.network import candidate_ports, route_to, same_host
 from trainer.processors import usable_processors
+from trainer.rank_wiring import number
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PLATFORMS = ("local", "docker", "kubernetes")
-
-
-@dataclass(frozen=True)
-class RankWiring:
-    """One rank's place, as torchrun's variables tell it."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    attempt: int = 0
-    restarts: int = 0
-    """How often its launcher has restarted the ranks."""
-    launch: str = ""
-    """What is the same for all ranks of a launcher, and for their restarts, but not for another one."""
 
 
 @dataclass(frozen=True)
@@ -74,81 +61,9 @@ class NodeFacts:
     nodes: int
 
 
-def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher (ours, torchrun, accelerate, PyTorchJob, srun per GPU) has wired this process as a rank.
-
-    Raises:
-        JobError: it set some of the variables and not the others.
-    """
-    present = [name for name in RANK_VARIABLES if environ.get(name)]
-    if not {"RANK", "WORLD_SIZE"} & set(present) or _numbers_nodes(environ):
-        return False
-    missing = [name for name in RANK_VARIABLES if name not in present]
-    if missing and missing != ["LOCAL_RANK"]:  # PyTorchJob starts one process per pod and does not number it
-        raise JobError(
-            missing[0],
-            None,
-            f"is not set, but {', '.join(present)} are: a partial environment",
-            "Unset them to let Muster wire the ranks, or start by torchrun, which sets all of them",
-        )
-    return True
-
-
-def _numbers_nodes(environ: Mapping[str, str]) -> bool:
-    """Whether RANK and WORLD_SIZE, if set, number nodes, and this process is the agent of one.
-
-    Our templates start nothing but agents. On Slurm enroot's hook 50-slurm-pytorch.sh sets both for every task, and
-    one task on each node is an agent.
-    """
-    if environ.get("MUSTER_ATTEMPT") or environ.get("TORCHELASTIC_RUN_ID"):
-        return False  # set for ranks alone, by our agent and by torchrun
-    if environ.get("MUSTER_PLATFORM"):
-        return True
-    tasks, task = environ.get("SLURM_NTASKS"), environ.get("SLURM_PROCID")
-    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES")
-    return tasks is not None and tasks == nodes == environ.get("WORLD_SIZE") and task == environ.get("RANK")
-
-
 def array_task(environ: Mapping[str, str] = os.environ) -> str | None:
     """The number of this task of a Slurm array; None outside one."""
     return environ.get("SLURM_ARRAY_TASK_ID")
-
-
-def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
-    """This rank's place; alone when no launcher said anything.
-
-    Raises:
-        JobError: a partial or contradictory environment.
-    """
-    if not is_rank(environ):
-        return RankWiring()
-    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-    local_rank = _number(environ, "LOCAL_RANK", "0")
-    for name, value, size_name, size in (
-        ("RANK", rank, "WORLD_SIZE", world_size),
-        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_WORLD_SIZE", str(world_size))),
-    ):
-        if value >= size:
-            raise JobError(
-                name,
-                value,
-                f"contradicts {size_name}={size}",
-                "Both are set by the launcher that started this process: it must count from 0",
-            )
-    attempt = "MUSTER_ATTEMPT" if environ.get("MUSTER_ATTEMPT") else "TORCHELASTIC_RESTART_COUNT"
-    restarts, run_id = "TORCHELASTIC_RESTART_COUNT", environ.get("TORCHELASTIC_RUN_ID") or "none"
-    return RankWiring(
-        rank, world_size, local_rank, _number(environ, attempt, "0"), _number(environ, restarts, "0"),
-        run_id if run_id != "none" else f"launcher-{os.getppid()}",
-    )  # fmt: skip
-
-
-def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
-    """The value of a variable that counts something; an empty one is not set."""
-    text = environ.get(name) or default
-    if text is None or not text.isdecimal():
-        raise JobError(name, text, "is not a number", "The launcher or template that set it is misconfigured")
-    return int(text)
 
 
 def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
@@ -220,10 +135,10 @@ def _from_submitit(platform: str, environ: Mapping[str, str], says: dict[str, st
             problem = f"is not set, though this is {platform} by {says['platform']}: a partial environment"
             remedy = f"The template of {platform} sets it; start the job through the template"
             raise JobError(name, None, problem, remedy)
-    count = _number(environ, numbers[0])
+    count = number(environ, numbers[0])
     if slurm:
         _check_step(environ, count)
-    _number(environ, numbers[1])
+    number(environ, numbers[1])
     restarts = "SLURM_RESTART_COUNT" if slurm else "MUSTER_LAUNCH"
     os.environ["SUBMITIT_EXECUTOR"] = "slurm" if slurm else "muster"
     import submitit
@@ -233,7 +148,7 @@ def _from_submitit(platform: str, environ: Mapping[str, str], says: dict[str, st
     says |= {"job_id": f"submitit, {names['job_id']}", "node_rank": f"submitit, {names['node']}",
              "nodes": f"submitit, {names['num_nodes']}", "hostnames": f"submitit, {texts[1]}",
              "launch": restarts}  # fmt: skip
-    launch = _number(environ, restarts, "0")
+    launch = number(environ, restarts, "0")
     return NodeFacts(str(env.job_id), launch, env.node, tuple(env.hostnames), env.num_nodes)
 
 
@@ -244,9 +159,9 @@ def _check_step(environ: Mapping[str, str], nodes: int) -> None:
         problem = f"is not set, on a job of {nodes} nodes: this process runs in the batch script, not under srun"
         raise JobError("SLURM_STEP_ID", None, problem, remedy)
     here = environ.get("SLURM_STEP_NUM_NODES")
-    if here and _number(environ, "SLURM_STEP_NUM_NODES") != nodes:
+    if here and number(environ, "SLURM_STEP_NUM_NODES") != nodes:
         raise JobError("SLURM_STEP_NUM_NODES", here, f"contradicts SLURM_JOB_NUM_NODES={nodes}", remedy)
-    tasks = _number(environ, "SLURM_NTASKS", "1")
+    tasks = number(environ, "SLURM_NTASKS", "1")
     if tasks != nodes and environ.get("SLURM_STEP_ID"):
         problem = f"on {nodes} nodes: the agent is one task on each node"
         raise JobError("SLURM_NTASKS", tasks, problem, remedy + ", or start ranks that know RANK and WORLD_SIZE")

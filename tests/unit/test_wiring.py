@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.wiring import RankWiring, is_rank, rank_wiring, wire
+from trainer.rank_wiring import RankWiring, is_rank, rank_wiring
+from trainer.wiring import wire
 
 SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,n[2]", "SLURM_NODEID": "1",

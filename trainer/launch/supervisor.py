@@ -23,9 +23,9 @@ from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
 from trainer.launch.early import Waiting, end_with
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
+from trainer.rank_wiring import RANK_VARIABLES
 from trainer.record import read_json, record_event, write_json
 from trainer.stop import SIGNALS
-from trainer.wiring import RANK_VARIABLES
 
 POLL_S = 0.03
 LINGER_S = 60.0
