@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from trainer.config import Job
+from trainer.stop import end_with
 
 
 class Loaded(NamedTuple):
@@ -43,8 +45,10 @@ class Loading:
         if loaded is not None:
             return
         self.answer, end = os.pipe()
+        parent = os.getpid()
         self.process = os.fork()
         if not self.process:
+            end_with(parent, signal.SIGKILL)
             self._load(end)
         os.close(end)
 

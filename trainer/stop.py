@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from types import FrameType
@@ -32,6 +33,13 @@ class StopFlag:
                 os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
         self.requested = signal.Signals(number).name
         self.seen.add(self.requested)
+
+
+def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Let this process get a signal when its parent is gone: SIGTERM stops it with a checkpoint."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def ignore_signals() -> None:

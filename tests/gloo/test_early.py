@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from muster_runs import HERE, MUSTER, environment, processes_of, wait_for
+from muster_runs import HERE, MUSTER, Run, environment, muster, processes_of, wait_for
 
 SOON_S = 3.0
 
@@ -56,3 +57,52 @@ def test_torch_is_imported_before_the_job_is_read_and_all_ends_with_the_command(
     process.communicate(timeout=SOON_S)
     assert process.returncode
     wait_for("the end of what was started", lambda: not processes_of(mark), SOON_S)
+
+
+def test_who_reads_the_output_of_submit_does_not_wait_for_torch(mark: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [MUSTER, "submit", "faulty.yaml", f"runs={tmp_path}", "train.steps=500", "task_args.step_s=0.01"], cwd=HERE,
+        env=environment(MARK=mark), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.wait() == 0
+    began = time.monotonic()
+    assert process.stdout.read().startswith(str(tmp_path))
+    assert time.monotonic() - began < 0.4
+    (run,) = tmp_path.iterdir()
+    Run(run).wait("training")
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_command_without_a_standard_file(mark: str, tmp_path: Path, closed: int) -> None:
+    process = subprocess.Popen(
+        [MUSTER, "run", "faulty.yaml", f"runs={tmp_path}", "train.steps=3"], cwd=HERE, env=environment(MARK=mark),
+        preexec_fn=lambda: os.close(closed),
+    )  # fmt: skip
+    assert process.wait(60) == 0
+    (run,) = tmp_path.iterdir()
+    assert Run(run).events("done")
+
+
+def test_what_is_said_before_there_is_a_log_is_in_it(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "pynvml.py").write_text("import sys; print('an old driver', file=sys.stderr); raise ImportError\n")
+    words = [MUSTER, "run", "faulty.yaml", f"runs={tmp_path / 'runs'}", "train.steps=3"]
+    variables = environment(MARK=mark)
+    variables["PYTHONPATH"] += f":{tmp_path}"
+    done = subprocess.run(words, cwd=HERE, env=variables, capture_output=True, text=True, check=True)
+    assert "an old driver" not in done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert "an old driver" in Run(run).log("node-0.log")
+
+
+def test_ranks_do_not_import_from_where_the_command_was_typed(mark: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    (first / "say.py").write_text("import pathlib, sys; pathlib.Path('said').write_text('\\n'.join(sys.path))\n")
+    (first / "say.yaml").write_text("script: say.py\n")
+    assert muster("run", "say.yaml", "runs=runs", cwd=first).returncode == 0
+    (first / "said").unlink()
+    (run,) = (first / "runs").iterdir()
+    assert muster("run", run, cwd=second).returncode == 0
+    assert str(second) not in (first / "said").read_text().splitlines()

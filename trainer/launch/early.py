@@ -7,7 +7,6 @@ told what to do; when the job is refused, or goes elsewhere, they are killed, an
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 import pickle
@@ -18,35 +17,55 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.stop import FLAG, SIGNALS
+from trainer.stop import FLAG, SIGNALS, end_with
 
 _begun: Waiting | None = None
 
 
 class Waiting:
-    """A process that waits to be told what to do."""
+    """A process that waits to be told what to do. What it says meanwhile is kept for its log."""
 
     def __init__(self, role: str, bound: bool = True) -> None:
         """`role`: a call of a function of this module; `bound`: it dies with this process, until it is told."""
         self.connection, theirs = socket.socketpair()
+        self.said = os.memfd_create("said", os.MFD_CLOEXEC)  # not our output: who reads that would wait for its end
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", f"from trainer.launch import early; early.{role}"], stdin=theirs.fileno(),
-                start_new_session=True, preexec_fn=functools.partial(_wait_with, os.getpid() if bound else None),
+                stdout=self.said, stderr=self.said, start_new_session=True,
+                preexec_fn=functools.partial(_wait_with, os.getpid() if bound else None),
             )  # fmt: skip
 
     def tell(self, message: Any, handles: Sequence[int]) -> subprocess.Popen[bytes]:
-        """Let it begin; `handles`: files for it to hold, of which the first is where its output goes."""
+        """Let it begin; `handles`: files for it to hold, of which the first is its log."""
         data = pickle.dumps(message)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError), self.connection:  # its end is seen as always
+        try:
             socket.send_fds(self.connection, [len(data).to_bytes(8, "little")], handles)
             self.connection.sendall(data)
+        except (BrokenPipeError, ConnectionResetError):  # it has ended, which is seen as always
+            _copy(self.said, handles[0])
+        self._close()
         return self.process
+
+    def drop(self) -> None:
+        """There is nothing to do."""
+        self.process.kill()
+        self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        self.connection.close()
+        os.close(self.said)
 
 
 def main() -> None:
     """What the command `muster` runs."""
     global _begun
+    # Python has None for what was closed; what is opened first takes its number.
+    sys.stdin, sys.stdout, sys.stderr = (
+        file or open(os.devnull, mode)  # noqa: SIM115
+        for file, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
     if sys.argv[1:2] == ["run"] and not any(word.startswith("-") for word in sys.argv[1:]):
         _begun = Waiting("supervisor(True)")
     from trainer.launch.cli import main
@@ -54,23 +73,21 @@ def main() -> None:
     main()
 
 
-def take_supervisor(ahead: bool, follow: bool) -> Waiting:
-    """The supervisor that was started early, or another.
-
-    `ahead`: agents are processes, so one may start already; `follow`: the supervisor ends with this process.
-    """
+def take_supervisor(ahead: bool) -> Waiting:
+    """The supervisor that was started early, or another; `ahead`: agents are processes, so one may start already."""
     global _begun
+    if not ahead:
+        drop_supervisor()
     begun, _begun = _begun, None
-    if begun is not None and not ahead:
-        begun.process.kill()
-        begun = None
-    return begun or Waiting(f"supervisor({ahead})", bound=follow)
+    return begun or Waiting(f"supervisor({ahead})", bound=False)
 
 
 def drop_supervisor() -> None:
     """Nothing runs here: end what was started early."""
+    global _begun
     if _begun is not None:
-        _begun.process.kill()
+        _begun.drop()
+        _begun = None
 
 
 def supervisor(ahead: bool) -> None:
@@ -96,16 +113,11 @@ def agent() -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder or ".")
+    if sys.path[0] == "":  # as `python -m` does; in ranks multiprocessing would make it the folder of before
+        sys.path[0] = os.getcwd()
     from trainer.__main__ import run
 
     run(loaded)
-
-
-def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Let this process get a signal when its parent is gone: SIGTERM stops it with a checkpoint."""
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), number)
 
 
 def _wait_with(parent: int | None) -> None:
@@ -125,6 +137,12 @@ def _listen() -> tuple[Any, list[int]]:
             message = pickle.loads(stream.read(int.from_bytes(head, "little")))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    _copy(1, handles[0])
     for number in (1, 2):
         os.dup2(handles[0], number)
     return message, handles
+
+
+def _copy(said: int, log: int) -> None:
+    """Append what was said before there was a log."""
+    os.write(log, os.pread(said, os.fstat(said).st_size, 0))

@@ -42,7 +42,7 @@ class Local(Platform):
     def _supervise(self, plan: Plan, docker: bool, follow: bool) -> dict[str, Any]:
         with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
             (plan.run / "exit.json").unlink(missing_ok=True)
-            waiting = take_supervisor(not docker, follow)
+            waiting = take_supervisor(ahead=not docker)
             message = (plan.run, plan.job, docker, os.getpid() if follow else None)
             process = waiting.tell(message, [log.fileno(), held])
         return {"pid": process.pid, "started": _start_time(process.pid)}

@@ -21,11 +21,11 @@ from trainer.ahead import Loaded
 from trainer.config import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
-from trainer.launch.early import Waiting, end_with
+from trainer.launch.early import Waiting
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
 from trainer.rank_wiring import RANK_VARIABLES
 from trainer.record import read_json, record_event, write_json
-from trainer.stop import SIGNALS
+from trainer.stop import SIGNALS, end_with
 
 POLL_S = 0.03
 LINGER_S = 60.0
