@@ -7,6 +7,7 @@ told what to do; when the job is refused, or goes elsewhere, they are killed, an
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import pickle
@@ -15,10 +16,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.stop import FLAG, SIGNALS, end_with
 
+ROOM = 4096
+"""For a command line that says more: see `_show_as`."""
 _begun: Waiting | None = None
 
 
@@ -31,8 +35,8 @@ class Waiting:
         self.said = os.memfd_create("said", os.MFD_CLOEXEC)  # not our output: who reads that would wait for its end
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from trainer.launch import early; early.{role}"], stdin=theirs.fileno(),
-                stdout=self.said, stderr=self.said, start_new_session=True,
+                [sys.executable, "-c", f"from trainer.launch import early; early.{role}", " " * ROOM],
+                stdin=theirs.fileno(), stdout=self.said, stderr=self.said, start_new_session=True,
                 preexec_fn=functools.partial(_wait_with, os.getpid() if bound else None),
             )  # fmt: skip
 
@@ -96,6 +100,7 @@ def supervisor(ahead: bool) -> None:
     from trainer.launch.supervisor import serve
 
     (run, job, docker, follow), (_, *handles) = _listen()
+    _show_as([sys.executable, "-m", "trainer.launch.supervisor", str(run)])
     if follow:
         end_with(follow)
     serve(run, job, docker, handles, first)
@@ -109,6 +114,7 @@ def agent() -> None:
     with contextlib.suppress(Exception):  # which comes again, when there is a log
         import_torch()
     (sys.argv, environment, folder, loaded, parent), _ = _listen()
+    _show_as([sys.executable, "-m", *sys.argv])
     end_with(parent)
     os.environ.clear()
     os.environ.update(environment)
@@ -141,6 +147,14 @@ def _listen() -> tuple[Any, list[int]]:
     for number in (1, 2):
         os.dup2(handles[0], number)
     return message, handles
+
+
+def _show_as(words: list[str]) -> None:
+    """Let `ps` show the command line that would have started this process: people look for their runs by it."""
+    numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = int(numbers[45]), int(numbers[46])  # arg_start and arg_end, proc(5)
+    text = "\0".join(words).encode()[: end - begin - 1]
+    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
 
 
 def _copy(said: int, log: int) -> None:
