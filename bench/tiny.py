@@ -56,7 +56,8 @@ def main(options: argparse.Namespace) -> None:
             pending = options.state + ".pending"
             torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, pending)
             os.replace(pending, options.state)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # of ends with threads of gloo left, some abort (torch 2.13), which torchrun takes for a failure
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Distributed(Parallel):
         self.step = step
         dtype = next((p.dtype for p in step.model.parameters() if p.requires_grad), torch.float32)
         step.vote = self.vote = nn.Parameter(torch.zeros(2, device=self.device, dtype=dtype))
+        step.shows_vote = options.find_unused_parameters  # DDP looks for those that are used in the outputs' graph
+        self._voting: Tensor = self.vote
         self.module = self.ddp = DistributedDataParallel(
             step,
             device_ids=[self.device] if self.cuda else None,
@@ -68,14 +70,16 @@ class Distributed(Parallel):
         It orders them anew after its first step. With more than two ranks an element's place in its bucket decides
         in which order the ranks' values are added, so the first step of a resumed run would differ in the last bits.
         """
-        losses, vote = self.ddp(batch)
-        ((losses.sum() + vote.sum()) * 0).backward()
+        losses = self.losses(batch)
+        ((losses.sum() + self._voting.sum()) * 0).backward()
         self._check_unused()
         self.vote.grad = None
 
     def losses(self, batch: Any) -> Tensor:
         """Per-sample losses of this rank's batch."""
-        losses, self._vote = self.ddp(batch)
+        losses: Any = self.ddp(batch)
+        if self.step.shows_vote:
+            losses, self._voting = losses
         return losses  # type: ignore[no-any-return]
 
     _ballot: Tensor | None = None
@@ -90,10 +94,10 @@ class Distributed(Parallel):
         weights = self.weights(losses, weight)
         torch.dot(losses.detach(), weights.gradient, out=weights.losses[stop])
         # Without averaging, autograd takes the ballot itself as the gradient, to which others are added.
-        ballot = weights.answers[stop].to(self._vote.dtype, copy=not self.ddp.require_backward_grad_sync)
+        ballot = weights.answers[stop].to(self.vote.dtype, copy=not self.ddp.require_backward_grad_sync)
         if self.compressed:  # it is counted apart: in the bucket it would lose its digits, or overflow
             self._ballot = ballot.clone() if self._ballot is None else self._ballot + ballot
-        torch.autograd.backward((losses, self._vote), (scaled(weights.gradient, scaler), ballot))
+        torch.autograd.backward((losses, self._voting), (scaled(weights.gradient, scaler), ballot))
 
     _before: Late | None = None
     """The vote of the step before. Under post-local SGD, whose averages are rare, that of the step is waited for."""

@@ -31,12 +31,14 @@ class Step(nn.Module):
         self.task = task
         self.autocast = autocast
         self.vote: nn.Parameter | None = None
+        """What ranks agree by: see `Distributed.wrap`."""
+        self.shows_vote = False
         self.apply_model = torch.compile(apply_model) if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics.
 
-        With a `vote` (see `Distributed.wrap`) the losses and the vote: DDP looks for parameters in the outputs' graph.
+        With `shows_vote` the losses and the vote, which then is in the outputs' graph.
         """
         with self.autocast():
             output = self.apply_model(self.model, self.task.inputs(batch))
@@ -52,7 +54,10 @@ class Step(nn.Module):
             losses = losses.float()  # a sum of them would keep three digits
         if evaluate:
             return {"loss": losses, **self._metrics(output, batch, len(losses))}
-        return losses if self.vote is None else (losses, self.vote.view_as(self.vote))
+        if self.shows_vote:
+            assert self.vote is not None
+            return losses, self.vote.view_as(self.vote)
+        return losses
 
     def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
         metrics = self.task.metrics(output, batch)
