@@ -62,6 +62,7 @@ class Distributed(Parallel):
         add_comm_hook(self.ddp, options)
         self.compressed = options.compression in ("bf16", "fp16")
         self.steps = 0  # done so far; set by the loop on a resume
+        self._rarely = options.sync_every > 1
         self.settles = self.world_size > 2 or options.compression != "none"
 
     def settle(self, batch: Any) -> None:
@@ -105,7 +106,7 @@ class Distributed(Parallel):
 
     def agree(self, due: bool) -> tuple[Late | float, bool]:
         """Read the vote; its gradient has been averaged with the others."""
-        local = self._local()
+        local = self._rarely and self._local()
         if not local:
             self._check_unused()
         gradient = self.vote.grad
@@ -153,6 +154,8 @@ class Distributed(Parallel):
 
         Averaging the momenta too (Yu et al. 2019, arXiv 1905.03817) makes the ranks equal, so a checkpoint is whole.
         """
+        if not self._rarely:
+            return True
         averages = self._averages(due)
         if averages and self._local():
             average([p.data for p in self.step.model.parameters()], self.world_size)
@@ -164,7 +167,7 @@ class Distributed(Parallel):
 
     def _local(self) -> bool:
         """Whether the current step keeps its gradients to itself."""
-        return self.job.ddp.sync_every > 1 and self.steps >= self.job.ddp.sync_start
+        return self._rarely and self.steps >= self.job.ddp.sync_start
 
     def _averages(self, due: bool) -> bool:
         """Whether all ranks are equal when the current step ends."""

@@ -69,7 +69,7 @@ class Watch:
         python = id(random._inst) + object.__basicsize__  # as in CPython's struct
         self.python = (ctypes.c_char * WATCHED.size).from_address(python)
         self.numpy = (ctypes.c_char * WATCHED.size).from_address(numpy.ctypes.state_address + 620 * 4)
-        self.seen = self._look()
+        self.seen = self.python.raw, self.numpy.raw
         _, words, gauss = random.getstate()
         state: Any = np.random.get_state(legacy=False)
         expected = (
@@ -79,10 +79,8 @@ class Watch:
         # A second normal number, already made, takes no draw; and another interpreter keeps its state elsewhere.
         self.used = gauss is not None or bool(state["has_gauss"]) or self.seen != expected
 
-    def _look(self) -> tuple[bytes, bytes]:
-        return self.python.raw, self.numpy.raw
-
     def moved(self) -> bool:
         """Whether either was used, ever since the watch began."""
-        self.used = self.used or self._look() != self.seen
+        if not self.used and (self.python.raw, self.numpy.raw) != self.seen:
+            self.used = True
         return self.used
