@@ -30,7 +30,8 @@ def main(options: argparse.Namespace) -> None:
         os.write(handle, f"{time.time():.4f} {os.getpid()} {os.environ['RANK']} {what} {step}\n".encode())
 
     mark("begin")
-    if not dist.is_initialized():  # torchrunx has done it
+    ours = not dist.is_initialized()  # torchrunx has made its own, and wants its process back
+    if ours:
         dist.init_process_group("gloo")
     total = torch.ones(1)
     dist.all_reduce(total)
@@ -57,7 +58,8 @@ def main(options: argparse.Namespace) -> None:
             torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, pending)
             os.replace(pending, options.state)
     dist.barrier()
-    os._exit(0)  # of ends with threads of gloo left, some abort (torch 2.13), which torchrun takes for a failure
+    if ours:
+        os._exit(0)  # of ends with threads of gloo left, some abort (torch 2.13), which torchrun takes for a failure
 
 
 if __name__ == "__main__":
