@@ -68,7 +68,8 @@ class Loading:
             return self.loaded
         with os.fdopen(self.answer, "rb") as pipe:
             data = pipe.read()
-        os.waitpid(self.process, 0)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(self.process, 0)
         if not data:
             return load(self.path, self.overrides)
         loaded: Loaded = pickle.loads(data)
