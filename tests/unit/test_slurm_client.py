@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from test_cli import MUSTER, ROOT
 
 from trainer.errors import JobError
-from trainer.launch import commands, slurm
+from trainer.launch import commands, early, slurm
 from trainer.launch.slurm import Slurm
 from trainer.summary import resume_command
 
@@ -115,6 +116,22 @@ def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path
     (run,) = runs.iterdir()
     commands.submit(str(run), [], None, None)
     assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
+
+
+def test_what_began_early_ends_when_the_run_is_elsewhere(
+    client: SimpleNamespace, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    ends(client)
+    waiting = early.Waiting("supervisor(True)")
+    monkeypatch.setattr(early, "_begun", waiting)
+    monkeypatch.setattr(commands, "follow", lambda *_: 0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of the tests' own process stay
+    try:
+        assert commands.run(str(run), [], None, None) == 0
+        assert waiting.process.returncode == -signal.SIGKILL
+    finally:
+        waiting.process.kill()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
