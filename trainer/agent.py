@@ -30,6 +30,7 @@ from trainer.memory import Memory
 from trainer.postmortem import Failure, paragraph
 from trainer.record import record_event
 from trainer.rendezvous import Ended, NodeRendezvous
+from trainer.shared_memory import remove_leftovers
 from trainer.stop import FLAG, SIGNALS
 from trainer.tail import Tail
 from trainer.wiring import Wiring
@@ -67,7 +68,7 @@ class NodeAgent(LocalElasticAgent):
         super().__init__(spec, DefaultLogsSpecs(str(folder)), start_method="forkserver")
         self.job, self.run_folder, self.wiring, self.rendezvous = job, run, wiring, rendezvous
         self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
-        self.memory = memory
+        self.memory, self.folder = memory, folder
         self.rank_environment = rank_environment | {VARIABLE: str(folder / HEARTBEAT)}
         if memory is not None:
             self.rank_environment |= memory.environment()
@@ -115,6 +116,7 @@ class NodeAgent(LocalElasticAgent):
         # One in uninterruptible sleep is abandoned after the bound; a stopped one dies of SIGKILL too.
         super()._shutdown(signal.SIGKILL, timeout=10)
         self._pcontext = None
+        remove_leftovers(self.folder)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._stop_workers(self._worker_group)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainer.config import Data
 from trainer.order import Indices, sample_seed
+from trainer.shared_memory import note_worker
 from trainer.task import Task, floating_to
 
 Keys = tuple[int, Indices]
@@ -95,6 +96,7 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    note_worker()
 
 
 def _first(batches: list[Any]) -> Any:
