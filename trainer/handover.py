@@ -77,6 +77,7 @@ class Handover:
         for place in self.places:
             NOTE.pack_into(memory.notes, place, 0, -1, 0)
             memory.notes[place + NOTE_HEAD : place + NOTE_HEAD + len(generators)] = generators
+        self.held = [b""] * NOTES
         self._write(self.moment)
         self.whole = True
         threading.Thread(target=self._listen, name="handover", daemon=True).start()
@@ -101,14 +102,16 @@ class Handover:
 
     def _write(self, moment: int) -> None:
         assert self.memory is not None
-        notes, place, views = self.memory.notes, self.places[moment % NOTES], self.views[moment % NOTES]
-        NOTE.pack_into(notes, place, 0, -1, 0)
+        index = moment % NOTES
+        notes, place, views = self.memory.notes, self.places[index], self.views[index]
         self.noted = generators = self._generators()
-        # Mostly torch's part alone, which is the last.
-        end = place + NOTE_HEAD + self.generators
-        notes[end - len(generators) : end] = generators
-        if views:
-            torch._foreach_copy_(views, list(self.buffers.values()))
+        if self.held[index] != generators or views:
+            NOTE.pack_into(notes, place, 0, -1, 0)
+            # Mostly torch's part alone, which is the last.
+            end = place + NOTE_HEAD + self.generators
+            notes[end - len(generators) : end] = self.held[index] = generators
+            if views:
+                torch._foreach_copy_(views, list(self.buffers.values()))
         NOTE.pack_into(notes, place, self.attempt, moment, self.size)
 
     def _generators(self) -> bytes:
@@ -116,7 +119,9 @@ class Handover:
         if self.watch.moved():
             return rng.get_state(self.parallel.device).numpy().tobytes()
         # Python's and NumPy's, which take ten times as long to read, are as they were.
-        return torch.default_generator.get_state().numpy().tobytes()
+        if self.watch.torch_moved():
+            self.drawn = torch.default_generator.get_state().numpy().tobytes()
+        return self.drawn
 
     def open(self) -> None:
         """An update begins."""

@@ -16,7 +16,7 @@ from trainer.config import Job
 from trainer.data import Loader, ToDevice
 from trainer.errors import JobError, Stopped
 from trainer.evaluate import check_count, evaluate
-from trainer.optimize import make_average, make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.optimize import make_average, make_optimizer, make_scaler, make_schedule, make_step, set_rate
 from trainer.order import MicroBatch, Order, Position
 from trainer.parallel import Late, Parallel
 from trainer.report import Report
@@ -49,6 +49,8 @@ class Trainer:
         limits = [train.steps, epochs * self.order.steps_per_epoch if epochs else None]
         self.steps = min(limit for limit in limits if limit is not None)
         self.optimizer = make_optimizer(model, train)
+        # A trace shall show the update by its name.
+        self.step = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
         self.rate = make_schedule(train, self.steps)
         self.scaler = make_scaler(train.precision, device)
         self.average = make_average(model, train.ema_decay)
@@ -78,6 +80,7 @@ class Trainer:
             self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
             if self.position.step and not self.state.evaluated:
                 self.finish_step()
+            self.next_due = self.find_due()
             while self.position.step < self.steps:
                 for micros in self.epoch():
                     self.train_step(micros)
@@ -134,7 +137,7 @@ class Trainer:
                     self.handover.note()
                 parallel.backward(losses, weight, self.scaler, self.stop())
         step_count = micros[0][0].step_count
-        due = self.due(position.step + 1, position.samples + step_count)
+        due = position.step + 1 == self.next_due
         mean, stop = parallel.agree(due)
         self.handover.open()
         self.update(mean, micros)
@@ -150,6 +153,7 @@ class Trainer:
             self.save_and_stop()
         if due:
             self.finish_step()
+            self.next_due = self.find_due()
 
     def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
@@ -166,7 +170,7 @@ class Trainer:
         if train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
         if self.scaler is None:
-            self.optimizer.step()
+            self.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -198,9 +202,13 @@ class Trainer:
                 "samples, or set train.on_nan=skip"
             )
 
-    def due(self, step: int, samples: int) -> bool:
-        """Whether an evaluation or a checkpoint follows `step`, at `samples` of the epoch."""
-        return self.evaluation_due(step, samples) or self.checkpoint_due(step, samples)
+    next_due = 0
+
+    def find_due(self) -> int:
+        """The next step that an evaluation or a checkpoint follows; the last of an epoch always is one."""
+        step, left = self.position.step, self.count - self.position.samples
+        every = [n for n in (self.job.evaluation.every_steps, self.job.checkpoint.every_steps) if n]
+        return min(self.steps, step - (-left // self.order.batch_size), *(step - step % n + n for n in every))
 
     def evaluation_due(self, step: int, samples: int) -> bool:
         """Whether the job asks for an evaluation here."""

@@ -58,7 +58,8 @@ class Report:
         """A step is done; `loss` is the mean over its global batch."""
         self.pulse.beat(position.step, "training")
         self.total += samples
-        self._profile(position.step)
+        if self.job.log.profile_steps:
+            self._profile(position.step)
         if self.metrics is None:
             return
         if position.step - 1 == self.metrics.step:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,42 @@ def test_every_use_of_a_global_generator_is_seen(use: Callable[[], object]) -> N
     assert torch.equal(before, rng.get_state(CPU)), "looking changed it"
     use()
     assert watch.moved()
+
+
+@pytest.mark.parametrize("use", [
+    lambda: torch.rand(1),
+    lambda: torch.randperm(3),
+    lambda: torch.randn(1),
+    lambda: torch.randn(1, dtype=torch.float64),
+    lambda: torch.nn.functional.dropout(torch.ones(4)),
+    lambda: torch.randint(0, 2**31, (624,)),  # the next word is where it was
+    lambda: torch.manual_seed(7),
+], ids=["uniform", "permutation", "normal", "double", "dropout", "round", "seed"])  # fmt: skip
+def test_every_use_of_torchs_generator_is_seen(use: Callable[[], object]) -> None:
+    """By its memory, which this version of torch must still lay out as we know it."""
+    torch.manual_seed(1)
+    watch = rng.Watch()
+    assert watch.torch is not None and watch.torch_moved(), "the first look"
+    for _ in range(3):
+        assert not watch.torch_moved()
+        before = torch.get_rng_state()
+        assert not watch.torch_moved(), "looking changed it"
+        use()
+        assert watch.torch_moved() != torch.equal(before, torch.get_rng_state())
+
+
+def test_a_number_that_torch_has_already_drawn_counts() -> None:
+    watch = rng.Watch()
+    for _ in range(4):  # every second one moves no word
+        watch.torch_moved()
+        torch.randn(1, dtype=torch.float64)
+        assert watch.torch_moved()
+
+
+def test_a_generator_that_is_kept_elsewhere_counts_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "torch", SimpleNamespace(default_generator=SimpleNamespace(get_state=torch.get_rng_state)))
+    watch = rng.Watch()
+    assert watch.torch is None and watch.torch_moved() and watch.torch_moved()
 
 
 @pytest.mark.parametrize("draw", [lambda: random.gauss(0, 1), lambda: np.random.standard_normal()])
