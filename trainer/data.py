@@ -127,14 +127,12 @@ class Loader:
             )
 
     def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
-        """Yield the batch of each of `keys`."""
+        """The batch of each of `keys`."""
         if self.workers is not None:
             self.keys = keys
-            yield from self.workers
-            return
-        for item in keys:
-            batch = self.fetch[item]
-            yield _pinned(batch) if self.pin else batch
+            return iter(self.workers)
+        batches = map(self.fetch.__getitem__, keys)
+        return map(_pinned, batches) if self.pin else batches
 
     def close(self) -> None:
         """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever."""
@@ -175,21 +173,21 @@ class ToDevice:
         self.device, self.dtype, self.channels_last, self.ahead = device, dtype, channels_last, ahead
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def move(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield each batch on the device."""
-        if self.stream is None:
-            if self.dtype is None and not self.channels_last:
-                yield from batches
-                return
-            for batch in batches:
-                yield floating_to(batch, self.device, self.dtype, self.channels_last)
-            return
+    def move(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Each batch on the device."""
+        if self.stream is not None:
+            return self._move_ahead(batches, self.stream)
+        if self.dtype is None and not self.channels_last:
+            return batches
+        return (floating_to(batch, self.device, self.dtype, self.channels_last) for batch in batches)
+
+    def _move_ahead(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
         waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
         for batch in batches:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(stream):
                 moved = floating_to(batch, self.device, self.dtype, self.channels_last)
                 event = torch.cuda.Event()
-                event.record(self.stream)
+                event.record(stream)
             waiting.append((moved, event))
             if len(waiting) > self.ahead:
                 yield self._take(waiting)

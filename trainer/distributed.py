@@ -109,9 +109,7 @@ class Distributed(Parallel):
         local = self._rarely and self._local()
         if not local:
             self._check_unused()
-        gradient = self.vote.grad
-        assert gradient is not None
-        ballot = gradient
+        ballot: Any = self.vote.grad
         if self._ballot is not None or (local and self._averages(due)):
             ballot = ballot.clone() if self._ballot is None else self._ballot
             self._ballot = None
@@ -130,7 +128,7 @@ class Distributed(Parallel):
     def _check_unused(self) -> None:
         """Name the parameters that DDP waits for in vain: their bucket, and all after it, were not averaged."""
         try:
-            self.ddp._check_reducer_finalized()
+            self.ddp.reducer._check_reducer_finalized()
         except RuntimeError as error:
             names = [name for name, parameter in self.step.named_parameters() if parameter.requires_grad]
             listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -109,10 +108,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def autocast(precision: str, device: torch.device) -> Callable[[], Any]:
-    """What to enter around a forward pass."""
+def autocast(precision: str, device: torch.device) -> Callable[[], Any] | None:
+    """Makes what to enter around a forward pass, if anything."""
     if precision not in DTYPES:
-        return contextlib.nullcontext
+        return None
     dtype = DTYPES[precision]
     return lambda: torch.autocast(device.type, dtype)
 

@@ -19,13 +19,16 @@ from trainer.replicas import ThreadReplicas
 from trainer.task import Task
 
 NOTHING = nullcontext()
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Step(nn.Module):
     """What is replicated or wrapped: the model with the task's loss inside, so that only per-sample values leave it."""
 
-    def __init__(self, model: nn.Module, task: Task, autocast: Callable[[], Any], compile: bool = False) -> None:
-        """`autocast`: makes the context of the forward pass; entered here because each replica is a thread."""
+    def __init__(
+        self, model: nn.Module, task: Task, autocast: Callable[[], Any] | None, compile: bool = False
+    ) -> None:  # fmt: skip
+        """`autocast`: makes a context for the forward pass; entered here because each replica is a thread."""
         super().__init__()
         self.model = model
         self.task = task
@@ -40,9 +43,11 @@ class Step(nn.Module):
 
         With `shows_vote` the losses and the vote, which then is in the outputs' graph.
         """
-        with self.autocast():
-            output = self.apply_model(self.model, self.task.inputs(batch))
-            losses = self.task.loss(output, batch)
+        if self.autocast is None:
+            output, losses = self._compute(batch)
+        else:
+            with self.autocast():
+                output, losses = self._compute(batch)
         if losses.dim() != 1:
             raise JobError(
                 "task.loss",
@@ -50,7 +55,7 @@ class Step(nn.Module):
                 "must have one value per sample, shape (batch,)",
                 'With torch losses use reduction="none", and average what remains over other dimensions',
             )
-        if losses.dtype in (torch.bfloat16, torch.float16):
+        if losses.dtype in HALVES:
             losses = losses.float()  # a sum of them would keep three digits
         if evaluate:
             return {"loss": losses, **self._metrics(output, batch, len(losses))}
@@ -58,6 +63,10 @@ class Step(nn.Module):
             assert self.vote is not None
             return losses, self.vote.view_as(self.vote)
         return losses
+
+    def _compute(self, batch: Any) -> tuple[Any, Tensor]:
+        output = self.apply_model(self.model, self.task.inputs(batch))
+        return output, self.task.loss(output, batch)
 
     def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
         metrics = self.task.metrics(output, batch)
