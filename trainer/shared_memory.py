@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -22,12 +23,15 @@ def note_worker() -> None:
 def remove_leftovers(folder: Path, shm: Path = SHM) -> None:
     """Remove what the workers noted in an agent's folder, all of which were killed, left between making and unlinking.
 
-    One that is still on its way out is looked at again the next time.
+    One that is still on its way out is looked at again the next time. Files carry the process id of their maker, and
+    containers that share memory do not share process ids: what any process has open, or mapped, is left alone.
     """
     for note in folder.glob("worker-*"):
         pid = note.name.partition("-")[2]
         ended = not Path("/proc", pid).exists()
         for left in shm.glob(f"torch_{pid}_*"):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError), left.open("r+b") as file:
+                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # refused while another has it open: fcntl(2)
+                left.unlink()
         if ended:
             note.unlink(missing_ok=True)
