@@ -117,7 +117,7 @@ def make_job(world_size: int, batch_size: int) -> Job:
     return job
 
 
-def muster(case: Case, turn: Callable[[], None]) -> None:
+def muster(case: Case) -> Iterator[None]:
     """Ours: metrics, TensorBoard, heartbeat, vote, schedule, what the ranks note for a recovery from memory;
     evaluation and checkpoint at the end of each epoch.
     """
@@ -129,16 +129,10 @@ def muster(case: Case, turn: Callable[[], None]) -> None:
         job, case.task, parallel, report, model, lambda: FLAG.requested is not None, case.data,
         case.task.eval_dataset(),
     )  # fmt: skip
-    step = trainer.train_step
-
-    def train_step(micros: Any) -> None:
+    for _ in trainer.train():
         if not trainer.position.samples:  # a checkpoint is being written: that CPU time is ours
             trainer.state.writer.wait(lambda: None)
-        turn()
-        step(micros)
-
-    trainer.train_step = train_step  # type: ignore[method-assign]
-    trainer.fit()
+        yield
 
 
 def raw(case: Case) -> Iterator[None]:
@@ -277,18 +271,16 @@ class Thread:
 
 OURS, RAW, RAW_LOADER = "muster", "raw", "raw, DataLoader"
 LOOPS: dict[str, Callable[[Case], Iterator[None]]] = {
-    RAW: raw, RAW_LOADER: raw_loader, "Fabric": fabric, "accelerate": accelerate
+    RAW: raw, RAW_LOADER: raw_loader, OURS: muster, "Fabric": fabric, "accelerate": accelerate
 }  # fmt: skip
-CALLERS: dict[str, Callable[[Case, Callable[[], None]], None]] = {OURS: muster, "Lightning Trainer": lightning}
-"""Loops that call us."""
 PEERS = {"Fabric": "lightning", "Lightning Trainer": "lightning", "accelerate": "accelerate"}
 """Contestant to the package that it needs."""
 
 
 def begin(name: str, case: Case) -> Run:
     """Set a contestant up."""
-    if name in CALLERS:
-        return Thread(lambda turn: CALLERS[name](case, turn)).run
+    if name not in LOOPS:
+        return Thread(lambda turn: lightning(case, turn)).run
     steps = LOOPS[name](case)
 
     def run(count: int) -> None:

@@ -73,19 +73,8 @@ class Trainer:
             NonFiniteLoss: with `on_nan: halt`.
         """
         try:
-            self.settle()
-            self.state.resume()
-            self.parallel.steps = self.position.step
-            self.report.start(self.position, self.steps, self.order.steps_per_epoch)
-            self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
-            if self.position.step and not self.state.evaluated:
-                self.finish_step()
-            self.next_due = self.find_due()
-            while self.position.step < self.steps:
-                for micros in self.epoch():
-                    self.train_step(micros)
-                    if self.position.step >= self.steps:
-                        break
+            for _ in self.train():
+                pass
         except BaseException as error:  # such as that of a collective whose peer is gone
             failed(error)
             if not isinstance(error, (JobError, NonFiniteLoss, Stopped)):
@@ -96,6 +85,23 @@ class Trainer:
             self.eval_loader.close()
             self.state.close()
         return self.state.metrics
+
+    def train(self) -> Iterator[None]:
+        """Go on from where the training stands to its end, a step at each `next`."""
+        self.settle()
+        self.state.resume()
+        self.parallel.steps = self.position.step
+        self.report.start(self.position, self.steps, self.order.steps_per_epoch)
+        self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
+        if self.position.step and not self.state.evaluated:
+            self.finish_step()
+        self.next_due = self.find_due()
+        while self.position.step < self.steps:
+            for micros in self.epoch():
+                self.train_step(micros)
+                yield
+                if self.position.step >= self.steps:
+                    break
 
     def settle(self) -> None:
         """Let the mode arrange itself by one step that changes nothing: see `Distributed.settle`."""
