@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 from trainer.heartbeat import VARIABLE
@@ -26,12 +27,13 @@ def remove_leftovers(folder: Path, shm: Path = SHM) -> None:
     One that is still on its way out is looked at again the next time. Files carry the process id of their maker, and
     containers that share memory do not share process ids: what any process has open, or mapped, is left alone.
     """
-    for note in folder.glob("worker-*"):
-        pid = note.name.partition("-")[2]
-        ended = not Path("/proc", pid).exists()
-        for left in shm.glob(f"torch_{pid}_*"):
+    notes = {note.name.partition("-")[2]: note for note in folder.glob("worker-*")}
+    ended = [note for pid, note in notes.items() if not Path("/proc", pid).exists()]
+    for left in shm.glob("torch_*_*") if notes else ():
+        if left.name.split("_")[1] in notes:
             with contextlib.suppress(OSError), left.open("r+b") as file:
+                fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored, where a lease's own signal would end us
                 fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # refused while another has it open: fcntl(2)
                 left.unlink()
-        if ended:
-            note.unlink(missing_ok=True)
+    for note in ended:
+        note.unlink(missing_ok=True)
