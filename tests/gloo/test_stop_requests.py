@@ -173,6 +173,16 @@ def test_a_followed_run_ends_with_its_follower(tmp_path: Path, number: int) -> N
         assert run.status()["state"] == "stopped"
 
 
+def test_a_supervisor_that_hears_twice_that_its_command_is_gone(tmp_path: Path) -> None:
+    """As it does when a command with a progress bar, and so with two threads, is killed: one save, nothing at once."""
+    with submitted(tmp_path, *FOREVER) as run:
+        run.wait("first_step")
+        for _ in range(2):
+            kill(run.status()["handle"]["pid"], signal.SIGHUP)
+        run.wait_gone()
+        assert len(run.events("stopped")) == 1
+
+
 def test_a_follower_that_is_gone_before_the_supervisor_is_ready(tmp_path: Path) -> None:
     """As soon as there is a supervisor at all: it hears of it all the same."""
     command = [MUSTER, "run", str(HERE / "faulty.yaml"), f"runs={tmp_path}", *FOREVER]

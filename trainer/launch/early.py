@@ -23,6 +23,10 @@ from trainer.stop import FLAG, SIGNALS, end_with
 
 ROOM = 4096
 """For a command line that says more: see `_show_as`."""
+ORPHANED = signal.SIGHUP
+"""Tells a supervisor that the command it belongs to is gone. It may come twice: the kernel sends it when each of the
+command's threads ends that was the parent meanwhile, and a progress bar has one. A second TERM would end all at once.
+"""
 _begun: Waiting | None = None
 
 
@@ -102,7 +106,8 @@ def supervisor(ahead: bool) -> None:
     (run, job, docker, follow), (_, *handles) = _listen()
     _show_as([sys.executable, "-m", "trainer.launch.supervisor", str(run)])
     if follow:
-        end_with(follow)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {ORPHANED})
+        end_with(follow, ORPHANED)
     serve(run, job, docker, handles, first)
 
 

@@ -21,7 +21,7 @@ from trainer.ahead import Loaded
 from trainer.config import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.folder import steps_committed
-from trainer.launch.early import Waiting
+from trainer.launch.early import ORPHANED, Waiting
 from trainer.launch.lease import Lease, try_lease, visible_devices, wanted_devices
 from trainer.rank_wiring import RANK_VARIABLES
 from trainer.record import read_json, record_event, write_json
@@ -99,17 +99,20 @@ class Supervisor:
         self.lease = Lease([])
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal: USR2 preempts, TERM and INT end for good."""
+        """Remember a signal: USR2 preempts, TERM and INT end for good, a second time at once, HUP as they do once."""
         if number == signal.SIGUSR2:
             self.preempted = True
+        elif number == ORPHANED:
+            self.stop_requests = max(1, self.stop_requests)
         else:
             self.stop_requests += 1
 
     def main(self) -> int:
         """Run all agents to the end; return the job's exit code."""
-        for number in SIGNALS:
+        heard = (*SIGNALS, ORPHANED)
+        for number in heard:
             signal.signal(number, self.handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         if not self.take_lease():
             return STOPPED
         self.start_all()
