@@ -36,9 +36,10 @@ from trainer.heartbeat import VARIABLE, Pulse
 from trainer.load import load_job
 from trainer.loop import Trainer
 from trainer.optimize import autocast
-from trainer.parallel import Step, make_parallel
+from trainer.parallel import make_parallel
 from trainer.rank_wiring import RankWiring
 from trainer.report import Report
+from trainer.step import Step
 from trainer.tasks.bytelm import SIZES, VOCABULARY, ByteLM, Shape
 from trainer.writer import Writer
 

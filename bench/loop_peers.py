@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from turns import Thread
 
 from trainer.config import Job, Train
 from trainer.heartbeat import Pulse
 from trainer.loop import Trainer
 from trainer.optimize import autocast
-from trainer.parallel import Parallel, Step, make_parallel
+from trainer.parallel import Parallel, make_parallel
 from trainer.rank_wiring import rank_wiring
 from trainer.report import Report
 from trainer.rules import check_job
+from trainer.step import Step
 from trainer.stop import FLAG
 from trainer.tasks.digits import Digits
 
@@ -172,6 +171,20 @@ def make_raw(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, make_optimizer(model)
 
 
+def steps(
+    loader: Iterable[Any], model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any]
+) -> Iterator[None]:
+    """The loop that libraries leave to their users."""
+    while True:
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            backward(loss)
+            optimizer.step()
+            loss.item()
+            yield
+
+
 def fabric(case: Case) -> Iterator[None]:
     """Lightning Fabric."""
     from lightning.fabric import Fabric
@@ -181,14 +194,7 @@ def fabric(case: Case) -> Iterator[None]:
     model = case.make_model()
     model, optimizer = fabric.setup(model, make_optimizer(model))
     loader = Batches(case) if case.lean else fabric.setup_dataloaders(case.loader())
-    while True:
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(images), labels)
-            fabric.backward(loss)
-            optimizer.step()
-            loss.item()
-            yield
+    return steps(loader, model, optimizer, fabric.backward)
 
 
 def accelerate(case: Case) -> Iterator[None]:
@@ -199,14 +205,7 @@ def accelerate(case: Case) -> Iterator[None]:
     model = case.make_model()
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     loader = Batches(case) if case.lean else accelerator.prepare(case.loader())
-    while True:
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(images), labels)
-            accelerator.backward(loss)
-            optimizer.step()
-            loss.item()
-            yield
+    return steps(loader, model, optimizer, accelerator.backward)
 
 
 def lightning(case: Case, turn: Callable[[], None]) -> None:
@@ -239,36 +238,6 @@ def lightning(case: Case, turn: Callable[[], None]) -> None:
     trainer.fit(Module(), Batches(case) if case.lean else case.loader())
 
 
-class Thread:
-    """A loop that calls us, in a thread of its own, which goes on only while we wait for it."""
-
-    def __init__(self, loop: Callable[[Callable[[], None]], None]) -> None:
-        """Start it, up to its first step; `loop` is given what it must call at the beginning of each."""
-        self.left = 0
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        threading.Thread(target=self._follow, args=(loop,), daemon=True).start()
-        self.done.acquire()
-
-    def run(self, steps: int) -> None:
-        """Let it do so many steps."""
-        self.left = steps
-        self.go.release()
-        self.done.acquire()
-
-    def _turn(self) -> None:
-        if not self.left:
-            self.done.release()
-            self.go.acquire()
-        self.left -= 1
-
-    def _follow(self, loop: Callable[[Callable[[], None]], None]) -> None:
-        try:
-            loop(self._turn)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)  # it never ends by itself
-
-
 OURS, RAW, RAW_LOADER = "muster", "raw", "raw, DataLoader"
 LOOPS: dict[str, Callable[[Case], Iterator[None]]] = {
     RAW: raw, RAW_LOADER: raw_loader, OURS: muster, "Fabric": fabric, "accelerate": accelerate
@@ -281,10 +250,10 @@ def begin(name: str, case: Case) -> Run:
     """Set a contestant up."""
     if name not in LOOPS:
         return Thread(lambda turn: lightning(case, turn)).run
-    steps = LOOPS[name](case)
+    loop = LOOPS[name](case)
 
     def run(count: int) -> None:
         for _ in range(count):
-            next(steps)
+            next(loop)
 
     return run

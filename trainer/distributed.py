@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Ddp, Job
 from trainer.errors import JobError
-from trainer.parallel import NOTHING, Late, Parallel, Step, scaled
+from trainer.parallel import NOTHING, Late, Parallel, scaled
 from trainer.rank_wiring import RankWiring
+from trainer.step import Step
 
 
 class Distributed(Parallel):

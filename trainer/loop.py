@@ -14,6 +14,7 @@ import torch
 from trainer import rng
 from trainer.config import Job
 from trainer.data import Loader, ToDevice
+from trainer.due import Due
 from trainer.errors import JobError, Stopped
 from trainer.evaluate import check_count, evaluate
 from trainer.optimize import make_average, make_optimizer, make_scaler, make_schedule, make_step, set_rate
@@ -48,6 +49,7 @@ class Trainer:
         epochs = train.epochs or (None if train.steps else 1)
         limits = [train.steps, epochs * self.order.steps_per_epoch if epochs else None]
         self.steps = min(limit for limit in limits if limit is not None)
+        self.due = Due(job, self.order, self.steps)
         self.optimizer = make_optimizer(model, train)
         # A trace shall show the update by its name.
         self.step = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
@@ -95,7 +97,7 @@ class Trainer:
         self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
         if self.position.step and not self.state.evaluated:
             self.finish_step()
-        self.next_due = self.find_due()
+        self.next_due = self.due.next_step(self.position)
         while self.position.step < self.steps:
             for micros in self.epoch():
                 self.train_step(micros)
@@ -159,7 +161,7 @@ class Trainer:
             self.save_and_stop()
         if due:
             self.finish_step()
-            self.next_due = self.find_due()
+            self.next_due = self.due.next_step(self.position)
 
     def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
@@ -208,35 +210,11 @@ class Trainer:
                 "samples, or set train.on_nan=skip"
             )
 
-    next_due = 0
-
-    def find_due(self) -> int:
-        """The next step that an evaluation or a checkpoint follows; the last of an epoch always is one."""
-        step, left = self.position.step, self.count - self.position.samples
-        every = [n for n in (self.job.evaluation.every_steps, self.job.checkpoint.every_steps) if n]
-        return min(self.steps, step - (-left // self.order.batch_size), *(step - step % n + n for n in every))
-
-    def evaluation_due(self, step: int, samples: int) -> bool:
-        """Whether the job asks for an evaluation here."""
-        every = self.job.evaluation.every_steps
-        epoch_ends = samples in (0, self.count)
-        epochs = -(-step // self.order.steps_per_epoch)
-        return (
-            step >= self.steps
-            or bool(every and step % every == 0)
-            or (epoch_ends and epochs % self.job.evaluation.every_epochs == 0)
-        )
-
-    def checkpoint_due(self, step: int, samples: int) -> bool:
-        """Whether the job asks for a checkpoint here."""
-        every = self.job.checkpoint.every_steps
-        return step >= self.steps or samples in (0, self.count) or bool(every and step % every == 0)
-
     def finish_step(self) -> None:
         """Evaluate and save where that is due after the current position; a stop may come in between."""
         position = self.position
         self.check_late()
-        if self.evaluation_due(position.step, position.samples):
+        if self.due.evaluation(position):
             metrics = self.evaluate()
             if metrics is None:
                 self.save_and_stop()
@@ -244,7 +222,7 @@ class Trainer:
             self.state.measure(metrics)
             self.report.evaluation(position, metrics)
         self.state.evaluated = True
-        if self.checkpoint_due(position.step, position.samples):
+        if self.due.checkpoint(position):
             self.state.save(wait=position.step >= self.steps)
         self.handover.finish()
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import Job
+from trainer.shared_memory import SHM
 from trainer.wiring import Wiring
 
-SHM = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 WORKER_SHM_MB = 64
 """What one loader worker may need at once: a few batches in flight; docker's default for a whole container."""

@@ -17,9 +17,10 @@ from trainer.folder import add_import_paths
 from trainer.heartbeat import Pulse
 from trainer.loop import Trainer
 from trainer.optimize import autocast
-from trainer.parallel import Step, make_parallel, use_cuda
+from trainer.parallel import make_parallel, use_cuda
 from trainer.rank_wiring import RankWiring, rank_wiring
 from trainer.report import Report
+from trainer.step import Step
 from trainer.stop import FLAG
 from trainer.summary import plain_table
 from trainer.task import make_task

@@ -21,7 +21,7 @@ def note_worker() -> None:
             Path(heartbeat).with_name(f"worker-{os.getpid()}").touch()
 
 
-def remove_leftovers(folder: Path, shm: Path = SHM) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what the workers noted in an agent's folder, all of which were killed, left between making and unlinking.
 
     One that is still on its way out is looked at again the next time. Files carry the process id of their maker, and
@@ -29,7 +29,7 @@ def remove_leftovers(folder: Path, shm: Path = SHM) -> None:
     """
     notes = {note.name.partition("-")[2]: note for note in folder.glob("worker-*")}
     ended = [note for pid, note in notes.items() if not Path("/proc", pid).exists()]
-    for left in shm.glob("torch_*_*") if notes else ():
+    for left in SHM.glob("torch_*_*") if notes else ():
         if left.name.split("_")[1] in notes:
             with contextlib.suppress(OSError), left.open("r+b") as file:
                 fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored, where a lease's own signal would end us

@@ -1,0 +1,78 @@
+"""One step's module: the model with the task's loss, which the modes replicate or wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import JobError
+from trainer.task import Task
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Step(nn.Module):
+    """What is replicated or wrapped: the model with the task's loss inside, so that only per-sample values leave it."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, autocast: Callable[[], Any] | None, compile: bool = False
+    ) -> None:  # fmt: skip
+        """`autocast`: makes a context for the forward pass; entered here because each replica is a thread."""
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.autocast = autocast
+        self.vote: nn.Parameter | None = None
+        """What ranks agree by: see `Distributed.wrap`."""
+        self.shows_vote = False
+        self.apply_model = torch.compile(apply_model) if compile else apply_model
+
+    def forward(self, batch: Any, evaluate: bool = False) -> Any:
+        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics.
+
+        With `shows_vote` the losses and the vote, which then is in the outputs' graph.
+        """
+        if self.autocast is None:
+            output, losses = self._compute(batch)
+        else:
+            with self.autocast():
+                output, losses = self._compute(batch)
+        if losses.dim() != 1:
+            raise JobError(
+                "task.loss",
+                tuple(losses.shape),
+                "must have one value per sample, shape (batch,)",
+                'With torch losses use reduction="none", and average what remains over other dimensions',
+            )
+        if losses.dtype in HALVES:
+            losses = losses.float()  # a sum of them would keep three digits
+        if evaluate:
+            return {"loss": losses, **self._metrics(output, batch, len(losses))}
+        if self.shows_vote:
+            assert self.vote is not None
+            return losses, self.vote.view_as(self.vote)
+        return losses
+
+    def _compute(self, batch: Any) -> tuple[Any, Tensor]:
+        output = self.apply_model(self.model, self.task.inputs(batch))
+        return output, self.task.loss(output, batch)
+
+    def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
+        metrics = self.task.metrics(output, batch)
+        for name, value in metrics.items():
+            if value.shape[:1] != (count,):
+                raise JobError(
+                    "task.metrics",
+                    {name: tuple(value.shape)},
+                    f"must have a value for each of the {count} samples, shape ({count}, ...)",
+                    "Leave sums and means to the trainer and to Task.summary",
+                )
+        return metrics
+
+
+def apply_model(model: nn.Module, inputs: Any) -> Any:
+    """What is compiled: `model.compile()` silently leaves models alone whose class is torch's, such as Sequential."""
+    return model(inputs)
