@@ -113,18 +113,7 @@ def make_trainer(job: Job, task: ByteLM, run: Path) -> Trainer:
     model = task.model().to(parallel.device)
     parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
     report = Report(job, run, 0, parallel, Pulse(0))
-    trainer = Trainer(job, task, parallel, report, model, lambda: False, task.train_dataset(), task.eval_dataset())
-    report.start(trainer.position, trainer.steps, trainer.order.steps_per_epoch)
-    return trainer
-
-
-def trainer_steps(make: Callable[[], Trainer]) -> Iterator[None]:
-    """Our loop, a step at a time."""
-    trainer = make()
-    while True:
-        for micros in trainer.epoch():
-            trainer.train_step(micros)
-            yield
+    return Trainer(job, task, parallel, report, model, lambda: False, task.train_dataset(), task.eval_dataset())
 
 
 def raw_steps(job: Job, task: ByteLM) -> Iterator[None]:
@@ -167,7 +156,7 @@ def measure_speed(
     """Both sides of all `jobs`, by configuration, in turn: a row for each. `peak`: of the GPU, TFLOP/s in bf16."""
     sides: dict[str, tuple[Training, Training]] = {}
     for name, job in jobs.items():
-        ours = Training(job, trainer_steps(partial(make_trainer, job, task, folder / name)), options.block)
+        ours = Training(job, make_trainer(job, task, folder / name).train(), options.block)
         sides[name] = ours, Training(job, raw_steps(job, task), options.block)
     for number in range(options.rounds):
         for ours, raw in sides.values():
@@ -229,7 +218,7 @@ def ways_to_save(trainer: Trainer, folder: Path) -> dict[str, Callable[[], Calla
 def measure_saves(job: Job, task: ByteLM, rounds: int, folder: Path) -> list[Row]:
     """The stall, by which a step that saves is longer, and the steps beside the writing; of each way, in turn."""
     trainer = make_trainer(job, task, folder / "saves")
-    training = Training(job, trainer_steps(lambda: trainer), 0)
+    training = Training(job, trainer.train(), 0)
     ways = ways_to_save(trainer, folder)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for _ in range(rounds + 1):

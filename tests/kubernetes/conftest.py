@@ -29,3 +29,11 @@ def cluster(kubectl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv("KUBECACHEDIR", str(tmp_path / "cache"))  # of discovery, else kept at home for each port
         monkeypatch.chdir(ROOT)
         yield found
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site file for run folders on a volume that the nodes share."""
+    path = tmp_path / "site.yaml"
+    path.write_text("claim: runs\n")
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,8 @@ from cluster_api import Cluster
 from submissions import RUNNING, ended, finish, handle_of, put_pod, submit
 
 from trainer.errors import JobError
-from trainer.launch import commands
+from trainer.launch import control, submission
 from trainer.launch.kubernetes import Kubernetes
-from trainer.record import write_json
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    path = tmp_path / "site.yaml"
-    path.write_text("claim: runs\n")
-    return path
 
 
 def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site: Path) -> None:
@@ -38,7 +29,7 @@ def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site:
     owners = [item["metadata"].get("ownerReferences") for item in cluster.objects.values() if item is not job]
     reference = {"apiVersion": "batch/v1", "kind": "Job", "name": run.name, "uid": job["metadata"]["uid"]}
     assert owners == [[reference]] * 3
-    assert commands.render(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
+    assert submission.render(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
 
 
 def test_the_claim_belongs_to_nobody(cluster: Cluster, tmp_path: Path, site: Path) -> None:
@@ -53,7 +44,7 @@ def test_a_jobset_makes_its_own_service(cluster: Cluster, tmp_path: Path, site: 
     site.write_text("kind: jobset\nclaim: runs\n")
     run = submit(tmp_path, site)
     assert sorted(kind for kind, _ in cluster.objects) == ["configmaps", "jobsets", "networkpolicies"]
-    assert commands.status(str(run))["state"] == "pending"
+    assert control.status(str(run))["state"] == "pending"
     job = cluster.objects["jobsets", handle_of(run)["name"]]
     job["status"]["conditions"] = [{"type": "Completed", "status": "True"}]
     assert Kubernetes().state(run, handle_of(run)).word == "done"
@@ -66,20 +57,20 @@ def test_without_a_claim_it_says_so(cluster: Cluster, tmp_path: Path, capsys: py
 
 def test_status_says_why_pods_wait(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     run = submit(tmp_path, site)
-    assert commands.status(str(run))["state"] == "pending"
+    assert control.status(str(run))["state"] == "pending"
     event = {"reason": "FailedCreate", "type": "Warning", "message": "exceeded quota: gpus, requested: 8, used: 8",
              "metadata": {"name": "e"}, "involvedObject": {"kind": "Job", "name": run.name}}  # fmt: skip
     cluster.put("events", event)
-    assert "exceeded quota" in commands.status(str(run))["reason"]
+    assert "exceeded quota" in control.status(str(run))["reason"]
     unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes fit"}
     put_pod(cluster, run, 0, "aaaaa", phase="Pending", conditions=[unschedulable])
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert found["state"] == "pending"
     assert "0/2 nodes fit" in found["reason"]
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
     put_pod(cluster, run, 0, "aaaaa", **RUNNING)
     put_pod(cluster, run, 1, "bbbbb", phase="Pending", containerStatuses=[{"state": waiting}])
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert found["state"] == "running"
     assert "ImagePullBackOff: no such image" in found["reason"]
 
@@ -100,13 +91,13 @@ def test_logs_are_copied_once_and_follow_a_replaced_pod(cluster: Cluster, tmp_pa
     cluster.read_log = read_log
     put_pod(cluster, run, 0, "aaaaa", **RUNNING)
     put_pod(cluster, run, 1, "bbbbb", **RUNNING)
-    assert commands.status(str(run))["reason"] == "step 1/9  loss 2"
-    assert commands.status(str(run))["reason"] == "step 1/9  loss 2"
+    assert control.status(str(run))["reason"] == "step 1/9  loss 2"
+    assert control.status(str(run))["reason"] == "step 1/9  loss 2"
     assert (run / "logs/node-0.log").read_text() == "[muster] hello\nstep 1/9  loss 2\n"
     assert (run / "logs/node-1.log").read_text() == "[muster] node 1\n"
     put_pod(cluster, run, 0, "aaaaa", **ended(75))
     put_pod(cluster, run, 0, "ccccc", **RUNNING)
-    assert commands.status(str(run))["reason"] == "step 2/9  loss 1"
+    assert control.status(str(run))["reason"] == "step 2/9  loss 1"
     assert (run / "logs/node-0.log").read_text().splitlines()[-1] == "step 2/9  loss 1"
     assert asked[0] == ""
     assert asked[-1] == "2025-12-31T23:59:32Z"
@@ -117,8 +108,8 @@ def test_a_nodes_word_on_a_log_is_no_part_of_it(cluster: Cluster, tmp_path: Path
     put_pod(cluster, run, 0, "aaaaa", **RUNNING)
     answers = ["unable to retrieve container logs for containerd://1\n", "2026-01-01T00:00:01.1Z step 1/9  loss 2\n"]
     cluster.read_log = lambda *_: answers.pop(0) if answers else ""
-    assert commands.status(str(run))["reason"] == ""
-    assert commands.status(str(run))["reason"] == "step 1/9  loss 2"
+    assert control.status(str(run))["reason"] == ""
+    assert control.status(str(run))["reason"] == "step 1/9  loss 2"
     assert (run / "logs/node-0.log").read_text() == "step 1/9  loss 2\n"
 
 
@@ -127,10 +118,10 @@ def test_the_end_is_told_by_node_0_and_remembered(cluster: Cluster, tmp_path: Pa
     put_pod(cluster, run, 0, "aaaaa", **ended(0, "accuracy  0.98\ntime  3 s"))
     put_pod(cluster, run, 1, "bbbbb", **ended(0))
     finish(cluster, run, "Complete")
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert (found["state"], found["code"], found["reason"]) == ("done", 0, "accuracy  0.98\ntime  3 s")
     cluster.objects.clear()  # as its ttlSecondsAfterFinished does
-    assert commands.status(str(run))["state"] == "done"
+    assert control.status(str(run))["state"] == "done"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +144,7 @@ def test_a_failure_is_explained(
     for node, status in pods:
         put_pod(cluster, run, node, "aaaaa", **status)
     finish(cluster, run, "Failed", **condition)
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert (found["state"], found["code"]) == (word, code)
     assert reason in found["reason"]
 
@@ -163,18 +154,18 @@ def test_an_evicted_pod_is_named_while_it_is_replaced(cluster: Cluster, tmp_path
     put_pod(cluster, run, 0, "aaaaa", **RUNNING)
     evicted = {"type": "DisruptionTarget", "status": "True", "message": "Eviction API: evicting"}
     put_pod(cluster, run, 1, "bbbbb", **ended(75), conditions=[evicted])
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert (found["state"], "evicting" in found["reason"]) == ("running", True)
 
 
 def test_cancel_deletes_in_the_foreground(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     run = submit(tmp_path, site)
     pod = put_pod(cluster, run, 0, "aaaaa", **RUNNING)
-    commands.cancel(str(run))
-    assert commands.status(str(run))["state"] == "running"
+    control.cancel(str(run))
+    assert control.status(str(run))["state"] == "running"
     cluster.remove("pods", pod["metadata"]["name"])
     cluster.remove("jobs", run.name)
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert (found["state"], found["code"]) == ("cancelled", 75)
     assert cluster.objects == {}  # what the Job owned went with it
 
@@ -182,7 +173,7 @@ def test_cancel_deletes_in_the_foreground(cluster: Cluster, tmp_path: Path, site
 def test_a_job_that_vanished_is_lost(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     run = submit(tmp_path, site)
     cluster.remove("jobs", run.name)
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert (found["state"], "is gone" in found["reason"]) == ("lost", True)
 
 
@@ -197,7 +188,7 @@ def test_preempt_suspends_waits_and_resumes(cluster: Cluster, tmp_path: Path, si
                 finish(cluster, run, "Suspended")
 
     cluster.refusal = controller
-    commands.preempt(str(run))
+    control.preempt(str(run))
     assert [suspended for suspended, _ in seen] == [True, False]
     assert seen[1][1] == [{"type": "Suspended", "status": "True"}]
 
@@ -206,60 +197,11 @@ def test_a_run_is_continued_after_what_was_left_of_it_is_deleted(cluster: Cluste
     run = submit(tmp_path, site)
     finish(cluster, run, "Complete")
     first = cluster.objects["jobs", run.name]["metadata"]["uid"]
-    assert commands.status(str(run))["state"] == "done"
-    commands.submit(str(run), ["train.epochs=20"], "kubernetes", site)
+    assert control.status(str(run))["state"] == "done"
+    submission.submit(str(run), ["train.epochs=20"], "kubernetes", site)
     assert cluster.objects["jobs", run.name]["metadata"]["uid"] != first
     assert "epochs: 20" in cluster.objects["configmaps", run.name]["data"]["job.yaml"]
-    assert commands.status(str(run))["state"] == "pending"
-
-
-def test_a_running_run_is_not_submitted_again(cluster: Cluster, tmp_path: Path, site: Path) -> None:
-    run = submit(tmp_path, site)
-    with pytest.raises(JobError, match="is running"):
-        commands.submit(str(run), [], "kubernetes", site)
-
-
-@pytest.mark.parametrize(
-    ("code", "reason", "message", "remedy"),
-    [
-        (403, "Forbidden", 'jobs.batch is forbidden: User "me" cannot create resource "jobs"', "auth can-i"),
-        (403, "Forbidden", "pods is forbidden: exceeded quota: compute, requested: cpu=96", "more quota"),
-        (409, "AlreadyExists", 'jobs.batch "x" already exists', "earlier submission"),
-    ],
-)
-def test_a_refusal_is_one_error_with_a_remedy(
-    cluster: Cluster, tmp_path: Path, site: Path, code: int, reason: str, message: str, remedy: str
-) -> None:
-    cluster.refusal = lambda method, plural, body: (code, reason, message) if plural == "jobs" else None
-    with pytest.raises(JobError) as caught:
-        submit(tmp_path, site)
-    assert message in str(caught.value)
-    assert remedy in str(caught.value)
-
-
-def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
-    import cluster_api
-
-    monkeypatch.delitem(cluster_api.RESOURCES, "jobsets")
-    site.write_text("kind: jobset\nclaim: runs\n")
-    with pytest.raises(JobError, match="kind: job in the site file"):
-        submit(tmp_path, site)
-
-
-def test_no_cluster_and_no_kubectl(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
-    run = submit(tmp_path, site)
-    config = tmp_path / "nobody"
-    text = json.loads((tmp_path / "kubeconfig").read_text())
-    text["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:9"
-    write_json(config, text)
-    monkeypatch.setenv("KUBECONFIG", str(config))
-    found = commands.status(str(run))
-    assert (found["state"], "cluster-info" in found["reason"]) == ("lost", True)
-    with pytest.raises(JobError, match="cluster-info"):
-        submit(tmp_path, site)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(JobError, match="no kubectl on this machine"):
-        submit(tmp_path, site)
+    assert control.status(str(run))["state"] == "pending"
 
 
 def test_context_and_namespace_come_from_the_site(cluster: Cluster, tmp_path: Path, site: Path) -> None:

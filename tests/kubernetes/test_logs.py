@@ -9,7 +9,7 @@ from cluster_api import Cluster
 from submissions import RUNNING, put_pod, submit
 
 from trainer.errors import JobError
-from trainer.launch import commands
+from trainer.launch import control
 
 
 def test_logs_need_no_status_before(cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -17,7 +17,7 @@ def test_logs_need_no_status_before(cluster: Cluster, tmp_path: Path, capfd: pyt
     put_pod(cluster, run, 0, "aaaaa", **RUNNING)
     cluster.read_log = lambda *_: "2026-01-01T00:00:01Z [muster] hello\n"
     capfd.readouterr()
-    commands.logs(str(run), None, False)
+    control.logs(str(run), None, False)
     assert capfd.readouterr().out == "[muster] hello\n"
     with pytest.raises(JobError, match=rf"--rank=1: has no log here.*{run.name}/logs/rank-1\.log"):
-        commands.logs(str(run), 1, False)
+        control.logs(str(run), 1, False)

@@ -17,7 +17,7 @@ from engine import Engine
 from engine_image import Image
 from pods import Pods
 
-from trainer.launch import commands
+from trainer.launch import control, submission
 from trainer.record import read_json, read_lines
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to build the image
@@ -43,13 +43,13 @@ class Runs:
     def submit(self, *overrides: str, devices: int = 1) -> Path:
         """The run folder on this machine; the one on the claim has its name."""
         words = [*JOB, f"devices_per_node={devices}", f"runs={self.folder / 'runs'}", *overrides]
-        return commands.submit("jobs/digits.yaml", words, "kubernetes", self.site)
+        return submission.submit("jobs/digits.yaml", words, "kubernetes", self.site)
 
     def wait(self, run: Path, *states: str) -> dict[str, Any]:
         """The status, once it is one of `states`."""
         end = time.monotonic() + WAIT_S
         while True:
-            found = commands.status(str(run))
+            found = control.status(str(run))
             if found["state"] in states:
                 return found
             if time.monotonic() > end:
@@ -103,11 +103,11 @@ def undisturbed() -> dict[int, dict[int, float]]:
 @pytest.mark.parametrize("devices", [1, 2], ids=["2x1", "2x2"])
 def test_two_pods_train_and_muster_run_follows(runs: Runs, undisturbed: Any, capfd: Any, devices: int) -> None:
     words = [*JOB, f"devices_per_node={devices}", f"runs={runs.folder / 'runs'}"]
-    assert commands.run("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
+    assert submission.run("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
     printed = capfd.readouterr().out
     assert "step 60/60" in printed
     (run,) = (runs.folder / "runs").iterdir()
-    found = commands.status(str(run))
+    found = control.status(str(run))
     assert found["state"] == "done"
     assert "accuracy" in found["reason"]
     losses = runs.losses(run)
@@ -153,11 +153,11 @@ def test_preempt_and_cancel(runs: Runs) -> None:
     run = runs.submit("train.steps=100000")
     runs.checkpoint(run, 1)
     before = runs.pods.pod(0)["metadata"]["name"]
-    commands.preempt(str(run))
+    control.preempt(str(run))
     runs.until(run, lambda: runs.events(run, "resume"))
     assert runs.pods.pod(0)["metadata"]["name"] != before
     saved = len(runs.events(run, "checkpoint"))
-    commands.cancel(str(run))
+    control.cancel(str(run))
     assert runs.wait(run, "cancelled", "failed", "lost")["state"] == "cancelled"
     assert len(runs.events(run, "checkpoint")) > saved
     assert [key for key in runs.pods.cluster.objects if key[0] not in ("pods", "persistentvolumeclaims")] == []
@@ -199,7 +199,7 @@ def test_a_replacement_that_never_comes_ends_the_job_in_its_bound(runs: Runs) ->
 def test_a_missing_claim_is_named_and_waited_for(runs: Runs) -> None:
     runs.site.write_text("claim: elsewhere\n")
     run = runs.submit("train.steps=20")
-    runs.until(run, lambda: 'persistentvolumeclaim "elsewhere" not found' in commands.status(str(run))["reason"])
+    runs.until(run, lambda: 'persistentvolumeclaim "elsewhere" not found' in control.status(str(run))["reason"])
     runs.claim = runs.pods.make_claim("elsewhere")
     assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from slurm_cluster import Cluster
 from slurm_runs import Run, muster, submit
 
-from trainer.launch import commands
+from trainer.launch import control
 
 ONE = ("nodes=1", "devices_per_node=1")
 
@@ -31,7 +31,7 @@ def test_what_render_prints_trains(slurm: Cluster, shared_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     slurm.wait(done.stdout.split()[-1])
     run = Run(shared_path / "digits-ID")
-    found = commands.status(str(run.folder))
+    found = control.status(str(run.folder))
     assert (found["state"], found["step"]) == ("done", 20), run.describe()
     logs = "".join(path.read_text() for path in (run.folder / "logs").glob("*.log"))
     assert f"muster run {run.folder} --on slurm" in logs

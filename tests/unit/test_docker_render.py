@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.launch import commands
+from trainer.launch import submission
 
 ROOT = Path(__file__).parents[2]
 RUN = "/big/digits-ID"
@@ -28,7 +28,7 @@ def command_lines(folder: Path, text: str, *overrides: str) -> list[list[str]]:
     """The words of each docker command."""
     site = folder / "site.yaml"
     site.write_text(text)
-    rendered = commands.render("jobs/digits.yaml", ["runs=/big", *overrides], "docker", site)
+    rendered = submission.render("jobs/digits.yaml", ["runs=/big", *overrides], "docker", site)
     return [shlex.split(line) for line in rendered.splitlines() if line.startswith("docker ")]
 
 

@@ -15,7 +15,7 @@ from manifest_rules import Manifest, container, job, only, problems, variables
 from omegaconf import OmegaConf
 
 from trainer.errors import JobError
-from trainer.launch import commands
+from trainer.launch import submission
 from trainer.launch.kubernetes_render import make_manifests, object_name, render_manifests
 from trainer.launch.kubernetes_site import KubernetesSite
 from trainer.launch.platform import Plan
@@ -51,7 +51,7 @@ def test_an_example_is_what_its_first_line_prints(path: Path) -> None:
     assert (muster, verb) == ("muster", "render")
     site = Path(words[words.index("--site") + 1]) if "--site" in words else None
     overrides = [word for word in words if "=" in word]
-    rendered = commands.render(job_file, overrides, "kubernetes", site) + "\n"
+    rendered = submission.render(job_file, overrides, "kubernetes", site) + "\n"
     assert rendered == rest, f"stale: {first.removeprefix('# ')}, below its own first line, makes it anew"
 
 

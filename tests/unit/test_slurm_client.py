@@ -15,7 +15,7 @@ import pytest
 from test_cli import MUSTER, ROOT
 
 from trainer.errors import JobError
-from trainer.launch import commands, early, slurm
+from trainer.launch import control, early, slurm, submission
 from trainer.launch.slurm import Slurm
 from trainer.summary import resume_command
 
@@ -77,7 +77,7 @@ def test_an_answer_is_kept_for_some_seconds(
 
 
 def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
-    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     for command in (["logs", str(run), "-f"], ["run", JOB, f"runs={runs}", *CPU, "--on", "slurm"]):
         before = len(client.words("squeue"))
         process = subprocess.Popen([MUSTER, *command], stdout=subprocess.DEVNULL)
@@ -93,42 +93,42 @@ def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
 def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("partition: night\n")
-    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", site)
+    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", site)
     ends(client)
     word, verb, folder = resume_command(run).split()
     assert (Path(word).name, verb, folder) == ("muster", "run", str(run))
-    commands.submit(folder, ["train.epochs=20"], None, None)
+    submission.submit(folder, ["train.epochs=20"], None, None)
     assert len(client.words("sbatch")) == 2
     assert all("--partition=night" in words for words in client.words("sbatch"))
-    assert commands.render(folder, [], None, None).splitlines()[-1].startswith("sbatch ")
-    assert "supervisor" in commands.render(folder, [], "local", None)
+    assert submission.render(folder, [], None, None).splitlines()[-1].startswith("sbatch ")
+    assert "supervisor" in submission.render(folder, [], "local", None)
     with pytest.raises(JobError, match="nowhere"):  # refused elsewhere, it has not moved
-        commands.submit(folder, ["task=null", "script=nowhere.py"], "local", None)
-    commands.submit(folder, ["task=trainer.tasks.digits:Digits", "script=null"], None, None)
+        submission.submit(folder, ["task=null", "script=nowhere.py"], "local", None)
+    submission.submit(folder, ["task=trainer.tasks.digits:Digits", "script=null"], None, None)
     assert len(client.words("sbatch")) == 3
 
 
 def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path) -> None:
     client.write("sbatch", "echo 'sbatch: error: invalid partition specified: nigth' >&2; exit 1")
     with pytest.raises(JobError, match=r"Slurm refused: .*invalid partition.*slurm/site\.yaml"):
-        commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+        submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     client.write("sbatch", "echo Submitted batch job 8")
     (run,) = runs.iterdir()
-    commands.submit(str(run), [], None, None)
+    submission.submit(str(run), [], None, None)
     assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
 
 
 def test_what_began_early_ends_when_the_run_is_elsewhere(
     client: SimpleNamespace, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     ends(client)
     waiting = early.Waiting("supervisor(True)")
     monkeypatch.setattr(early, "_begun", waiting)
-    monkeypatch.setattr(commands, "follow", lambda *_: 0)
+    monkeypatch.setattr(submission, "follow", lambda *_: 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of the tests' own process stay
     try:
-        assert commands.run(str(run), [], None, None) == 0
+        assert submission.run(str(run), [], None, None) == 0
         assert waiting.process.returncode == -signal.SIGKILL
     finally:
         waiting.process.kill()
@@ -136,11 +136,11 @@ def test_what_began_early_ends_when_the_run_is_elsewhere(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
 def test_a_run_of_another_user_is_not_continued(client: SimpleNamespace, runs: Path) -> None:
-    run = commands.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     ends(client)
     os.chown(run / "plan", 12345, -1)
     with pytest.raises(JobError, match="belongs to another user"):
-        commands.submit(str(run), [], None, None)
+        submission.submit(str(run), [], None, None)
 
 
 def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> None:
@@ -158,14 +158,14 @@ def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> 
 def test_no_run_of_a_refused_sweep_is_pending(client: SimpleNamespace, runs: Path, said: str, remedy: str) -> None:
     client.write("sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
     with pytest.raises(JobError, match=remedy):
-        commands.submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "train.lr=0.1,0.01")
-    found = commands.list_all(runs)
+        submission.submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "train.lr=0.1,0.01")
+    found = control.list_all(runs)
     assert [(item["state"], said in item["reason"]) for item in found] == [("failed", True)] * 2
 
 
 def test_a_platform_without_arrays_leaves_nothing_behind(runs: Path) -> None:
     with pytest.raises(JobError, match="local has no job arrays"):
-        commands.submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
+        submission.submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
     assert not runs.exists()
 
 
@@ -175,7 +175,7 @@ def test_the_container_of_a_sweep_sees_its_runs(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(f"runtime: {runtime}\nimage: muster.sqsh\nruns: {runs}\n")
-    made = commands.submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")
+    made = submission.submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")
     (sent,) = client.words("sbatch")
     assert f"{runs}:{runs}" in sent
     assert {run.parent for run in made} == {runs}
@@ -186,9 +186,9 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
     """Word for word, but for the script's name, when it is pasted into a shell."""
     runs, site = tmp_path / "my runs", tmp_path / "site.yaml"
     site.write_text(f"fabric: efa\nruns: {runs}\n")
-    run = commands.submit(JOB, CPU, "slurm", site)
+    run = submission.submit(JOB, CPU, "slurm", site)
     made = runs / "digits-ID"
-    rendered = commands.render(JOB, CPU, "slurm", site)
+    rendered = submission.render(JOB, CPU, "slurm", site)
     by_hand = subprocess.run(["bash", "-e"], input=rendered, text=True, capture_output=True, cwd=tmp_path)
     assert (by_hand.returncode, by_hand.stdout) == (0, "Submitted batch job 7\n"), by_hand.stderr
     ours, theirs = client.words("sbatch")
@@ -203,6 +203,6 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
 def test_a_script_that_the_snapshot_lacks_is_refused(client: SimpleNamespace, runs: Path) -> None:
     words = [*CPU, f"runs={runs}", "task=null"]
     with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or let git"):
-        commands.submit(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
+        submission.submit(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
     assert client.words("sbatch") == []
-    commands.submit(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see
+    submission.submit(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see

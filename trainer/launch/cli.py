@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from trainer.errors import WRONG_JOB, JobError
-from trainer.launch import commands
+from trainer.launch import control, submission
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -33,7 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 @app.command()
 def run(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
     """Submit a job and follow it to its end; the exit code is the job's."""
-    raise typer.Exit(commands.run(job, overrides or [], on, site))
+    raise typer.Exit(submission.run(job, overrides or [], on, site))
 
 
 @app.command()
@@ -43,23 +43,23 @@ def submit(
 ) -> None:  # fmt: skip
     """Submit a job and return; prints its run folder."""
     if sweep is None:
-        print(commands.submit(job, overrides or [], on, site))
+        print(submission.submit(job, overrides or [], on, site))
     else:
-        for folder in commands.submit_sweep(job, overrides or [], on, site, sweep):
+        for folder in submission.submit_sweep(job, overrides or [], on, site, sweep):
             print(folder)
 
 
 @app.command()
 def render(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
     """Print exactly what `submit` would hand to the platform; submit nothing."""
-    print(commands.render(job, overrides or [], on, site))
+    print(submission.render(job, overrides or [], on, site))
 
 
 @app.command()
 def status(run: RunFolder, as_json: Json = False) -> None:
     """Say where a run stands and, when it failed, why."""
-    found = commands.status(run)
-    print(json.dumps(found) if as_json else commands.status_text(found))
+    found = control.status(run)
+    print(json.dumps(found) if as_json else control.status_text(found))
 
 
 @app.command()
@@ -69,19 +69,19 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
 ) -> None:
     """Print the logs of a run."""
-    commands.logs(run, rank, follow)
+    control.logs(run, rank, follow)
 
 
 @app.command()
 def cancel(run: RunFolder) -> None:
     """Stop a run for good; it saves a checkpoint first."""
-    commands.cancel(run)
+    control.cancel(run)
 
 
 @app.command()
 def preempt(run: RunFolder) -> None:
     """Rehearse a preemption: the run saves, stops and comes back."""
-    commands.preempt(run)
+    control.preempt(run)
 
 
 @app.command()
@@ -102,8 +102,8 @@ def list_(
     runs: Annotated[Path, typer.Argument(help="The folder of run folders.")] = Path("runs"), as_json: Json = False
 ) -> None:
     """List the runs of a folder, the newest last."""
-    found = commands.list_all(runs)
-    print(json.dumps(found) if as_json else commands.list_text(found))
+    found = control.list_all(runs)
+    print(json.dumps(found) if as_json else control.list_text(found))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from trainer.config import Ddp, Job
 from trainer.errors import DONE, FAILED, JobError
-from trainer.launch import commands
+from trainer.launch import control, submission
 from trainer.launch.lease import visible_devices, wanted_devices
 from trainer.launch.platform import find_platform
 from trainer.launch.runs import last_event, make_run
@@ -177,16 +177,16 @@ def complete(job_path: str, words: Sequence[str], what: str) -> Path:
     Raises:
         RunEnded: it did not get to its end.
     """
-    run, platform = commands.submit(job_path, words, "local", None), find_platform("local")
+    run, platform = submission.submit(job_path, words, "local", None), find_platform("local")
     handle = read_json(run / "handle.json") or {}
     try:
         while platform.state(run, handle).word in ("pending", "running"):
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         with contextlib.suppress(JobError):
-            commands.cancel(str(run))
+            control.cancel(str(run))
         raise
-    found = commands.status(str(run))
+    found = control.status(str(run))
     if found["state"] != "done":
         reason = found["reason"] or f"its logs are in {run / 'logs'}"
         raise RunEnded(f"{what}: {found['state']}: {reason}", found["code"] or FAILED)

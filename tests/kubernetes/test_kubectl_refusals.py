@@ -1,0 +1,64 @@
+"""What muster says when kubectl, the cluster's API server or its quota refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_api import Cluster
+from submissions import submit
+
+from trainer.errors import JobError
+from trainer.launch import control, submission
+from trainer.record import write_json
+
+
+def test_a_running_run_is_not_submitted_again(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    with pytest.raises(JobError, match="is running"):
+        submission.submit(str(run), [], "kubernetes", site)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "message", "remedy"),
+    [
+        (403, "Forbidden", 'jobs.batch is forbidden: User "me" cannot create resource "jobs"', "auth can-i"),
+        (403, "Forbidden", "pods is forbidden: exceeded quota: compute, requested: cpu=96", "more quota"),
+        (409, "AlreadyExists", 'jobs.batch "x" already exists', "earlier submission"),
+    ],
+)
+def test_a_refusal_is_one_error_with_a_remedy(
+    cluster: Cluster, tmp_path: Path, site: Path, code: int, reason: str, message: str, remedy: str
+) -> None:
+    cluster.refusal = lambda method, plural, body: (code, reason, message) if plural == "jobs" else None
+    with pytest.raises(JobError) as caught:
+        submit(tmp_path, site)
+    assert message in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
+    import cluster_api
+
+    monkeypatch.delitem(cluster_api.RESOURCES, "jobsets")
+    site.write_text("kind: jobset\nclaim: runs\n")
+    with pytest.raises(JobError, match="kind: job in the site file"):
+        submit(tmp_path, site)
+
+
+def test_no_cluster_and_no_kubectl(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
+    run = submit(tmp_path, site)
+    config = tmp_path / "nobody"
+    text = json.loads((tmp_path / "kubeconfig").read_text())
+    text["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:9"
+    write_json(config, text)
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    found = control.status(str(run))
+    assert (found["state"], "cluster-info" in found["reason"]) == ("lost", True)
+    with pytest.raises(JobError, match="cluster-info"):
+        submit(tmp_path, site)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(JobError, match="no kubectl on this machine"):
+        submit(tmp_path, site)
