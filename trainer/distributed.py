@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Ddp, Job
 from trainer.errors import JobError
-from trainer.parallel import NOTHING, Late, Parallel, scaled
+from trainer.parallel import NOTHING, Late, Parallel, run_backward, scaled
 from trainer.rank_wiring import RankWiring
 from trainer.step import Step
 
@@ -99,7 +99,7 @@ class Distributed(Parallel):
         ballot = weights.answers[stop].to(self.vote.dtype, copy=not self.ddp.require_backward_grad_sync)
         if self.compressed:  # it is counted apart: in the bucket it would lose its digits, or overflow
             self._ballot = ballot.clone() if self._ballot is None else self._ballot + ballot
-        torch.autograd.backward((losses, self._voting), (scaled(weights.gradient, scaler), ballot))
+        run_backward((losses, self._voting), (scaled(weights.gradient, scaler), ballot))
 
     _before: Late | None = None
     """The vote of the step before. Under post-local SGD, whose averages are rare, that of the step is waited for."""

@@ -29,7 +29,7 @@ def step_samples(world_size: int, accumulate: int, position: Position) -> list[l
     return steps
 
 
-@pytest.mark.parametrize("world_size, accumulate", itertools.product([1, 2, 3, 4, 8, 24], [1, 2, 3, 4]))
+@pytest.mark.parametrize("world_size, accumulate", list(itertools.product([1, 2, 3, 4, 8, 24], [1, 2, 3, 4])))
 def test_each_step_holds_the_same_samples_at_any_world_size(world_size: int, accumulate: int) -> None:
     order = epoch_order(3, 0, COUNT).tolist()
     expected = [order[start : start + BATCH] for start in range(0, COUNT, BATCH)]
