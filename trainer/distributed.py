@@ -86,6 +86,11 @@ class Distributed(Parallel):
 
     _ballot: Tensor | None = None
 
+    def compute(self, batch: Any) -> Tensor:
+        """Per-sample losses without DDP's wrapper, which would expect a backward pass."""
+        found: Any = self.step(batch)
+        return found[0] if self.step.shows_vote else found  # type: ignore[no-any-return]
+
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Per-sample losses and metrics of a batch that this rank alone computes: without DDP's wrapper."""
         result: dict[str, Tensor] = self.step(batch, True)

@@ -14,6 +14,7 @@ import torch
 from trainer import rng
 from trainer.config import Job
 from trainer.data import Loader, ToDevice
+from trainer.deterministic import demand_deterministic, missing_named, only_preferred
 from trainer.due import Due
 from trainer.errors import JobError, Stopped
 from trainer.evaluate import check_count, evaluate
@@ -75,8 +76,9 @@ class Trainer:
             NonFiniteLoss: with `on_nan: halt`.
         """
         try:
-            for _ in self.train():
-                pass
+            with missing_named():
+                for _ in self.train():
+                    pass
         except BaseException as error:  # such as that of a collective whose peer is gone
             failed(error)
             if not isinstance(error, (JobError, NonFiniteLoss, Stopped)):
@@ -106,14 +108,24 @@ class Trainer:
                     break
 
     def settle(self) -> None:
-        """Let the mode arrange itself by one step that changes nothing: see `Distributed.settle`."""
-        if not self.parallel.settles:
+        """Let mode and kernels arrange themselves by one step that changes nothing.
+
+        See `Distributed.settle` and `demand_deterministic`.
+        """
+        parallel, deterministic = self.parallel, torch.get_deterministic_debug_mode() == 1  # preferred
+        if not parallel.settles and not deterministic:
             return
-        device, buffers = self.parallel.device, list(self.state.model.buffers())
+        device, buffers = parallel.device, list(self.state.model.buffers())
         before = rng.get_state(device), [buffer.clone() for buffer in buffers]
         micro = next(self.order.epoch(Position()))
         [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
-        self.parallel.settle(batch)
+        if deterministic:
+            compiled = self.job.train.compile
+            missing = demand_deterministic(lambda: parallel.compute(batch), self.parameters, compiled)
+            if missing is not None:
+                self.report.warn(f"not all is deterministic: {missing}", "not_deterministic", problem=missing)
+        if parallel.settles:
+            parallel.settle(batch)
         self.drop_gradients()
         rng.set_state(before[0], device)
         for buffer, value in zip(buffers, before[1], strict=True):
@@ -230,7 +242,7 @@ class Trainer:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         self.report.phase("evaluating", self.position)
         started = time.perf_counter()
-        with self.averaged_weights():
+        with self.averaged_weights(), only_preferred():
             self.parallel.share_buffers()
             metrics = evaluate(
                 self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,

@@ -108,6 +108,10 @@ class Parallel:
         losses: Tensor = self.module(batch)
         return losses
 
+    def compute(self, batch: Any) -> Tensor:
+        """As `losses`, but apart from the other ranks: for no step."""
+        return self.losses(batch)
+
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Per-sample losses and metrics of a batch that this rank alone computes."""
         result: dict[str, Tensor] = self.module(batch, True)

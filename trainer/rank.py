@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from trainer import rng
 from trainer.attempt import check_current
 from trainer.config import Job
+from trainer.deterministic import prefer_deterministic
 from trainer.errors import DONE
 from trainer.folder import add_import_paths
 from trainer.heartbeat import Pulse
@@ -43,10 +42,7 @@ def train(
     pulse = Pulse(wiring.local_rank)
     pulse.beat(0, "starting")
     if job.train.deterministic and use_cuda(job):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS differs from run to run
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        fill: Any = torch.utils.deterministic
-        fill.fill_uninitialized_memory = False  # a kernel more for each new tensor
+        prefer_deterministic()
     add_import_paths(job_file)
     assert job.task
     parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)
