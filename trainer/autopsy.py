@@ -22,8 +22,13 @@ from trainer.tail import last_lines, size
 from trainer.wiring import Wiring
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
-WAITING = re.compile(r"distributed_c10d\.py|autograd/graph\.py|distributed/rendezvous\.py|parallel/distributed\.py")
-"""Where in torch a rank waits for others: a collective, the backward pass that runs them, what DDP does between."""
+WAITING = re.compile(
+    r"distributed_c10d\.py|autograd/graph\.py|distributed/rendezvous\.py|parallel/distributed\.py|cuda/streams\.py"
+)
+"""Where in torch a rank waits for others: a collective, the backward pass that runs them, what DDP does between.
+
+On GPUs collectives are queued: what waits is the look at a number that comes after them.
+"""
 STACKS_S = 2.0
 """For the stacks to be written: longer means that a rank is in uninterruptible sleep."""
 TORCH = re.compile(r"/torch/")

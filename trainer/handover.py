@@ -51,7 +51,7 @@ class Handover:
         state = model.state_dict(keep_vars=True)
         self.buffers = {name: value for name, value in state.items() if name not in parameters}
         self.offsets: dict[str, int] = {}
-        self.size = self.generators = rng.get_state(parallel.device).numel()
+        self.size = self.generators = rng.get_state(parallel.devices).numel()
         for name, buffer in self.buffers.items():
             self.offsets[name] = -(-self.size // 64) * 64
             self.size = self.offsets[name] + buffer.nbytes
@@ -73,7 +73,7 @@ class Handover:
         self.places = [memory.note_offset(rank, index) for index in range(NOTES)]
         self.views = [self._views(place) for place in self.places]
         self.watch = rng.Watch()
-        generators = rng.get_state(self.parallel.device).numpy().tobytes()
+        generators = rng.get_state(self.parallel.devices).numpy().tobytes()
         for place in self.places:
             NOTE.pack_into(memory.notes, place, 0, -1, 0)
             memory.notes[place + NOTE_HEAD : place + NOTE_HEAD + len(generators)] = generators
@@ -117,7 +117,7 @@ class Handover:
     def _generators(self) -> bytes:
         """The end of their state: what may have moved since the training began."""
         if self.watch.moved():
-            return rng.get_state(self.parallel.device).numpy().tobytes()
+            return rng.get_state(self.parallel.devices).numpy().tobytes()
         # Python's and NumPy's, which take ten times as long to read, are as they were.
         if self.watch.torch_moved():
             self.drawn = torch.default_generator.get_state().numpy().tobytes()

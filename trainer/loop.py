@@ -115,8 +115,8 @@ class Trainer:
         parallel, deterministic = self.parallel, torch.get_deterministic_debug_mode() == 1  # preferred
         if not parallel.settles and not deterministic:
             return
-        device, buffers = parallel.device, list(self.state.model.buffers())
-        before = rng.get_state(device), [buffer.clone() for buffer in buffers]
+        devices, buffers = parallel.devices, list(self.state.model.buffers())
+        before = rng.get_state(devices), [buffer.clone() for buffer in buffers]
         micro = next(self.order.epoch(Position()))
         [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
         if deterministic:
@@ -127,7 +127,7 @@ class Trainer:
         if parallel.settles:
             parallel.settle(batch)
         self.drop_gradients()
-        rng.set_state(before[0], device)
+        rng.set_state(before[0], devices)
         for buffer, value in zip(buffers, before[1], strict=True):
             buffer.copy_(value)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
+from trainer.entry import exit_code
 from trainer.errors import STOPPED, JobError, Stopped
 from trainer.load import merge_job, save_job, to_job
 from trainer.rank_wiring import rank_wiring
@@ -55,9 +57,12 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
         code = train(job, run, path)
     except Stopped:
         code = STOPPED
+    except BaseException as error:
+        print(f"ERROR: {error}" if isinstance(error, JobError) else traceback.format_exc(), file=sys.stderr)
+        code = exit_code(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: of an interpreter's end with torch's threads one in some dozens aborts
+    os._exit(code)  # at once: of an interpreter's end with torch's threads one in some dozens aborts, and NCCL can hang
 
 
 def _run_folder(path: Path) -> Path | None:

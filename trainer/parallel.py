@@ -5,6 +5,8 @@ What differs between them is how a step's module is wrapped and how ranks agree;
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import Job
 from trainer.errors import JobError
-from trainer.rank_wiring import RankWiring
+from trainer.rank_wiring import RankWiring, is_rank
 from trainer.replicas import ThreadReplicas
 from trainer.step import Step
 
@@ -83,9 +85,14 @@ class Parallel:
         self.rank, self.world_size = wiring.rank, wiring.world_size
         self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
         self.cuda = use_cuda(job)
-        self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
+        self.device = torch.device("cpu")
         if self.cuda:
+            self.device = torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
             torch.cuda.set_device(self.device)
+        self.devices = [self.device]
+        """All that this rank computes on; the first is where results are."""
+        if self.cuda and job.parallel == "dp":
+            self.devices = [torch.device("cuda", index) for index in range(job.devices_per_node)]
 
     def wrap(self, step: Step) -> None:
         """Wrap the module that computes a step's losses; call once, before any step."""
@@ -93,9 +100,7 @@ class Parallel:
         self.module: nn.Module = step
         if self.job.parallel == "dp":
             count = self.job.devices_per_node
-            self.module = (
-                nn.DataParallel(step, list(range(count))) if self.cuda else ThreadReplicas(step, count)
-            )  # fmt: skip
+            self.module = nn.DataParallel(step, self.devices) if self.cuda else ThreadReplicas(step, count)
 
     settles = False
     """Whether `settle` must be called, with any batch, before the first step."""
@@ -206,7 +211,7 @@ def use_cuda(job: Job) -> bool:
     if job.device == "cpu":
         return False
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= job.devices_per_node:
+    if found >= job.devices_per_node or (found == 1 and sees_its_own()):
         return True
     if job.device == "cuda" or (job.devices is not None and found):
         key = "devices" if job.devices is not None else "devices_per_node"
@@ -217,3 +222,8 @@ def use_cuda(job: Job) -> bool:
             "Ask for fewer, or set device=cpu; nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible",
         )
     return False
+
+
+def sees_its_own(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether Slurm started this rank and shows it its own GPU alone: `srun --gpus-per-task=1`."""
+    return is_rank(environ) and not environ.get("MUSTER_ATTEMPT") and bool(environ.get("SLURM_GPUS_PER_TASK"))

@@ -31,7 +31,8 @@ def train(
     """Train `job` in the run folder `run` as the rank that the environment says; return the exit code.
 
     Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks. `failed` is told of
-    an exception before the other ranks can notice, by a connection that closes.
+    an exception before the other ranks can notice, by a connection that closes. After an exception the process shall
+    end at once: the process group is open still, for NCCL closes one only together with ranks that wait for this one.
 
     Raises:
         Stopped: on request, with a checkpoint committed (exit code 75).
@@ -73,7 +74,7 @@ def train(
         raise
     finally:
         report.close()
-        parallel.close()
+    parallel.close()
     return DONE
 
 

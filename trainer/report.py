@@ -139,17 +139,9 @@ class Report:
         if not self.parallel.cuda:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             return [{"rank": rank, "device": "cpu", "peak_mb": round(peak, 1)}]
-        if self.job.parallel == "dp":
-            devices = list(range(self.job.devices_per_node))
-        else:
-            devices = [self.parallel.device.index]
         return [
-            {
-                "rank": rank,
-                "device": f"cuda:{index}",
-                "peak_mb": round(torch.cuda.max_memory_allocated(index) / 2**20, 1),
-            }
-            for index in devices
+            {"rank": rank, "device": str(device), "peak_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)}
+            for device in self.parallel.devices
         ]
 
     def _profile(self, done: int) -> None:

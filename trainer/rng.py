@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ WATCHED = struct.Struct("<5I")
 """Of a Mersenne twister: its index, and some of its words, all of which change when the index starts again."""
 
 
-def get_state(device: torch.device) -> Tensor:
-    """Pack Python's, NumPy's, torch's and, on a GPU, CUDA's generator states: uint8, shape (bytes,)."""
+def get_state(devices: Sequence[torch.device]) -> Tensor:
+    """Pack Python's, NumPy's, torch's and each GPU's generator states: uint8, shape (bytes,)."""
     _, words, gauss = random.getstate()
     python = PYTHON.pack(*words, gauss is not None, gauss or 0.0)
     state = np.random.get_state(legacy=False)
@@ -30,13 +31,12 @@ def get_state(device: torch.device) -> Tensor:
     inner = state["state"]
     numpy = NUMPY.pack(*inner["key"].tolist(), inner["pos"], state["has_gauss"], state["gauss"])
     parts = [torch.frombuffer(bytearray(python + numpy), dtype=torch.uint8), torch.get_rng_state()]
-    if device.type == "cuda":
-        parts.append(torch.cuda.get_rng_state(device))
+    parts += [torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"]
     return torch.cat(parts)
 
 
-def set_state(state: Tensor, device: torch.device) -> None:
-    """Restore what `get_state` packed; a part for another kind of device is left out."""
+def set_state(state: Tensor, devices: Sequence[torch.device]) -> None:
+    """Restore what `get_state` packed; what is of another kind of device, or of more of them, is left out."""
     raw = bytes(state[:TORCH].numpy())
     *words, has_gauss, gauss = PYTHON.unpack(raw[: PYTHON.size])
     random.setstate((3, tuple(words), gauss if has_gauss else None))
@@ -45,8 +45,12 @@ def set_state(state: Tensor, device: torch.device) -> None:
     rest = state[TORCH:]
     size = torch.get_rng_state().numel()
     torch.set_rng_state(rest[:size].clone())  # a view may be unaligned, which crashes torch
-    if device.type == "cuda" and rest.numel() > size:
-        torch.cuda.set_rng_state(rest[size:].clone(), device)
+    rest = rest[size:]
+    for device in devices:
+        if device.type == "cuda" and rest.numel():
+            size = torch.cuda.get_rng_state(device).numel()
+            torch.cuda.set_rng_state(rest[:size].clone(), device)
+            rest = rest[size:]
 
 
 def seed_all(seed: int, stream: int, rank: int) -> None:

@@ -63,7 +63,7 @@ class State:
         position = self.position
         self.report.phase("saving", position)
         self._choose_best()
-        generators = torch.stack(self.parallel.gather(rng.get_state(self.parallel.device)))
+        generators = torch.stack(self.parallel.gather(rng.get_state(self.parallel.devices)))
         problem: BaseException | None = None
         if self.parallel.rank == 0:
             try:
@@ -135,7 +135,7 @@ class State:
         if kept is not None:
             self._restore(kept.contents, kept.contents["model"], "the survivors' memory")
             self.evaluated = kept.evaluated
-            rng.set_state(kept.generators, self.parallel.device)
+            rng.set_state(kept.generators, self.parallel.devices)
             if self.parallel.rank == 0:
                 checkpoint.sweep(self.root)
             self.report.event("resume", step=self.position.step, folder="memory")
@@ -179,7 +179,7 @@ class State:
         self._restore(state, checkpoint.unwrapped(weights), folder.name)
         generators, rank = state["generators"], self.parallel.rank
         if len(generators) == self.parallel.world_size:
-            rng.set_state(generators[rank], self.parallel.device)
+            rng.set_state(generators[rank], self.parallel.devices)
         else:  # another world size: streams of their own, the same whenever this happens at this step
             rng.seed_all(self.job.seed, self.position.step + 1, rank)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from muster_runs import HERE, environment, muster, result, submitted
+
+from trainer.errors import FAILED, WRONG_JOB
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 SCRIPT = """
@@ -43,6 +47,22 @@ def test_ranks_of_torchrun(tmp_path: Path) -> None:
     assert status.returncode == 0 and "done" in status.stdout, status.stdout + status.stderr
     again = muster("run", run, "train.steps=7")
     assert again.returncode == 0 and "training from step 5 to 7" in again.stdout, again.stdout
+
+
+@pytest.mark.parametrize("order, shown, code", [
+    ("raise", "Traceback", FAILED), ("job error", "ERROR: task_args.width=7: does not fit", WRONG_JOB),
+])  # fmt: skip
+def test_a_rank_of_torchrun_that_fails(tmp_path: Path, order: str, shown: str, code: int) -> None:
+    """It ends at once, although its peer waits for it, and says why once."""
+    (tmp_path / "orders").mkdir()
+    (tmp_path / "orders/rank-1").write_text(order)
+    command = [TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "trainer", HERE / "faulty.yaml", "train.steps=5"]
+    done = subprocess.run(
+        list(map(str, command)), cwd=HERE, env=environment() | {"MUSTER_RUN": str(tmp_path)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+    assert shown in done.stdout
+    assert re.search(rf"rank +: 1 .*\n.*exitcode +: {code} ", done.stdout), done.stdout
 
 
 def test_a_script_as_it_is_written_for_torchrun(tmp_path: Path) -> None:

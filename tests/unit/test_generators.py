@@ -28,13 +28,13 @@ def test_states_survive_a_checkpoint(drawn: int) -> None:
     for _ in range(drawn):
         draw()
     file = io.BytesIO()
-    torch.save(torch.stack([rng.get_state(CPU), rng.get_state(CPU)]), file)
+    torch.save(torch.stack([rng.get_state([CPU]), rng.get_state([CPU])]), file)
     expected = [draw() for _ in range(3)]
     file.seek(0)
     states = torch.load(file, weights_only=True)
     for state in states:  # the second one is a view at an odd address
         rng.seed_all(9, 9, 9)
-        rng.set_state(state, CPU)
+        rng.set_state(state, [CPU])
         assert [draw() for _ in range(3)] == expected
 
 

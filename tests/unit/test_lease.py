@@ -139,6 +139,13 @@ def test_only_what_the_mask_shows(mask: str | None, expected: list[str], monkeyp
     assert visible_devices() == expected
 
 
+def test_a_container_with_some_counts_them_from_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device files keep the machine's numbers there, CUDA does not."""
+    monkeypatch.setattr(lease, "gpu_files", lambda: ["nvidia10", "nvidia3"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices() == ["0", "1"]
+
+
 def test_a_mask_without_a_gpu_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "gpu_files", list)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "0,1")

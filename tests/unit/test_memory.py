@@ -91,9 +91,9 @@ def test_notes_are_of_one_rank_and_whole(memory: Memory) -> None:
 def test_every_use_of_a_global_generator_is_seen(use: Callable[[], object]) -> None:
     random.seed(1)
     np.random.seed(1)
-    watch, before = rng.Watch(), rng.get_state(CPU)
+    watch, before = rng.Watch(), rng.get_state([CPU])
     assert not watch.moved()
-    assert torch.equal(before, rng.get_state(CPU)), "looking changed it"
+    assert torch.equal(before, rng.get_state([CPU])), "looking changed it"
     use()
     assert watch.moved()
 

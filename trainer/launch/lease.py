@@ -31,9 +31,12 @@ class Lease:
 
 
 def visible_devices() -> list[str]:
-    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all of the machine."""
+    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that it sees, counted as CUDA does.
+
+    In a container that was given `nvidia3` alone, CUDA calls that one 0.
+    """
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [name.removeprefix("nvidia") for name in gpu_files()]
+    found = [str(place) for place in range(len(gpu_files()))]
     if mask is None:
         return found
     return [entry.strip() for entry in mask.split(",") if entry.strip()] if found else []

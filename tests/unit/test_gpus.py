@@ -1,0 +1,50 @@
+"""What a rank makes of the GPUs that it sees; CUDA's answers are made up, for there need be none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.autopsy import HERE, Frame, only_waits
+from trainer.config import Job
+from trainer.errors import JobError
+from trainer.parallel import use_cuda
+
+RANK = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "found", "variables", "expected"), [
+    ("auto", 4, {}, True),
+    ("auto", 0, {}, False),
+    ("auto", 1, {}, False),
+    ("cpu", 4, {}, False),
+    ("cuda", 1, {}, None),
+    ("auto", 1, {"SLURM_GPUS_PER_TASK": "1"}, True),
+    ("cuda", 1, {"SLURM_GPUS_PER_TASK": "1"}, True),
+    ("cuda", 0, {"SLURM_GPUS_PER_TASK": "1"}, None),
+    ("cuda", 1, {"SLURM_GPUS_PER_TASK": "1", "MUSTER_ATTEMPT": "0"}, None),  # an agent's ranks share what it sees
+])  # fmt: skip
+def test_whether_it_computes_on_them(
+    monkeypatch: pytest.MonkeyPatch, device: str, found: int, variables: dict[str, str], expected: bool | None
+) -> None:
+    for name in ("MUSTER_ATTEMPT", "MUSTER_PLATFORM", "SLURM_GPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (RANK | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    job = Job(task="a:B", parallel="ddp", devices_per_node=4, device=device)
+    if expected is None:
+        with pytest.raises(JobError, match=f"shows {found} usable GPUs"):
+            use_cuda(job)
+    else:
+        assert use_cuda(job) == expected
+
+
+def test_a_look_at_a_number_behind_a_collective_is_waiting() -> None:
+    ours = Frame(str(HERE / "parallel.py"), "40", "read")
+    assert only_waits([Frame("/x/torch/cuda/streams.py", "200", "synchronize"), ours])
+    assert not only_waits([Frame("/x/torch/cuda/streams.py", "200", "synchronize"), Frame("/x/task.py", "3", "loss")])
+    assert not only_waits([Frame("/x/torch/nn/functional.py", "200", "linear"), ours])
