@@ -1,26 +1,63 @@
 """The three jobs, the modes and the precisions on a real GPU, through the command that people use."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from trainer.record import read_lines
+
 ROOT = Path(__file__).resolve().parents[2]
+RAISING = """
+import os
+from trainer.errors import JobError
+from trainer.tasks.digits import Digits
+
+class Raising(Digits):
+    steps = 0
+
+    def loss(self, output, batch):
+        self.steps += 1
+        if os.environ["RANK"] == "1" and self.steps == 9:
+            raise JobError("task_args.raising", 1, "on purpose", "None")
+        return super().loss(output, batch)
+"""
 MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]
+
+
+def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:
+    """The command that runs a job on one GPU, and how its run folder's name begins."""
+    name = f"gpu{len(list(runs.iterdir())) if runs.exists() else 0}"
+    words = [f"jobs/{job}.yaml", "device=cuda", "devices_per_node=1", f"runs={runs}", f"name={name}", *overrides]
+    return [*MUSTER, "run", *words], name
 
 
 def train(runs: Path, job: str, *overrides: str) -> Path:
     """Run a job to its end on the GPU; return its run folder."""
-    name = f"name=gpu{len(list(runs.iterdir())) if runs.exists() else 0}"
-    command = [*MUSTER, "run", f"jobs/{job}.yaml", "device=cuda", "devices_per_node=1", f"runs={runs}", name]
-    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    words, name = command(runs, job, *overrides)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = runs.glob(f"{name.removeprefix('name=')}-*")
+    (run,) = runs.glob(f"{name}-*")
     return run
+
+
+def all_gpus(at_least: int = 2) -> str:
+    """The override for as many ranks as there are GPUs."""
+    count = torch.cuda.device_count()
+    if count < at_least:
+        pytest.skip(f"needs {at_least} GPUs, found {count}")
+    return f"devices_per_node={count}"
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if line["kind"] == "train"]
 
 
 def result(run: Path) -> dict[str, Any]:
@@ -32,6 +69,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True, map_location="cpu")
     return state
+
+
+def same_bits(first: Path, second: Path) -> None:
+    """Compare the weights of two runs' last checkpoints."""
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(second)[name]), name
 
 
 @pytest.mark.parametrize("mode", ["single", "dp", "ddp"])
@@ -46,16 +89,68 @@ def test_the_main_job_reaches_its_accuracy_in_every_mode(tmp_path: Path, mode: s
 @pytest.mark.parametrize("job", ["segment", "bytelm"])
 def test_the_other_jobs_train(tmp_path: Path, job: str) -> None:
     run = train(tmp_path, job, "parallel=ddp", "train.steps=20", "log.every_steps=1")
-    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train_losses = [line["loss"] for line in losses if line["kind"] == "train"]
-    assert train_losses[-1] < train_losses[0]
+    assert losses(run)[-1] < losses(run)[0]
 
 
-def test_two_runs_have_the_same_bits(tmp_path: Path) -> None:
-    """`train.deterministic`, by default: cuDNN's quickest kernels for a U-Net add in whatever order they finish."""
-    first, second = (train(tmp_path, "segment", "parallel=single", "train.steps=20") for _ in range(2))
-    for name, tensor in weights(first).items():
-        assert torch.equal(tensor, weights(second)[name]), name
+@pytest.mark.parametrize("job, precision", [("segment", "float32"), ("bytelm", "float32"), ("bytelm", "bf16")])
+def test_two_runs_have_the_same_bits(tmp_path: Path, job: str, precision: str) -> None:
+    """`train.deterministic`, by default: the quickest kernels of U-Nets and attention add in any order."""
+    options = ("parallel=single", "train.steps=20", f"train.precision={precision}")
+    first, second = (train(tmp_path, job, *options) for _ in range(2))
+    assert "not_deterministic" not in (first / "events.jsonl").read_text()
+    same_bits(first, second)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_killed_it_ends_with_the_same_bits(tmp_path: Path, gpus: int) -> None:
+    options = ["parallel=ddp", "train.steps=60", "checkpoint.every_steps=7", "train.precision=bf16"]
+    options += [all_gpus()] if gpus > 1 else []
+    calm = train(tmp_path, "segment", *options)
+    words, name = command(tmp_path, "segment", *options)
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    killed = False
+    while process.poll() is None:
+        time.sleep(0.05)
+        events = [event for file in tmp_path.glob(f"{name}-*/events.jsonl") for event in read_lines(file)]
+        if not killed and any(event["event"] == "checkpoint" for event in events):
+            pids = next(event["pids"] for event in events if event["event"] == "ranks")
+            os.kill(pids[str(gpus - 1)], signal.SIGKILL)
+            killed = True
+    assert process.stdout is not None
+    assert process.returncode == 0 and killed, process.stdout.read()
+    (run,) = tmp_path.glob(f"{name}-*")
+    assert '"restart"' in (run / "events.jsonl").read_text()
+    same_bits(calm, run)
+
+
+@pytest.mark.parametrize("option", ["train.compile=true", "train.ema_decay=0.9", "train.channels_last=true"])
+def test_an_option_changes_no_more_than_digits(tmp_path: Path, option: str) -> None:
+    options = ("train.steps=20", "log.every_steps=1", "parallel=ddp")
+    plain, run = train(tmp_path, "segment", *options), train(tmp_path, "segment", *options, option)
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-2)
+
+
+@pytest.mark.parametrize("option", [
+    "ddp.compression=none", "ddp.compression=bf16", "ddp.compression=fp16", "ddp.compression=powersgd",
+    "ddp.sync_every=4", "ddp.static_graph=true", "ddp.sync_batchnorm=true",
+])  # fmt: skip
+def test_ranks_on_all_gpus(tmp_path: Path, option: str) -> None:
+    """Through NCCL; with more than two its buckets are settled first."""
+    options = ("train.steps=40", "log.every_steps=1", "parallel=ddp", all_gpus())
+    run = train(tmp_path, "digits", *options, option)
+    assert losses(run)[-1] < losses(run)[0]
+    assert len(result(run)["peak_memory_mb"]) == torch.cuda.device_count()
+
+
+def test_a_rank_that_raises_ends_the_run_at_once(tmp_path: Path) -> None:
+    """Its peers wait for it inside NCCL, which it must not wait for in turn."""
+    (tmp_path / "raising.py").write_text(RAISING)
+    words, _ = command(tmp_path / "runs", "digits", "parallel=ddp", "task=raising:Raising", all_gpus())
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    began = time.monotonic()
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 64 and "task_args.raising=1: on purpose" in done.stdout + done.stderr
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -69,8 +164,7 @@ def test_mixed_precision_reaches_the_accuracy(tmp_path: Path, precision: str, mo
 def test_pinned_prefetching_workers_change_nothing(tmp_path: Path) -> None:
     plain = train(tmp_path, "digits", "parallel=single", "train.epochs=2", "data.pin_memory=false")
     pinned = train(tmp_path, "digits", "parallel=single", "train.epochs=2", "data.workers=2", "data.prefetch=4")
-    for name, tensor in weights(plain).items():
-        assert torch.equal(tensor, weights(pinned)[name]), name
+    same_bits(plain, pinned)
 
 
 @pytest.mark.parametrize("precision", ["float32", "fp16"])
@@ -79,20 +173,17 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, precision: str) -
     whole = train(tmp_path, "digits", *options)
     run = train(tmp_path, "digits", *options, "train.steps=30", "train.schedule=constant")
     halves = train(tmp_path, "digits", *options, "train.schedule=constant")
-    command = [*MUSTER, "run", str(run), "train.steps=46"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    words = [*MUSTER, "run", str(run), "train.steps=46"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name, tensor in weights(halves).items():
-        assert torch.equal(tensor, weights(run)[name]), name
+    same_bits(halves, run)
     assert weights(whole).keys() == weights(run).keys()
 
 
 def test_data_parallel_over_all_devices_equals_one(tmp_path: Path) -> None:
-    count = torch.cuda.device_count()
-    if count < 2:
-        pytest.skip("one GPU: torch.nn.DataParallel refuses a repeated device; covered with one device above")
+    devices = all_gpus()
     one = train(tmp_path, "digits", "parallel=single", "train.steps=20", "log.every_steps=1")
-    all_ = train(tmp_path, "digits", "parallel=dp", f"devices_per_node={count}", "train.steps=20", "log.every_steps=1")
+    all_ = train(tmp_path, "digits", "parallel=dp", devices, "train.steps=20", "log.every_steps=1")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(all_)[name], rtol=1e-3, atol=1e-4), name
-    assert len(result(all_)["peak_memory_mb"]) == count
+    assert len(result(all_)["peak_memory_mb"]) == torch.cuda.device_count()
