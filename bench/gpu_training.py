@@ -40,9 +40,10 @@ class Training:
     def __init__(self, job: Job, steps: Iterator[None], block_s: float, deterministic: int) -> None:
         """Build, compile, warm up; choose the steps of a block, so many that losses are read equally often in each.
 
-        `deterministic`: torch's mode at the beginning: 0 for no, 1 for preferred, 2 for demanded.
+        `deterministic`: torch's debug mode.
         """
         self.steps, self.deterministic, every = steps, deterministic, job.log.every_steps
+        torch.use_deterministic_algorithms(deterministic > 0, warn_only=True)  # which tells the compiler
         self.times: list[float] = []  # seconds of a step, for each block
         before = torch.cuda.memory_allocated()
         self.run(every)
@@ -59,9 +60,7 @@ class Training:
         for _ in range(count):
             next(self.steps)
         synchronize()
-        seconds = (time.perf_counter() - began) / count
-        self.deterministic = torch.get_deterministic_debug_mode()  # ours demands it, if it can, at its start
-        return seconds
+        return (time.perf_counter() - began) / count
 
 
 def synchronize() -> None:

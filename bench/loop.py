@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="default 40; 12 with --quick")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default all; small and medium with --quick")
     parser.add_argument("--quick", action="store_true", help="only ours against the raw loop, for CI")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS / "loop.json")
+    parser.add_argument("--output", type=Path, help="default bench/results/loop.json; none with --quick")
     options = parser.parse_args()
     # One arena: a thread's own would serve Lightning's Trainer otherwise than the loops in the main thread.
     variables = measure.environment(MALLOC_ARENA_MAX="1")
@@ -217,11 +217,13 @@ def main() -> int:
             rows.append({"size": size, "ranks": ranks, "lean": lean, **summarize(answers)})
             print(f"\r{len(rows)} of {2 * len(plan)} rows", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    output = options.output or (None if options.quick else measure.RESULTS / "loop.json")
+    rows.sort(key=lambda row: (list(SIZES).index(row["size"]), row["lean"]))
+    if output:
+        measure.write_results(output, rows=rows)
     if options.quick:
         return check(rows)
-    rows.sort(key=lambda row: (list(SIZES).index(row["size"]), row["lean"]))
     print(report(rows, columns, peers))
-    measure.write_results(options.output, rows=rows)
     return 0
 
 

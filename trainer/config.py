@@ -49,7 +49,9 @@ class Train:
     channels_last: bool = _option(False, "lay 4-d weights and inputs out as NHWC")
     compile: bool = _option(False, "torch.compile the model")
     on_nan: str = _option("halt", "what all ranks do when a loss is NaN or infinite", choices=("halt", "skip"))
-    deterministic: bool = _option(True, "CUDA kernels that do not differ from run to run; warn where there is none")
+    deterministic: bool = _option(
+        True, "CUDA kernels that give the same bits in each run; warn if the first step has none"
+    )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,56 +13,62 @@ from torch import Tensor, nn
 
 from trainer.errors import JobError
 
-MISSING = "does not have a deterministic implementation"
-"""What torch says of an operation when told to use no other."""
+PREFERRED, DEMANDED = 1, 2
+"""torch's debug modes: with the first it warns of operations without a deterministic kernel, with the second it fails.
+
+While it only warns it also takes other kernels where it has deterministic ones: in attention's backward pass.
+"""
+REFUSAL = re.compile(
+    r"^.*?(does not have a deterministic implementation|not deterministic because it uses CuBLAS|use_reentrant=True)"
+    r".*?(?=, but you set|$)", re.MULTILINE,
+)  # fmt: skip
+"""The line of an error that tells what cannot be demanded, or not tried: a checkpoint that is re-entered."""
 
 
-def prefer_deterministic() -> None:
-    """Let kernels be deterministic where torch takes such by itself, and warn of the others."""
+def prefer_deterministic(compiled: bool) -> None:
+    """Let kernels be deterministic where torch takes such by itself, and warn of the others.
+
+    `compiled`: the model is. torch's own function tells the compiler too, which it imports for that: 1 s.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS differs from run to run
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if compiled:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    else:
+        torch.set_deterministic_debug_mode(PREFERRED)
     fill: Any = torch.utils.deterministic
     fill.fill_uninitialized_memory = False  # a kernel more for each new tensor
 
 
-def demand_deterministic(
-    compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], compiled: bool
-) -> str | None:  # fmt: skip
-    """Let all kernels be deterministic if a step can be computed with such alone; else return why it cannot.
-
-    While torch only warns it also takes kernels that are not where it has some that are: in attention's backward pass.
+def why_not_demanded(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], compiled: bool) -> str | None:
+    """Try whether a step's forward and backward pass can do with deterministic kernels alone; else return why not.
 
     Args:
         compute: makes the losses of a batch.
         parameters: their gradients are computed, and dropped.
         compiled: the model is; tried here it is not, for its graphs are to be cut where DDP's buckets end.
+
+    Raises:
+        RuntimeError: it cannot be computed for another reason.
     """
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode(DEMANDED)
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             torch.autograd.grad(compute().sum(), list(parameters), allow_unused=True)
     except RuntimeError as error:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        return first_sentence(error)
+        if compiled and isinstance(error, torch.OutOfMemoryError):
+            return "there is not the memory to try it without the compiler"
+        refusal = REFUSAL.search(str(error))
+        if refusal is None:
+            raise
+        return refusal[0]
+    finally:
+        torch.set_deterministic_debug_mode(PREFERRED)
     return None
 
 
 @contextmanager
-def only_preferred() -> Iterator[None]:
-    """Warn, rather than fail, of an operation without a deterministic kernel: what is not trained on may use it."""
-    demanded = torch.get_deterministic_debug_mode() == 2
-    if demanded:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        if demanded:
-            torch.use_deterministic_algorithms(True)
-
-
-@contextmanager
-def missing_named() -> Iterator[None]:
-    """Name the option when a step after the first needs an operation without a deterministic kernel.
+def refusal_named() -> Iterator[None]:
+    """Name the option when a later step needs an operation without a deterministic kernel.
 
     Raises:
         JobError: in place of torch's RuntimeError.
@@ -69,11 +76,7 @@ def missing_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if MISSING not in str(error):
+        refusal = REFUSAL.search(str(error))
+        if refusal is None or torch.get_deterministic_debug_mode() != DEMANDED:
             raise
-        raise JobError("train.deterministic", True, first_sentence(error), "Set it to false") from error
-
-
-def first_sentence(error: Exception) -> str:
-    """Without torch's advice, which does not fit here."""
-    return str(error).split(", but you set")[0].splitlines()[0]
+        raise JobError("train.deterministic", True, refusal[0], "Set it to false") from error

@@ -14,7 +14,7 @@ import torch
 from trainer import rng
 from trainer.config import Job
 from trainer.data import Loader, ToDevice
-from trainer.deterministic import demand_deterministic, missing_named, only_preferred
+from trainer.deterministic import DEMANDED, PREFERRED, refusal_named, why_not_demanded
 from trainer.due import Due
 from trainer.errors import JobError, Stopped
 from trainer.evaluate import check_count, evaluate
@@ -76,7 +76,7 @@ class Trainer:
             NonFiniteLoss: with `on_nan: halt`.
         """
         try:
-            with missing_named():
+            with refusal_named():
                 for _ in self.train():
                     pass
         except BaseException as error:  # such as that of a collective whose peer is gone
@@ -108,28 +108,34 @@ class Trainer:
                     break
 
     def settle(self) -> None:
-        """Let mode and kernels arrange themselves by one step that changes nothing.
+        """Let mode and kernels arrange themselves by a step that changes nothing.
 
-        See `Distributed.settle` and `demand_deterministic`.
+        See `Distributed.settle` and `why_not_demanded`.
         """
-        parallel, deterministic = self.parallel, torch.get_deterministic_debug_mode() == 1  # preferred
+        parallel, train, model = self.parallel, self.job.train, self.state.model
+        deterministic = train.deterministic and torch.get_deterministic_debug_mode() == PREFERRED
         if not parallel.settles and not deterministic:
             return
-        devices, buffers = parallel.devices, list(self.state.model.buffers())
-        before = rng.get_state(devices), [buffer.clone() for buffer in buffers]
+        before = rng.get_state(parallel.devices), [buffer.clone() for buffer in model.buffers()]
         micro = next(self.order.epoch(Position()))
         [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
         if deterministic:
-            compiled = self.job.train.compile
-            missing = demand_deterministic(lambda: parallel.compute(batch), self.parameters, compiled)
-            if missing is not None:
-                self.report.warn(f"not all is deterministic: {missing}", "not_deterministic", problem=missing)
+            problem = why_not_demanded(lambda: parallel.compute(batch), self.parameters, train.compile)
+            self.demands = problem is None
+            if problem is not None:
+                self.report.warn(f"not all is deterministic: {problem}", "not_deterministic", problem=problem)
         if parallel.settles:
             parallel.settle(batch)
         self.drop_gradients()
-        rng.set_state(before[0], devices)
-        for buffer, value in zip(buffers, before[1], strict=True):
+        rng.set_state(before[0], parallel.devices)
+        for buffer, value in zip(model.buffers(), before[1], strict=True):
             buffer.copy_(value)
+        if parallel.cuda:
+            for device in parallel.devices:
+                torch.cuda.reset_peak_memory_stats(device)
+
+    demands = False
+    """Whether steps are computed with deterministic kernels alone."""
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""
@@ -146,6 +152,8 @@ class Trainer:
         """One update from one global batch; afterwards whatever is due."""
         position, parallel = self.position, self.parallel
         set_rate(self.optimizer, self.rate(position.step))
+        if self.demands:
+            torch.set_deterministic_debug_mode(DEMANDED)
         for micro, batch in micros:
             with parallel.accumulating(more=not micro.last):
                 losses = parallel.losses(batch)
@@ -156,6 +164,8 @@ class Trainer:
                     self.report.samples(position, micros)
                     self.handover.note()
                 parallel.backward(losses, weight, self.scaler, self.stop())
+        if self.demands:
+            torch.set_deterministic_debug_mode(PREFERRED)
         step_count = micros[0][0].step_count
         due = position.step + 1 == self.next_due
         mean, stop = parallel.agree(due)
@@ -242,7 +252,7 @@ class Trainer:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         self.report.phase("evaluating", self.position)
         started = time.perf_counter()
-        with self.averaged_weights(), only_preferred():
+        with self.averaged_weights():
             self.parallel.share_buffers()
             metrics = evaluate(
                 self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,

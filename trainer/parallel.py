@@ -225,5 +225,6 @@ def use_cuda(job: Job) -> bool:
 
 
 def sees_its_own(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether Slurm started this rank and shows it its own GPU alone: `srun --gpus-per-task=1`."""
-    return is_rank(environ) and not environ.get("MUSTER_ATTEMPT") and bool(environ.get("SLURM_GPUS_PER_TASK"))
+    """Whether Slurm itself started this rank and shows it its own GPU alone: `srun --gpus-per-task=1`."""
+    agents = environ.get("MUSTER_ATTEMPT"), environ.get("TORCHELASTIC_RUN_ID")  # whose ranks share what they see
+    return is_rank(environ) and not any(agents) and bool(environ.get("SLURM_GPUS_PER_TASK"))

@@ -43,7 +43,7 @@ def train(
     pulse = Pulse(wiring.local_rank)
     pulse.beat(0, "starting")
     if job.train.deterministic and use_cuda(job):
-        prefer_deterministic()
+        prefer_deterministic(job.train.compile)
     add_import_paths(job_file)
     assert job.task
     parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)

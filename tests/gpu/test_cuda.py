@@ -15,21 +15,8 @@ import torch
 from trainer.record import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-RAISING = """
-import os
-from trainer.errors import JobError
-from trainer.tasks.digits import Digits
-
-class Raising(Digits):
-    steps = 0
-
-    def loss(self, output, batch):
-        self.steps += 1
-        if os.environ["RANK"] == "1" and self.steps == 9:
-            raise JobError("task_args.raising", 1, "on purpose", "None")
-        return super().loss(output, batch)
-"""
 MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:
@@ -42,7 +29,7 @@ def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:
 def train(runs: Path, job: str, *overrides: str) -> Path:
     """Run a job to its end on the GPU; return its run folder."""
     words, name = command(runs, job, *overrides)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = runs.glob(f"{name}-*")
     return run
@@ -137,18 +124,17 @@ def test_an_option_changes_no_more_than_digits(tmp_path: Path, option: str) -> N
 def test_ranks_on_all_gpus(tmp_path: Path, option: str) -> None:
     """Through NCCL; with more than two its buckets are settled first."""
     options = ("train.steps=40", "log.every_steps=1", "parallel=ddp", all_gpus())
-    run = train(tmp_path, "digits", *options, option)
+    task = ["task=gpu_tasks:Normed"] if "batchnorm" in option else []
+    run = train(tmp_path, "digits", *options, *task, option)
     assert losses(run)[-1] < losses(run)[0]
     assert len(result(run)["peak_memory_mb"]) == torch.cuda.device_count()
 
 
 def test_a_rank_that_raises_ends_the_run_at_once(tmp_path: Path) -> None:
     """Its peers wait for it inside NCCL, which it must not wait for in turn."""
-    (tmp_path / "raising.py").write_text(RAISING)
-    words, _ = command(tmp_path / "runs", "digits", "parallel=ddp", "task=raising:Raising", all_gpus())
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words, _ = command(tmp_path, "digits", "parallel=ddp", "task=gpu_tasks:Raising", all_gpus())
     began = time.monotonic()
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 64 and "task_args.raising=1: on purpose" in done.stdout + done.stderr
     assert time.monotonic() - began < 60
 
