@@ -23,8 +23,8 @@ import measure
 import torch
 from measure import show, spread, table
 
-from trainer import checkpoint
-from trainer.writer import Writer
+from trainer.checkpoint import files as checkpoint
+from trainer.checkpoint.background_writer import Writer
 
 STEP_S = 0.02
 TENSORS = 40

@@ -26,9 +26,9 @@ import torch
 from measure import show, spread, table
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trainer.config import Data
-from trainer.data import Loader, ToDevice
-from trainer.order import Order, Position
+from trainer.config.job import Data
+from trainer.data.loader import Loader, ToDevice
+from trainer.data.sampler import Order, Position
 from trainer.task import Task
 from trainer.tasks.digits import Digits
 from trainer.tasks.segment import Canvases, FreshCanvases, Segment

@@ -25,11 +25,11 @@ from gpu_saves import measure_saves
 from gpu_training import LongEpochs, Training, make_trainer, raw_steps, trainer_steps
 from measure import show, spread, table
 
-from trainer.config import Job
-from trainer.deterministic import DEMANDED, PREFERRED, prefer_deterministic
-from trainer.heartbeat import VARIABLE
-from trainer.load import load_job
+from trainer.config.job import Job
+from trainer.config.load import load_job
+from trainer.reporting.heartbeat import VARIABLE
 from trainer.tasks.bytelm import SIZES, VOCABULARY, ByteLM, Shape
+from trainer.training.determinism import DEMANDED, PREFERRED, prefer_deterministic
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "bytelm.yaml"
 BF16, COMPILED, ANY_ORDER = "train.precision=bf16", "train.compile=true", "train.deterministic=false"

@@ -16,11 +16,11 @@ from gpu_training import Training, make_trainer, synchronize
 from measure import spread
 from torch import Tensor
 
-from trainer.config import Job
-from trainer.deterministic import PREFERRED
-from trainer.loop import Trainer
+from trainer.checkpoint.background_writer import Writer
+from trainer.config.job import Job
 from trainer.tasks.bytelm import ByteLM
-from trainer.writer import Writer
+from trainer.training.determinism import PREFERRED
+from trainer.training.loop import Trainer
 
 Row = dict[str, Any]
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config import Job
-from trainer.heartbeat import Pulse
-from trainer.loop import Trainer
-from trainer.optimize import autocast
-from trainer.parallel import make_parallel
-from trainer.rank_wiring import RankWiring
-from trainer.report import Report
-from trainer.step import Step
+from trainer.config.job import Job
+from trainer.parallel.modes import make_parallel
+from trainer.parallel.step import Step
+from trainer.reporting.heartbeat import Pulse
+from trainer.reporting.rank_report import Report
 from trainer.tasks.bytelm import ByteLM
+from trainer.training.loop import Trainer
+from trainer.training.optimizer import autocast
+from trainer.wiring.rank import RankWiring
 
 
 class LongEpochs(ByteLM):

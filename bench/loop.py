@@ -33,7 +33,7 @@ from loop_peers import OURS, PEERS, RAW, RAW_LOADER, Case, Dense, begin, join
 from measure import show, spread, table
 from torch.utils.data import TensorDataset
 
-from trainer.memory import Memory
+from trainer.checkpoint.memory import Memory
 from trainer.tasks.digits import Digits
 
 SIZES: dict[str, tuple[type[Digits], int, int]] = {

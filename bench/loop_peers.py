@@ -21,17 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from turns import Thread
 
-from trainer.config import Job, Train
-from trainer.heartbeat import Pulse
-from trainer.loop import Trainer
-from trainer.optimize import autocast
-from trainer.parallel import Parallel, make_parallel
-from trainer.rank_wiring import rank_wiring
-from trainer.report import Report
-from trainer.rules import check_job
-from trainer.step import Step
-from trainer.stop import FLAG
+from trainer.config.job import Job, Train
+from trainer.config.rules import check_job
+from trainer.parallel.modes import Parallel, make_parallel
+from trainer.parallel.step import Step
+from trainer.reporting.heartbeat import Pulse
+from trainer.reporting.rank_report import Report
+from trainer.signals import FLAG
 from trainer.tasks.digits import Digits
+from trainer.training.loop import Trainer
+from trainer.training.optimizer import autocast
+from trainer.wiring.rank import rank_wiring
 
 Run = Callable[[int], None]
 """Does so many steps."""

@@ -26,7 +26,7 @@ from typing import Any
 import measure
 from measure import BIN, TRAINING, Mark, show, spread, table
 
-from trainer.record import read_lines
+from trainer.records import read_lines
 
 START_S, SETTLE_S, RECOVER_S = 90.0, 6.0, 30.0
 """Until the first step at most; from there to the kill; after the kill, until a job counts as not recovered."""

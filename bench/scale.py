@@ -34,7 +34,7 @@ from scale_model import Compute, Faults, Link
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.processors import usable_processors
+from trainer.wiring.hardware import usable_processors
 
 RANKS = (1, 2, 4)
 NODES = (1, 2, 4, 8, 16, 64, 256)

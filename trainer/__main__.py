@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.stop import FLAG, ignore_signals
+from trainer.signals import FLAG, ignore_signals
 
 FLAG.install()  # before all else: a stop request may come at any moment
 
@@ -10,12 +10,12 @@ import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from trainer.ahead import Loaded, Loading  # noqa: E402
+from trainer.agent.ahead import Loaded, Loading  # noqa: E402
+from trainer.agent.fork_server import start_template, stop_template  # noqa: E402
 from trainer.errors import WRONG_JOB, JobError  # noqa: E402
-from trainer.folder import find_job  # noqa: E402
-from trainer.rank_wiring import is_rank  # noqa: E402
-from trainer.record import tell_platform  # noqa: E402
-from trainer.template import start_template, stop_template  # noqa: E402
+from trainer.records import tell_platform  # noqa: E402
+from trainer.run.folder import find_job  # noqa: E402
+from trainer.wiring.rank import is_rank  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
        python -m trainer --health
@@ -34,7 +34,7 @@ def main(arguments: list[str], loaded: Loaded | None) -> int:
         print(USAGE, end="")
         return 0
     if "--health" in options:
-        from trainer.health import check_health
+        from trainer.agent.health import check_health
 
         return check_health()
     unknown = [word for word in options if word != "--explain"]
@@ -48,16 +48,16 @@ def main(arguments: list[str], loaded: Loaded | None) -> int:
         return WRONG_JOB
     path = find_job(Path(words[0]))
     if is_rank():
-        from trainer.outside import run_outside_rank
+        from trainer.agent.external_rank import run_outside_rank
 
         return run_outside_rank(path, words[1:])
     if "--explain" in options:
-        from trainer.node import explain
+        from trainer.agent.node import explain
 
         return explain(path, words[1:])
     loading = Loading(path, words[1:], loaded)
     start_template("script" if _says_script(path, words[1:]) else "task")
-    from trainer.node import run_node
+    from trainer.agent.node import run_node
 
     return run_node(path, words[1:], loading.result())
 

@@ -7,7 +7,7 @@ from docker_runs import Runs
 from engine import cache_folder
 
 from trainer.errors import JobError
-from trainer.launch import submission
+from trainer.launch import submit as submission
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to make everything
 
@@ -56,7 +56,7 @@ def test_no_image_of_a_registry(runs: Runs) -> None:
 
 def test_no_gpu_toolkit(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine is told that it has a GPU; its engine knows none."""
-    monkeypatch.setattr("trainer.launch.docker.visible_devices", lambda: ["0"])
+    monkeypatch.setattr("trainer.launch.docker.platform.visible_devices", lambda: ["0"])
     for name in ("PATH", "DOCKER_HOST", "DOCKER_CONFIG"):
         monkeypatch.setenv(name, runs.environment[name])
     with pytest.raises(JobError, match="NVIDIA container toolkit"):

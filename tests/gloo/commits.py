@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint
+from trainer.checkpoint import files as checkpoint
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 """Audit events of Python; `os.fsync` and writes into a payload are counted beside them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.optim import optimizer
 
-from trainer.attempt import claim, newest
+from trainer.run.attempts import claim, newest
 
 MOMENTS = ("before update", "after update", "in evaluation")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.record import read_json, read_lines
+from trainer.records import read_json, read_lines
 
 HERE = Path(__file__).parent
 MUSTER = str(Path(sys.executable).with_name("muster"))

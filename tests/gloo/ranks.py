@@ -24,14 +24,14 @@ from typing import Any
 
 from faults import Fault, arm
 
-from trainer.attempt import claim, newest
-from trainer.config import Job
+from trainer.config.job import Job
+from trainer.config.load import load_job
 from trainer.errors import FAILED, WRONG_JOB, JobError
-from trainer.load import load_job
-from trainer.record import read_lines
+from trainer.records import read_lines
+from trainer.run.attempts import claim, newest
 
 HERE = Path(__file__).parent
-PRELOAD = ["torch", "torch._dynamo", "trainer.rank", "digit_tasks", "data_tasks"]
+PRELOAD = ["torch", "torch._dynamo", "trainer.training.rank", "digit_tasks", "data_tasks"]
 LINGER_S = 15.0
 """From the first rank that failed until the others are killed."""
 
@@ -173,13 +173,13 @@ def _train_rank(job: Job, folder: Path, environment: dict[str, str], fault: Faul
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     import torch
 
-    import trainer.rank
+    import trainer.training.rank
 
     torch.set_num_threads(1)
     if fault is not None:
         arm(fault, folder)
     try:
-        code = trainer.rank.train(job, folder, None)
+        code = trainer.training.rank.train(job, folder, None)
     except JobError as error:
         print(f"JobError: {error}", flush=True)
         code = WRONG_JOB

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from muster_runs import FULL, Run, alive, descendants, end_all, kill, result, start_agent, submitted, wait_for
 
-from trainer.board import Board
-from trainer.network import candidate_ports
+from trainer.agent.kv_store import Board
+from trainer.wiring.network import candidate_ports
 
 TWO_NODES = ["nodes=2", "devices_per_node=1"]
 SCRIPT = """

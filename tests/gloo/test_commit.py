@@ -11,9 +11,9 @@ import pytest
 from commits import commit_until_killed, payload, value_of
 from ranks import start
 
-from trainer import checkpoint
-from trainer.attempt import StaleAttempt, claim
-from trainer.checkpoint import committed, newest_good, prune, sweep
+from trainer.checkpoint import files as checkpoint
+from trainer.checkpoint.files import committed, newest_good, prune, sweep
+from trainer.run.attempts import StaleAttempt, claim
 
 OLD, NEW = 1.0, 2.0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from muster_runs import MUSTER, children, environment, processes_of, wait_for
 
-from trainer.record import read_json
+from trainer.records import read_json
 
 ROOT = Path(__file__).parents[2]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

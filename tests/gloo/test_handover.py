@@ -13,8 +13,8 @@ from muster_runs import FULL, HERE, Run, kill, result, submitted, wait_for
 from ranks import complete, make_job, order_of_samples
 from states import difference, read_state
 
-from trainer.memory import STATE
-from trainer.record import read_lines
+from trainer.checkpoint.memory import STATE
+from trainer.records import read_lines
 
 ONE_NODE, TWO_NODES = ["devices_per_node=2"], ["nodes=2"]
 RARELY = ["checkpoint.every_steps=1000000", "train.steps=1000000"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from trainer.network import candidate_ports
-from trainer.rendezvous import Ended, NodeRendezvous, RendezvousTimeoutError
-from trainer.wiring import Wiring
+from trainer.agent.rendezvous import Ended, NodeRendezvous, RendezvousTimeoutError
+from trainer.wiring.network import candidate_ports
+from trainer.wiring.node import Wiring
 
 NAME = "digits-0.digits"
 real = socket.getaddrinfo

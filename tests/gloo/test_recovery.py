@@ -13,7 +13,7 @@ from muster_runs import FULL, HERE, Run, children, kill, result, stat, submitted
 from ranks import complete, make_job
 from states import difference, read_state
 
-from trainer.shared_memory import SHM
+from trainer.agent.shared_memory import SHM
 
 ONE_NODE = ["devices_per_node=2"]
 TWO_NODES = ["nodes=2", "devices_per_node=2"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trainer.record import read_lines
+from trainer.records import read_lines
 
 ROOT = Path(__file__).parents[2]
 JOB = ["nodes=2", "devices_per_node=1", "device=cpu", "train.steps=40", "checkpoint.every_steps=5"]

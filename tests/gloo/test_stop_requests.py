@@ -30,7 +30,7 @@ from muster_runs import (
 from ranks import complete, make_job
 from states import difference, read_state
 
-from trainer import checkpoint
+from trainer.checkpoint import files as checkpoint
 
 FOREVER = ["train.steps=1000000", "task_args.step_s=0.01"]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.record import read_lines
+from trainer.records import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]

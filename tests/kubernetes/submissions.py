@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster_api import Cluster
 
-from trainer.launch import submission
-from trainer.record import read_json
+from trainer.launch import submit as submission
+from trainer.records import read_json
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 RUNNING = {"phase": "Running", "containerStatuses": [{"name": "agent", "state": {"running": {}}}]}

@@ -11,8 +11,9 @@ from cluster_api import Cluster
 from submissions import RUNNING, ended, finish, handle_of, put_pod, submit
 
 from trainer.errors import JobError
-from trainer.launch import control, submission
-from trainer.launch.kubernetes import Kubernetes
+from trainer.launch import control
+from trainer.launch import submit as submission
+from trainer.launch.kubernetes.platform import Kubernetes
 
 
 def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site: Path) -> None:

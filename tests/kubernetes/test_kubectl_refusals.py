@@ -11,8 +11,9 @@ from cluster_api import Cluster
 from submissions import submit
 
 from trainer.errors import JobError
-from trainer.launch import control, submission
-from trainer.record import write_json
+from trainer.launch import control
+from trainer.launch import submit as submission
+from trainer.records import write_json
 
 
 def test_a_running_run_is_not_submitted_again(cluster: Cluster, tmp_path: Path, site: Path) -> None:

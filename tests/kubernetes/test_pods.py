@@ -17,8 +17,9 @@ from engine import Engine
 from engine_image import Image
 from pods import Pods
 
-from trainer.launch import control, submission
-from trainer.record import read_json, read_lines
+from trainer.launch import control
+from trainer.launch import submit as submission
+from trainer.records import read_json, read_lines
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to build the image
 JOB = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer import parallel
-from trainer.parallel import run_backward
+from trainer.parallel import modes as parallel
+from trainer.parallel.modes import run_backward
 
 
 def gradients(run: Any) -> list[Tensor]:

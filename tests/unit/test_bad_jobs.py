@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from trainer.config.load import load_job
 from trainer.errors import JobError
-from trainer.load import load_job
 
 JOB = """
 task: trainer.tasks.digits:Digits
@@ -132,7 +132,7 @@ NAMES = [
     (["train.optimizer=torch.optim:3"], "train.optimizer='torch.optim:3'", "is not package.module:Name"),
     (["train.optimizer=torch.optimm:Adam"], "no module torch.optimm"),
     (["train.schedule=cosin"], "train.schedule='cosin'", "Did you mean cosine?"),
-    (["train.schedule=trainer.optimize:missing"], "defines no missing"),
+    (["train.schedule=trainer.training.optimizer:missing"], "defines no missing"),
 ]  # fmt: skip
 ALL = {"key": KEYS, "value": VALUES, "range": RANGES, "combination": COMBINATIONS, "name": NAMES}
 

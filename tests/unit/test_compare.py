@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from trainer.config.load import load_job
 from trainer.errors import JobError
-from trainer.launch.compare import NO_SYNC, plan, speed
-from trainer.launch.verdict import (
+from trainer.launch.compare.runs import NO_SYNC, plan, speed
+from trainer.launch.compare.verdict import (
     choose,
     communication,
     compare_losses,
@@ -22,7 +23,6 @@ from trainer.launch.verdict import (
     summarize,
     text,
 )
-from trainer.load import load_job
 
 JOB = """
 task: trainer.tasks.digits:Digits
@@ -192,6 +192,6 @@ def test_the_command_answers_a_mistake_with_64_and_never_imports_torch(job_file:
     muster = Path(sys.executable).with_name("muster")
     wrong = subprocess.run([muster, "compare", job_file, "--rounds", "0"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 64 and "--rounds=0" in wrong.stderr
-    code = "import sys, trainer.launch.cli; assert 'trainer.launch.compare' not in sys.modules; " \
-           "import trainer.launch.compare; assert not {'torch', 'matplotlib'} & set(sys.modules)"  # fmt: skip
+    code = "import sys, trainer.launch.cli; assert 'trainer.launch.compare.runs' not in sys.modules; " \
+           "import trainer.launch.compare.runs; assert not {'torch', 'matplotlib'} & set(sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)

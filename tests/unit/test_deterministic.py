@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._utils import ExceptionWrapper
 from torch.utils.checkpoint import checkpoint
 
-from trainer.deterministic import DEMANDED, PREFERRED, refusal_named, why_not_demanded
 from trainer.errors import JobError
+from trainer.training.determinism import DEMANDED, PREFERRED, refusal_named, why_not_demanded
 
 WEIGHT = nn.Parameter(torch.ones(3))
 

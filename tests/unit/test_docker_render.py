@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.launch import submission
+from trainer.launch import submit as submission
 
 ROOT = Path(__file__).parents[2]
 RUN = "/big/digits-ID"
@@ -20,8 +20,8 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with four GPUs and no InfiniBand."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("trainer.launch.lease.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
-    monkeypatch.setattr("trainer.launch.docker.INFINIBAND", Path("/nowhere"))
+    monkeypatch.setattr("trainer.launch.local.gpu_lease.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
+    monkeypatch.setattr("trainer.launch.docker.platform.INFINIBAND", Path("/nowhere"))
 
 
 def command_lines(folder: Path, text: str, *overrides: str) -> list[list[str]]:
@@ -80,7 +80,7 @@ def test_each_node_gets_its_own_gpus(tmp_path: Path) -> None:
 
 
 def test_infiniband_comes_with_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.launch.docker.INFINIBAND", tmp_path)
+    monkeypatch.setattr("trainer.launch.docker.platform.INFINIBAND", tmp_path)
     wanted = ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]
     assert set(wanted) <= set(command_lines(tmp_path, "{}")[-1])
     assert not set(wanted) & set(command_lines(tmp_path, "{}", "device=cpu")[-1])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
 from trainer.launch.cli import app
-from trainer.load import merge_job, to_job
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -76,7 +76,9 @@ def test_named_files_exist() -> None:
 
 
 def test_every_key_is_described_with_its_present_default() -> None:
-    printed = subprocess.run([sys.executable, "-m", "trainer.reference"], cwd=ROOT, capture_output=True, text=True)
+    printed = subprocess.run(
+        [sys.executable, "-m", "trainer.config.reference"], cwd=ROOT, capture_output=True, text=True
+    )
     assert printed.returncode == 0
-    remedy = "python -m trainer.reference > docs/configuration.md"
+    remedy = "python -m trainer.config.reference > docs/configuration.md"
     assert (ROOT / "docs/configuration.md").read_text() == printed.stdout, remedy

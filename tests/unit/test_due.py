@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 
-from trainer.config import Checkpoints, Evaluation, Job
-from trainer.due import Due
-from trainer.order import Order, Position
+from trainer.config.job import Checkpoints, Evaluation, Job
+from trainer.data.sampler import Order, Position
+from trainer.training.cadence import Due
 
 
 @pytest.mark.parametrize("evaluate, save, epochs, batch", list(product([None, 3, 4], [None, 2, 5], [1, 2], [4, 5])))

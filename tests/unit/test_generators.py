@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import rng
-from trainer.data import Seeded
+from trainer.data import rng
+from trainer.data.loader import Seeded
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer import parallel
-from trainer.autopsy import HERE, Frame, only_waits
-from trainer.config import Job
+from trainer.agent.diagnosis import HERE, Frame, only_waits
+from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.parallel import Parallel, use_cuda
-from trainer.rank_wiring import RankWiring
+from trainer.parallel import modes as parallel
+from trainer.parallel.modes import Parallel, use_cuda
+from trainer.wiring.rank import RankWiring
 
 RANK = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"

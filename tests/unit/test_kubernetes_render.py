@@ -14,12 +14,12 @@ import yaml
 from manifest_rules import Manifest, container, job, only, problems, variables
 from omegaconf import OmegaConf
 
+from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
-from trainer.launch import submission
-from trainer.launch.kubernetes_render import make_manifests, object_name, render_manifests
-from trainer.launch.kubernetes_site import KubernetesSite
+from trainer.launch import submit as submission
+from trainer.launch.kubernetes.manifests import make_manifests, object_name, render_manifests
+from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
-from trainer.load import merge_job, to_job
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "k8s/examples").glob("*.yaml"))

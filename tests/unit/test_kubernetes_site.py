@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from trainer.errors import JobError
-from trainer.launch.kubernetes_site import KubernetesSite, load_kubernetes_site, quantity
+from trainer.launch.kubernetes.site import KubernetesSite, load_kubernetes_site, quantity
 
 K8S = Path(__file__).parents[2] / "k8s"
 

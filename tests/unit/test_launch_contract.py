@@ -18,12 +18,12 @@ import pytest
 import yaml
 from manifest_rules import container, job_spec, only
 
-from trainer.config import Job
-from trainer.launch.lease import Lease
+from trainer.config.job import Job
+from trainer.config.load import load_job, merge_job, save_job, to_job
+from trainer.launch.local.gpu_lease import Lease
+from trainer.launch.local.supervisor import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
-from trainer.launch.supervisor import Nodes
-from trainer.load import load_job, merge_job, save_job, to_job
-from trainer.wiring import Wiring, wire
+from trainer.wiring.node import Wiring, wire
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
@@ -62,7 +62,7 @@ def entrypoint() -> list[str]:
 
 def local(plan: Plan, text: str) -> list[Launch]:
     """The supervisor that is rendered starts one process a node; it kills after the same grace."""
-    assert text.split()[-3:] == ["-m", "trainer.launch.supervisor", str(plan.run)]
+    assert text.split()[-3:] == ["-m", "trainer.launch.local.supervisor", str(plan.run)]
     launches = []
     for node in range(plan.job.nodes):
         words, variables = Nodes(plan.run, plan.job).command(node, 0, Lease([]))
@@ -157,7 +157,7 @@ def wire_node(found: Launch, monkeypatch: pytest.MonkeyPatch) -> Wiring:
 @pytest.mark.parametrize("platform", REGISTRY)
 def test_the_same_job_is_launched_alike(platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform in READERS, f"say above how {platform} hands a launch over"
-    monkeypatch.setattr("trainer.wiring.route_to", lambda address: ("10.0.0.1", "eth0"))
+    monkeypatch.setattr("trainer.wiring.node.route_to", lambda address: ("10.0.0.1", "eth0"))
     launches = launch(platform, tmp_path, "device=cpu")
     expected = to_job(merge_job("jobs/digits.yaml", [*OVERRIDES, "device=cpu"]))
     assert len(launches) == NODES

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Job
+from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.launch import lease
-from trainer.launch.lease import try_lease, visible_devices, wanted_devices
-from trainer.launch.supervisor import Nodes, Supervisor
-from trainer.record import read_lines
+from trainer.launch.local import gpu_lease as lease
+from trainer.launch.local.gpu_lease import try_lease, visible_devices, wanted_devices
+from trainer.launch.local.supervisor import Nodes, Supervisor
+from trainer.records import read_lines
 
 FOUR = ["0", "1", "2", "3"]
 
@@ -102,7 +102,7 @@ def test_users_share_the_devices_whatever_their_umask() -> None:
 @pytest.fixture
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     """Of a run on a machine with one GPU."""
-    module = "trainer.launch.supervisor"
+    module = "trainer.launch.local.supervisor"
     monkeypatch.setattr(f"{module}.visible_devices", lambda: ["0"])
     monkeypatch.setattr(f"{module}.try_lease", partial(try_lease, folder=tmp_path / "gpus"))
     return Supervisor(tmp_path, job(), Nodes(tmp_path, job()))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import rng
-from trainer.memory import NOTE, NOTE_HEAD, STATE, Memory
+from trainer.checkpoint.memory import NOTE, NOTE_HEAD, STATE, Memory
+from trainer.data import rng
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from trainer.config import Train
+from trainer.config.job import Train
 from trainer.errors import JobError
-from trainer.optimize import OPTIMIZERS, make_optimizer, make_scaler, make_schedule, make_step, set_rate
+from trainer.training.optimizer import OPTIMIZERS, make_optimizer, make_scaler, make_schedule, make_step, set_rate
 
 
 @pytest.mark.parametrize("schedule, expected", [

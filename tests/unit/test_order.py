@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from trainer.order import Order, Position, epoch_order, evaluation_batches, sample_seed
+from trainer.data.sampler import Order, Position, epoch_order, evaluation_batches, sample_seed
 
 COUNT, BATCH = 101, 24
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.postmortem import REMEDIES, Failure, classify, describe_exit, first_failure, paragraph
+from trainer.agent.failure import REMEDIES, Failure, classify, describe_exit, first_failure, paragraph
 
 NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
 

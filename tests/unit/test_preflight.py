@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from trainer import preflight
-from trainer.config import Data, Job
-from trainer.network import PORTS, candidate_ports
-from trainer.preflight import check_node, network_settings
-from trainer.wiring import Wiring
+from trainer.agent import preflight
+from trainer.agent.preflight import check_node, network_settings
+from trainer.config.job import Data, Job
+from trainer.wiring.network import PORTS, candidate_ports
+from trainer.wiring.node import Wiring
 
 NODE = Wiring(
     platform="slurm", job_id="7", launch=0, nodes=2, node_rank=1, hostnames=("a", "b"), master_addr="a", ports=(20000,),

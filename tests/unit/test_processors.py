@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.processors import usable_processors
+from trainer.wiring.hardware import usable_processors
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.rendezvous import VERSIONS, mismatch
+from trainer.agent.rendezvous import VERSIONS, mismatch
 
 
 def test_nodes_with_other_packages_end_the_job() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.heartbeat import VARIABLE
-from trainer.shared_memory import SHM, note_worker, remove_leftovers
+from trainer.agent.shared_memory import SHM, note_worker, remove_leftovers
+from trainer.reporting.heartbeat import VARIABLE
 
 
 def test_what_dead_workers_left_is_removed_and_what_others_use_is_not(

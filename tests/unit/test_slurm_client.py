@@ -15,9 +15,11 @@ import pytest
 from test_cli import MUSTER, ROOT
 
 from trainer.errors import JobError
-from trainer.launch import control, early, slurm, submission
-from trainer.launch.slurm import Slurm
-from trainer.summary import resume_command
+from trainer.launch import control, early
+from trainer.launch import submit as submission
+from trainer.launch.slurm import platform as slurm
+from trainer.launch.slurm.platform import Slurm
+from trainer.run.summary import resume_command
 
 JOB, CPU = "jobs/digits.yaml", ["device=cpu", "devices_per_node=1"]
 
@@ -179,7 +181,7 @@ def test_the_container_of_a_sweep_sees_its_runs(
     (sent,) = client.words("sbatch")
     assert f"{runs}:{runs}" in sent
     assert {run.parent for run in made} == {runs}
-    assert all((run / "code/trainer/load.py").is_file() for run in made)
+    assert all((run / "code/trainer/config/load.py").is_file() for run in made)
 
 
 def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.launch import submission
+from trainer.launch import submit as submission
 
 ROOT = Path(__file__).parents[2]
 RUN = "/big/digits-ID"

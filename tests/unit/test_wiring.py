@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.rank_wiring import RankWiring, is_rank, rank_wiring
-from trainer.wiring import wire
+from trainer.wiring.node import wire
+from trainer.wiring.rank import RankWiring, is_rank, rank_wiring
 
 SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,n[2]", "SLURM_NODEID": "1",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.writer import Writer
+from trainer.checkpoint.background_writer import Writer
 
 
 class Disk:

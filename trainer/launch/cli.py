@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from trainer.errors import WRONG_JOB, JobError
-from trainer.launch import control, submission
+from trainer.launch import control
+from trainer.launch import submit as submission
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -92,7 +93,7 @@ def compare(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run a job as single, DP and DDP here for a few steps; say which mode to use and why."""
-    from trainer.launch import compare  # here: no other verb shall wait for it
+    from trainer.launch.compare import runs as compare  # here: no other verb shall wait for it
 
     raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json))
 

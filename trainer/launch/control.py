@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import JobError
-from trainer.folder import open_run
 from trainer.launch.platform import Platform, State, find_platform
 from trainer.launch.runs import last_event, list_runs
-from trainer.record import read_json, read_lines, record_event, write_json
-from trainer.tail import Tail
+from trainer.records import read_json, read_lines, record_event, write_json
+from trainer.run.folder import open_run
+from trainer.run.log_tail import Tail
 
 
 def state_of(run: Path) -> tuple[dict[str, Any] | None, Callable[[], State]]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.stop import FLAG, SIGNALS, end_with
+from trainer.signals import FLAG, SIGNALS, end_with
 
 ROOM = 4096
 """For a command line that says more: see `_show_as`."""
@@ -101,10 +101,10 @@ def drop_supervisor() -> None:
 def supervisor(ahead: bool) -> None:
     """Wait for a run, with a waiting agent."""
     first = Waiting("agent()") if ahead else None
-    from trainer.launch.supervisor import serve
+    from trainer.launch.local.supervisor import serve
 
     (run, job, docker, follow), (_, *handles) = _listen()
-    _show_as([sys.executable, "-m", "trainer.launch.supervisor", str(run)])
+    _show_as([sys.executable, "-m", "trainer.launch.local.supervisor", str(run)])
     if follow:
         signal.pthread_sigmask(signal.SIG_BLOCK, {ORPHANED})
         end_with(follow, ORPHANED)
@@ -114,7 +114,7 @@ def supervisor(ahead: bool) -> None:
 def agent() -> None:
     """Import torch, then wait for a job."""
     FLAG.install()
-    from trainer.template import import_torch
+    from trainer.agent.fork_server import import_torch
 
     with contextlib.suppress(Exception):  # which comes again, when there is a log
         import_torch()

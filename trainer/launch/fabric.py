@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trainer.config.load import read_sections
 from trainer.errors import JobError
-from trainer.load import read_sections
 
 FILE = Path(__file__).with_name("fabrics.yaml")
 

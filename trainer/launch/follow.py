@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.launch.platform import State
-from trainer.record import read_json, read_lines
-from trainer.summary import plain_table, resume_command
+from trainer.records import read_json, read_lines
+from trainer.run.summary import plain_table, resume_command
 
 POLL_S = 0.1
 BESIDE = 45

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Job
+from trainer.config.job import Job
 from trainer.errors import JobError
 
 if TYPE_CHECKING:  # not for the verbs that only read
     from omegaconf import DictConfig
 
 REGISTRY = {
-    "local": "trainer.launch.local:Local",
-    "docker": "trainer.launch.docker:Docker",
-    "slurm": "trainer.launch.slurm:Slurm",
-    "kubernetes": "trainer.launch.kubernetes:Kubernetes",
+    "local": "trainer.launch.local.platform:Local",
+    "docker": "trainer.launch.docker.platform:Docker",
+    "slurm": "trainer.launch.slurm.platform:Slurm",
+    "kubernetes": "trainer.launch.kubernetes.platform:Kubernetes",
 }
 
 

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Job
+from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.folder import steps_committed
-from trainer.record import record_event, write_json
+from trainer.records import record_event, write_json
+from trainer.run.folder import steps_committed
 
 if TYPE_CHECKING:  # not for the verbs that only read
     from omegaconf import DictConfig
@@ -28,7 +28,7 @@ def make_run(job: Job, config: DictConfig | None = None, job_folder: Path | None
     """
     from omegaconf import OmegaConf
 
-    from trainer.load import save_job
+    from trainer.config.load import save_job
 
     root = Path(job.runs).resolve()
     try:

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import trainer
+from trainer.config.load import read_sections
 from trainer.errors import JobError
-from trainer.load import read_sections
 
 Site = TypeVar("Site")
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from trainer.errors import JobError
-from trainer.record import write_json
+from trainer.records import write_json
 
 LIMIT_MB = 100
 """Larger trees hold data, which belongs elsewhere."""

@@ -1,0 +1,1 @@
+"""The agent: one process per node that wires, checks, starts and watches the ranks."""

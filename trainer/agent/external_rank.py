@@ -1,0 +1,75 @@
+"""A rank that another launcher started (torchrun, accelerate, PyTorchJob, srun per GPU): no agent of ours."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from trainer.agent.rank_process import exit_code
+from trainer.config.load import merge_job, save_job, to_job
+from trainer.errors import STOPPED, JobError, Stopped
+from trainer.signals import leave_signals
+from trainer.wiring.rank import rank_wiring
+
+
+def run_outside_rank(path: Path, overrides: list[str]) -> int:
+    """Train, or run the script, as the rank that the environment says; the launcher supervises.
+
+    A task's rank does not return. Raises:
+        JobError: the launcher's ranks are not those that the job asks for.
+    """
+    config = merge_job(path, overrides)
+    job = to_job(config)
+    wiring = rank_wiring()
+    if job.script:
+        leave_signals()
+        sys.path.insert(0, str(Path(job.script).resolve().parent))
+        sys.argv = [job.script, *map(str, job.script_args)]
+        runpy.run_path(job.script, run_name="__main__")
+        return 0
+    if job.parallel != "ddp":
+        if wiring.world_size > 1:
+            raise JobError(
+                "parallel",
+                job.parallel,
+                f"is one process, but {wiring.world_size} ranks were started",
+                "Use parallel=ddp, or start one process",
+            )
+    elif job.world_size != wiring.world_size:
+        raise JobError(
+            "devices_per_node",
+            job.devices_per_node,
+            f"with nodes={job.nodes} makes {job.world_size} ranks, but the launcher started {wiring.world_size}",
+            "Make the two agree",
+        )
+    from trainer.training.rank import choose_run, train
+
+    run = _run_folder(path)
+    if wiring.rank == 0:  # so that `muster status` knows it
+        own = run or choose_run(job, wiring)
+        (own / "logs").mkdir(parents=True, exist_ok=True)
+        if not (own / "job.yaml").exists():
+            save_job(config, own / "job.yaml")
+    try:
+        code = train(job, run, path)
+    except Stopped:
+        code = STOPPED
+    except BaseException as error:
+        print(f"ERROR: {error}" if isinstance(error, JobError) else traceback.format_exc(), file=sys.stderr)
+        code = exit_code(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: of an interpreter's end with torch's threads one in some dozens aborts, and NCCL can hang
+
+
+def _run_folder(path: Path) -> Path | None:
+    """The run folder, where it can be told before the ranks have met."""
+    given = os.environ.get("MUSTER_RUN")
+    if given:
+        return Path(given)
+    if path.name == "job.yaml" and (path.parent / "events.jsonl").exists():
+        return path.parent
+    return None

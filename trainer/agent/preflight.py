@@ -1,0 +1,102 @@
+"""Quick checks on the node before ranks are forked: each problem with its remedy, in well under a second.
+
+Whether the nodes reach each other is proven by the rendezvous itself, which waits with progress shown.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.agent.shared_memory import SHM
+from trainer.config.job import Job
+from trainer.wiring.node import Wiring
+
+INFINIBAND = Path("/sys/class/infiniband")
+WORKER_SHM_MB = 64
+"""What one loader worker may need at once: a few batches in flight; docker's default for a whole container."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and what to do."""
+
+    kind: str
+    text: str
+    fatal: bool
+
+
+def check_node(job: Job, wiring: Wiring) -> list[Problem]:
+    """Look at shared memory, locked memory, devices and processors of this node."""
+    problems: list[Problem] = []
+    loaders = job.data.workers * job.ranks_per_node if job.task else 0
+    if loaders and SHM.is_dir():
+        stat = os.statvfs(SHM)
+        free = stat.f_bavail * stat.f_frsize / 2**20
+        needed = loaders * WORKER_SHM_MB
+        if free < needed:
+            problems.append(
+                Problem(
+                    "shm",
+                    f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it "
+                    "(docker: --shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0",
+                    True,
+                )
+            )
+    gpus = gpu_files()
+    wanted = job.devices_per_node
+    if job.device == "cuda" and len(gpus) < wanted:
+        problems.append(
+            Problem(
+                "config",
+                f"devices_per_node={wanted} with device=cuda, but this node has {len(gpus)} GPUs. "
+                "Ask for fewer, or set device=cpu",
+                True,
+            )
+        )
+    if INFINIBAND.is_dir() and any(INFINIBAND.iterdir()):
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if soft != resource.RLIM_INFINITY and soft < 2**30:
+            problems.append(
+                Problem(
+                    "interface",
+                    f"InfiniBand is here, but memlock is limited to {soft >> 10} KiB: RDMA registration "
+                    "will fail. Use ulimit -l unlimited (docker: --ulimit memlock=-1)",
+                    False,
+                )
+            )
+    ranks = job.ranks_per_node
+    if wiring.cpus < ranks:
+        problems.append(
+            Problem(
+                "config", f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too", False
+            )
+        )
+    return problems
+
+
+def gpu_files() -> list[str]:
+    """NVIDIA GPUs by their device files: asking the driver would break the processes forked later."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return []
+    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:
+    """Variables that the network needs, each with value and reason; usually none."""
+    if wiring.nodes == 1:
+        return {"GLOO_SOCKET_IFNAME": ("lo", "one node: no need for the host's name to resolve")}
+    if wiring.platform == "local":
+        reason = "simulated nodes live on this machine's loopback"
+        return {"GLOO_SOCKET_IFNAME": ("lo", reason), "NCCL_SOCKET_IFNAME": ("=lo", f"{reason}, which NCCL skips")}
+    try:
+        own = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        own = ""
+    if wiring.interface and wiring.interface != "lo" and (not own or own.startswith("127.")):
+        reason = f"this host's own name resolves to {own or 'nothing'}; {wiring.interface} routes to the master"
+        return {"GLOO_SOCKET_IFNAME": (wiring.interface, reason)}
+    return {}

@@ -1,0 +1,144 @@
+"""How a forked rank begins and ends: bound to its agent's life, logging to its file, failing with a record."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from trainer.agent import fork_server as template
+from trainer.checkpoint.memory import ASK
+from trainer.config.job import Job
+from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
+from trainer.records import write_json
+from trainer.signals import leave_signals
+from trainer.wiring.rank import rank_wiring
+
+STACKS = signal.SIGQUIT
+"""Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
+
+
+def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str) -> NoReturn:
+    """The body of one rank process: 0, 75 or an error's code is its exit code."""
+    die_with_template()
+    os.setpgid(0, 0)  # the agent ends it with all that it started
+    wiring = rank_wiring()
+    rank, attempt = wiring.rank, wiring.attempt
+    _redirect(Path(attempt_logs) / f"rank-{rank}.log")
+    stacks = _open_stacks(Path(run) / "logs" / f"stacks-rank-{rank}.txt")
+    faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
+    faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
+    recorded: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        if not recorded and not isinstance(error, Stopped):
+            recorded.append(error)
+            _record_failure(Path(run), attempt, rank, error)
+
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        if job.script:
+            code = _run_script(job)
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
+            from trainer.training.rank import train
+
+            code = train(job, Path(run), Path(job_file), failed)
+    except Stopped:
+        code = STOPPED
+    except BaseException as error:
+        failed(error)
+        code = exit_code(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: finalizers, of a broken process group above all, can hang
+
+
+def exit_code(error: BaseException) -> int:
+    """What a rank ends with after an exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) and error.code else FAILED
+    return WRONG_JOB if isinstance(error, JobError) else FAILED
+
+
+def die_with_template() -> None:
+    """Bind this process to the template, and so to the agent: SIGKILL follows when either is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+    if os.getppid() != template.PID:
+        os._exit(FAILED)  # it was gone already
+    server: Any = forkserver._forkserver
+    if server._forkserver_alive_fd is not None:  # held open, it would keep the template alive without its agent
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
+
+
+def _redirect(path: Path) -> None:
+    """Send standard output and error, of native code too, to the end of the rank's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def _open_stacks(path: Path) -> IO[str]:
+    return path.open("a")
+
+
+def _run_script(job: Job) -> int:
+    """Run the user's script as `python script.py` would, with signals as it expects them; return its exit code."""
+    leave_signals()
+    script = str(job.script)
+    if not Path(script).is_file():
+        raise JobError("script", script, f"no such file on {socket.gethostname()}", f"Working directory: {os.getcwd()}")
+    sys.argv = [script, *map(str, job.script_args)]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit_:
+        if exit_.code not in (None, DONE, STOPPED):
+            raise
+        return STOPPED if exit_.code == STOPPED else DONE
+    finally:  # what an interpreter does at its end, and a process of multiprocessing does not
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    return DONE
+
+
+def _record_failure(run: Path, attempt: int, rank: int, error: BaseException) -> None:
+    """Leave a record for the post-mortem, and the traceback in the log."""
+    text = "" if isinstance(error, JobError) else "".join(traceback.format_exception(error))
+    print(text or f"ERROR: {error}", file=sys.stderr, flush=True)
+    record = {
+        "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": exit_code(error),
+        "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-8000:],
+        "chain": [type(item).__name__ for item in _chain(error)],
+    }  # fmt: skip
+    folder = run / "failures"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"attempt-{attempt}-rank-{rank}.json", record)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

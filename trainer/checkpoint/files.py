@@ -1,0 +1,268 @@
+"""Checkpoints: committed whole or not at all, verified before they are believed.
+
+A checkpoint is a folder `step-<n>` with `model.pt` (the plain state dict of the unwrapped model), `state.pt`
+(optimizer, scaler, average, position, generators) and `manifest.json`, which is written last and holds the
+sha256 of the others. It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from trainer import __version__
+from trainer.errors import JobError
+from trainer.run.attempts import check_current
+
+PAYLOAD = ("model.pt", "state.pt")
+NAME = re.compile(r"step-[0-9]{9,}")
+"""Of a committed checkpoint's folder; what is called otherwise is not ours to read or to prune."""
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint's files are not those of its manifest."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One committed checkpoint."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was saved."""
+        return int(self.manifest["step"])
+
+
+def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Saved:
+    """Write `payload` (file name to object) and its manifest, and make them visible as `root/step-<step>`.
+
+    Raises:
+        OSError: nothing became visible, and what there was before is untouched.
+        StaleAttempt: a later attempt owns the run.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    pending = root / f".pending-step-{step:09d}-{os.getpid()}"
+    shutil.rmtree(pending, ignore_errors=True)
+    try:
+        pending.mkdir()
+        files = {name: _write(pending / name, value) for name, value in payload.items()}
+        manifest = {
+            "format": 1, "step": step, "attempt": attempt, "saved_at": time.time(), "muster": __version__,
+            "torch": torch.__version__, **facts, "files": files,
+        }  # fmt: skip
+        _write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        _sync_folder(pending)
+        check_current(root.parent, attempt)
+        target = root / f"step-{step:09d}"
+        if target.exists():  # the same step again, after a resume from before it
+            target.rename(root / f".replaced-{target.name}-{time.time_ns()}")
+        pending.rename(target)
+        _sync_folder(root)
+    except BaseException:
+        shutil.rmtree(pending, ignore_errors=True)
+        _put_back(root)
+        raise
+    return Saved(target, manifest)
+
+
+def prune(root: Path, keep_last: int, best: str | None) -> None:
+    """Remove what is neither among the newest `keep_last` nor named `best`; call only after a commit."""
+    for saved in list(committed(root))[keep_last:]:
+        if saved.folder.name != best:
+            doomed = root / f".pruned-{saved.folder.name}"
+            saved.folder.rename(doomed)  # a half-removed folder must not look like a damaged checkpoint
+            shutil.rmtree(doomed, ignore_errors=True)
+    for stale in root.glob(".replaced-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves."""
+    _put_back(root)
+    for pattern in (".pending-*", ".pruned-*"):
+        for stale in root.glob(pattern):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _put_back(root: Path) -> None:
+    """Give a checkpoint its name again whose replacement did not come."""
+    for stale in sorted(root.glob(".replaced-*"), reverse=True):
+        target = root / stale.name.removeprefix(".replaced-").rpartition("-")[0]
+        if not target.exists():
+            stale.rename(target)
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename what is newer than the checkpoint that training goes on from: damaged, it must not count as kept."""
+    for saved in committed(root):
+        if saved.step > step:
+            saved.folder.rename(root / f"damaged-{saved.folder.name}-{time.time_ns()}")
+
+
+def committed(root: Path) -> Iterator[Saved]:
+    """Committed checkpoints, the newest first; an unreadable manifest is reported when it is opened."""
+    for folder in sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True):
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError):
+            manifest = {"files": None}
+        yield Saved(folder, {**manifest, "step": int(folder.name.removeprefix("step-"))})
+
+
+def verify(saved: Saved) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        DamagedCheckpoint: naming file and difference.
+    """
+    files = saved.manifest.get("files")
+    if not isinstance(files, dict) or set(PAYLOAD) - set(files):
+        raise DamagedCheckpoint(f"{saved.folder}: manifest.json is missing or unreadable")
+    for name, facts in files.items():
+        path = saved.folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path}: is missing")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {facts['bytes']}")
+        with path.open("rb") as file:
+            if hash_file(file) != facts["sha256"]:
+                raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
+
+
+def newest_good(root: Path) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were refused.
+
+    Raises:
+        DamagedCheckpoint: there are checkpoints and none is whole: starting over silently would lose work.
+    """
+    refused: list[str] = []
+    for saved in committed(root):
+        try:
+            verify(saved)
+        except DamagedCheckpoint as error:
+            refused.append(str(error))
+            continue
+        return saved, refused
+    if refused:
+        raise DamagedCheckpoint("every checkpoint is damaged: " + "; ".join(refused))
+    return None, refused
+
+
+def load(folder: Path, name: str) -> Any:
+    """Load one payload file without running any code that it may hold."""
+    return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """A model's state dict from a checkpoint folder or a `.pt` file of any origin, verified where it can be.
+
+    Raises:
+        JobError: not there, not a state dict.
+    """
+    if path.is_dir():
+        manifest = path / "manifest.json"
+        if manifest.is_file():
+            verify(Saved(path, json.loads(manifest.read_text())))
+        path = path / "model.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise JobError("checkpoint.load", str(path), "no such file", "Give a step-* folder or a .pt file") from None
+    except Exception as error:
+        raise JobError(
+            "checkpoint.load",
+            str(path),
+            f"torch cannot load it ({type(error).__name__})",
+            "Save a state dict with torch.save(model.state_dict(), path)",
+        ) from error
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise JobError("checkpoint.load", str(path), f"holds a {type(state).__name__}", "Give a state dict")
+    return unwrapped(state)
+
+
+def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """Remove the prefixes that wrappers put before every name (DataParallel, DDP, torch.compile)."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def hash_file(file: Any) -> str:
+    """The sha256 of an open file."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class Hashing:
+    """A file that hashes what is written: torch.save's zip writer seeks nowhere, so one pass is enough."""
+
+    def __init__(self, file: Any) -> None:
+        """`file`: where it goes."""
+        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """All of it."""
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.bytes += len(view)
+        self.file.write(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """As a file does."""
+        self.file.flush()
+
+
+def dump(value: Any, file: Hashing) -> None:
+    """What torch.load reads, without zip's own checksums: they would be computed while no other thread can run."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        torch.save(value, file)  # type: ignore[arg-type]
+    finally:
+        set_crc32_options(before)
+
+
+def _write(path: Path, value: Any) -> dict[str, Any]:
+    with path.open("xb") as raw:
+        hashing = Hashing(raw)
+        dump(value, hashing)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

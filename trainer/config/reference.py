@@ -1,0 +1,40 @@
+"""`python -m trainer.config.reference > docs/configuration.md`: every key of a job file, from its own declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+from trainer.config.job import Job
+
+
+def reference() -> str:
+    """The page, in Markdown."""
+    lines = ["# Every key of a job file", "",
+             "Precedence: these defaults < the job file < `key=value` on the command line. An unknown key, a wrong",
+             "type or an impossible combination is refused before anything starts, naming the nearest key (exit 64).",
+             "Made by `python -m trainer.config.reference`; a test keeps it fresh.", ""]  # fmt: skip
+    lines += _table("Top level", Job, "")
+    for item in dataclasses.fields(Job):
+        kind: Any = item.default_factory
+        if dataclasses.is_dataclass(kind):
+            title = f"`{item.name}`: {(kind.__doc__ or '').strip()}"
+            lines += _table(title, cast(type[Any], kind), f"{item.name}.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, kind: type[Any], prefix: str) -> list[str]:
+    lines = [f"## {title}", "", "| key | default | type | meaning |", "| --- | --- | --- | --- |"]
+    for item in dataclasses.fields(kind):
+        if "help" not in item.metadata:
+            continue
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        limits = item.metadata.get("choices")
+        meaning = item.metadata["help"] + (f" (one of {', '.join(limits)})" if limits else "")
+        lines.append(f"| `{prefix}{item.name}` | `{default}` | {str(item.type).replace('|', 'or')} | "
+                     f"{meaning.replace('|', '/')} |")  # fmt: skip
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,1 @@
+"""Which sample, with which seed, and how it reaches the device."""

@@ -1,0 +1,214 @@
+"""Loading: datasets to batches, seeded per sample, in the rank or in worker processes, ahead of a GPU.
+
+Which samples, and in which order, is decided in `trainer.data.sampler`.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from trainer.agent.shared_memory import note_worker
+from trainer.config.job import Data
+from trainer.data.sampler import Indices, sample_seed
+from trainer.task import Task, floating_to
+
+Keys = tuple[int, Indices]
+"""(epoch, indices) of one batch."""
+
+
+class Seeded:
+    """A dataset whose randomness depends on (seed, epoch, index) alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        """Choose the cheapest exact way to read `dataset`: see `Task.train_dataset`."""
+        self.dataset, self.seed = dataset, seed
+        self.draws = hasattr(dataset, "sample")
+        self.plain = isinstance(dataset, TensorDataset) or getattr(dataset, "deterministic", False)
+        self.rng = np.random.Generator(np.random.Philox(key=0))
+        self.start: Any = self.rng.bit_generator.state
+
+    def __len__(self) -> int:
+        """Samples in the dataset."""
+        return len(self.dataset)
+
+    def read(self, epoch: int, indices: Iterable[int]) -> list[Any]:
+        """The samples of a batch; the global generators are left as they were."""
+        if self.draws:
+            return [self._sample(epoch, index) for index in indices]
+        if self.plain:
+            return [self.dataset[index] for index in indices]
+        before = random.getstate(), np.random.get_state(), torch.random.default_generator.get_state()
+        try:
+            return [self._global(epoch, index) for index in indices]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.random.default_generator.set_state(before[2])
+
+    def _sample(self, epoch: int, index: int) -> Any:
+        """Start one generator anew: making one for each sample cost a tenth of the time of small composed images."""
+        self.start["state"]["key"][0] = sample_seed(self.seed, epoch, index)
+        self.rng.bit_generator.state = self.start
+        return self.dataset.sample(index, self.rng)
+
+    def _global(self, epoch: int, index: int) -> Any:
+        """Seed the global generators before the call."""
+        value = sample_seed(self.seed, epoch, index)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        torch.random.default_generator.manual_seed(value)
+        return self.dataset[index]
+
+
+class Fetch:
+    """Read one batch, as a map-style dataset whose index is (epoch, indices): a worker reads a whole batch."""
+
+    def __init__(self, dataset: Dataset[Any], task: Task, seed: int) -> None:
+        """Tensors that lie in memory are indexed at once, which gives what collating their items gives."""
+        self.seeded = Seeded(dataset, seed)
+        self.collate = task.collate
+        plain = type(task).collate is Task.collate and type(dataset) is TensorDataset
+        self.tensors: tuple[Tensor, ...] | None = dataset.tensors if plain else None  # type: ignore[attr-defined]
+
+    def __getitem__(self, keys: Keys) -> Any:
+        """Read, seed and collate."""
+        epoch, indices = keys
+        if self.tensors is not None:
+            chosen = torch.from_numpy(indices)
+            return [tensor.index_select(0, chosen) for tensor in self.tensors]  # half the time of tensor[chosen]
+        return self.collate(self.seeded.read(epoch, indices.tolist()))
+
+
+def _start_worker(_: int) -> None:
+    """Signals reach the whole process group; only the rank answers them. Its workers end with it, even if killed.
+
+    A worker that outlived its rank would hold the rank's connections open, so that its peers would wait.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    note_worker()
+
+
+def _first(batches: list[Any]) -> Any:
+    return batches[0]
+
+
+class Loader:
+    """Batches for given keys, read in order, in worker processes when asked for."""
+
+    def __init__(self, dataset: Dataset[Any], task: Task, options: Data, seed: int, pin: bool) -> None:
+        """`pin`: batches go to a GPU, so put them into page-locked memory."""
+        self.fetch = Fetch(dataset, task, seed)
+        self.pin = pin and options.pin_memory
+        self.keys: Iterable[Keys] = ()
+        self.workers: DataLoader[Any] | None = None
+        if options.workers:
+            self.workers = DataLoader(
+                self.fetch,  # type: ignore[arg-type]
+                batch_sampler=_Keys(self),
+                num_workers=options.workers,
+                multiprocessing_context="fork",  # a rank's own default is a second fork server: 3 s, torch again
+                prefetch_factor=options.prefetch,
+                collate_fn=_first,
+                pin_memory=self.pin,
+                persistent_workers=True,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # or each epoch would draw from the generator of dropout
+            )
+
+    def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
+        """The batch of each of `keys`."""
+        if self.workers is not None:
+            self.keys = keys
+            return iter(self.workers)
+        batches = map(self.fetch.__getitem__, keys)
+        return map(_pinned, batches) if self.pin else batches
+
+    def close(self) -> None:
+        """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever."""
+        iterator: Any = getattr(self.workers, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that is stuck in user code
+
+
+class _Keys:
+    """A batch sampler whose batches are one key each: the worker's `Fetch` makes the batch."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return ([keys] for keys in self.loader.keys)
+
+
+def _pinned(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    if isinstance(batch, dict):
+        return {key: _pinned(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_pinned(value) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_pinned(value) for value in batch)
+    return batch
+
+
+class ToDevice:
+    """Move batches to the device; to a GPU ahead of use, on a stream of its own, so that copies overlap."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None, channels_last: bool, ahead: int) -> None:
+        """`dtype`: of floating tensors, None to keep theirs; `ahead`: batches in flight to a GPU."""
+        self.device, self.dtype, self.channels_last, self.ahead = device, dtype, channels_last, ahead
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def move(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Each batch on the device."""
+        if self.stream is not None:
+            return self._move_ahead(batches, self.stream)
+        if self.dtype is None and not self.channels_last:
+            return batches
+        return (floating_to(batch, self.device, self.dtype, self.channels_last) for batch in batches)
+
+    def _move_ahead(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
+        waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                moved = floating_to(batch, self.device, self.dtype, self.channels_last)
+                event = torch.cuda.Event()
+                event.record(stream)
+            waiting.append((moved, event))
+            if len(waiting) > self.ahead:
+                yield self._take(waiting)
+        while waiting:
+            yield self._take(waiting)
+
+    def _take(self, waiting: deque[tuple[Any, torch.cuda.Event]]) -> Any:
+        batch, event = waiting.popleft()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        _record(batch, current)
+        return batch
+
+
+def _record(batch: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that `stream` uses the batch, so that its memory is not reused too early."""
+    if isinstance(batch, Tensor):
+        batch.record_stream(stream)
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            _record(value, stream)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            _record(value, stream)

@@ -1,0 +1,1 @@
+"""`muster compare`: single, dp and ddp on one job."""

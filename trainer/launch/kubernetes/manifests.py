@@ -1,0 +1,219 @@
+"""From a plan to manifests: the templates of `k8s/` with OmegaConf's `${...}` filled in. Pure; nothing is submitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config.load import read_sections
+from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError
+from trainer.launch.fabric import fabric_environment
+from trainer.launch.kubernetes.site import KubernetesSite, check_fit, split_mount
+from trainer.launch.platform import Plan
+from trainer.launch.site import template
+
+GRACE_MARGIN_S = 15
+"""From the agent's own bound to the kubelet's kill: ranks are ended, the last word is written."""
+LONGEST_LABEL = 63
+"""Characters of a DNS label (RFC 1035): host names, pod names and Services are such."""
+TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
+"""Mappings whose values the API takes as strings only."""
+
+
+def render_manifests(plan: Plan) -> str:
+    """All manifests of a plan, in the order in which they are applied, as one YAML stream."""
+    return "---\n".join(_dump(document) for document in make_manifests(plan))
+
+
+def make_manifests(plan: Plan) -> list[dict[str, Any]]:
+    """The manifests of a plan: policy, claim, job file and Service before the Job that needs them.
+
+    Raises:
+        JobError: the site cannot hold the job, or a template names what does not exist.
+    """
+    site = KubernetesSite(**plan.site)
+    check_fit(site, plan.job)
+    names = ["networkpolicy", "configmap", "jobset"] if site.kind == "jobset" else [
+        "networkpolicy", "configmap", "service", "job"]  # fmt: skip
+    if site.claim_size is not None:
+        names.insert(1, "claim")
+    documents = _resolve(["pod", *names], _values(plan, site))
+    _add_extras(documents["pod"]["template"]["spec"], site)
+    for name in names:
+        if name == "networkpolicy":
+            documents[name]["spec"]["egress"] += site.egress
+        if site.namespace is not None:
+            documents[name]["metadata"]["namespace"] = site.namespace
+    _find_template(documents[names[-1]])["spec"] = documents["pod"]["template"]["spec"]
+    return [_as_text(documents[name]) for name in names]
+
+
+def object_name(plan: Plan) -> str:
+    """The name of the plan's objects: its run folder's as a DNS label, with room for what is appended to it.
+
+    By hand, where there is no run folder yet, the job's name alone: the same objects every time.
+    """
+    run = run_name(plan)
+    kept = re.sub(r"[^a-z0-9-]+", "-", run.lower()).strip("-")
+    name = kept if kept[:1].isalpha() else f"m-{kept}".rstrip("-")  # a Service's name begins with a letter
+    suffix = f"-node-0-{plan.job.nodes - 1}-12345"  # of a JobSet's pods, the longest of all
+    room = LONGEST_LABEL - len(suffix)
+    if len(name) > room:
+        digest = hashlib.sha256(run.encode()).hexdigest()[:8]
+        name = f"{name[: room - 9].rstrip('-')}-{digest}"
+    return name
+
+
+def run_name(plan: Plan) -> str:
+    """The run folder's name on the claim."""
+    return plan.run.name.removesuffix("-ID")  # what `muster render` puts where `submit` puts a time
+
+
+def host_names(plan: Plan) -> list[str]:
+    """The pods' host names in the order of their node rank."""
+    name = object_name(plan)
+    stem = f"{name}-node-0" if plan.site["kind"] == "jobset" else name
+    return [f"{stem}-{index}.{name}" for index in range(plan.job.nodes)]
+
+
+def _values(plan: Plan, site: KubernetesSite) -> dict[str, Any]:
+    """What templates may name: the job, the site, and what follows from both; null leaves a key out."""
+    job = plan.job
+    resources = {"cpu": site.cpu, "memory": site.memory, **site.resources}
+    if site.gpu is not None and job.device != "cpu":
+        resources[site.gpu] = str(job.devices_per_node)
+    spread = {
+        "maxSkew": 1, "topologyKey": site.spread, "whenUnsatisfiable": site.spread_policy,
+        "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": object_name(plan)}},
+    }  # fmt: skip
+    values = {
+        "job": dataclasses.asdict(job),
+        "site": {key: None if value in ([], {}) else value for key, value in dataclasses.asdict(site).items()},
+        "name": object_name(plan), "run": run_name(plan), "hostnames": ",".join(host_names(plan)),
+        "job_yaml": OmegaConf.to_yaml(plan.config, resolve=False),
+        "exit_code": {"wrong_job": WRONG_JOB, "stopped": STOPPED, "failed": FAILED},
+        "grace_s": math.ceil(job.agent.grace_s) + GRACE_MARGIN_S,
+        "time_limit_s": site.time_limit_min * 60, "keep_finished_s": site.keep_finished_min * 60,
+        "suspend": True if site.queue else None, "resources": resources,
+        "spread": [spread] if site.spread and job.nodes > 1 else None,
+        "image_pull_secrets": [{"name": name} for name in site.image_pull_secrets] or None,
+        "secrets": [{"secretRef": {"name": name}} for name in site.secrets] or None,
+        "run_shared": int(site.claim is not None),
+        "claim": {"claimName": site.claim} if site.claim else None, "no_claim": None if site.claim else {},
+    }  # fmt: skip
+    escaped = _escape(values)
+    assert isinstance(escaped, dict)
+    return escaped
+
+
+def _escape(value: Any) -> Any:
+    """Keep `${...}` inside values, such as a job's own, from being filled in (OmegaConf's escape)."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    return [_escape(item) for item in value] if isinstance(value, list) else value
+
+
+def _resolve(names: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Read templates and fill them in, without the keys that came out as null."""
+    documents = {name: read_sections(template("k8s", f"{name}.yaml")) for name in names}
+    config = OmegaConf.create({**values, "pod": documents["pod"], "k8s": documents})
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        name, _, key = str(getattr(error, "full_key", None) or "?").partition(".")
+        raise JobError(
+            f"k8s/{name}.yaml",
+            key,
+            " ".join(str(error).split("\n")[0].split()),
+            "A template may name job.*, site.* and what its neighbours name",
+        ) from None
+    assert isinstance(resolved, dict)
+    return {name: _without_null(resolved["k8s"][name]) for name in names}
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _add_extras(pod: dict[str, Any], site: KubernetesSite) -> None:
+    """Append the site's own variables and claims to the lists of the template."""
+    container = pod["containers"][0]
+    for name, value in {**fabric_environment(site.fabric), **site.env}.items():
+        container["env"].append({"name": name, "value": value})
+    for index, text in enumerate(site.mounts):
+        claim, path, read_only = split_mount(text)
+        source = {"claimName": claim, **({"readOnly": True} if read_only else {})}
+        pod["volumes"].append({"name": f"mount-{index}", "persistentVolumeClaim": source})
+        mount = {"name": f"mount-{index}", "mountPath": path, **({"readOnly": True} if read_only else {})}
+        container["volumeMounts"].append(mount)
+
+
+def _find_template(document: dict[str, Any]) -> dict[str, Any]:
+    """The pod template of a Job or a JobSet."""
+    spec = document["spec"]
+    if document["kind"] == "JobSet":
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    found = spec["template"]
+    assert isinstance(found, dict)
+    return found
+
+
+def _as_text(value: Any, key: str = "") -> Any:
+    """Turn numbers and booleans into strings where the API takes nothing else: labels, annotations, variables."""
+    if isinstance(value, dict):
+        names = set(value)
+        return {
+            name: _text(item) if key in TEXT_MAPS or (key == "env" and name == "value" and "name" in names)
+            else _as_text(item, name)
+            for name, item in value.items()
+        }  # fmt: skip
+    return [_as_text(item, key) for item in value] if isinstance(value, list) else value
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style, as manifests are written by hand: indented lists, literal blocks, doubtful words quoted."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Indent lists below their key."""
+        return super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write equal parts out: kubectl reads anchors, people do not."""
+        return True
+
+
+PLAIN = re.compile(r"[A-Za-z/]([\w./@+()|:,-]*[\w./@+()|-])?( [\w./@+()|-]+)*|\d+[KMGTPE]i")
+RESERVED = re.compile(r"(?i:y|n|yes|no|on|off|true|false|null)")
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote what some YAML reader takes for a number or a boolean: kubectl's and Python's disagree on 1e3 and on."""
+    if "\n" in text:
+        style: str | None = "|"
+    else:
+        style = None if PLAIN.fullmatch(text) and not RESERVED.fullmatch(text) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)

@@ -1,0 +1,105 @@
+"""GPU leases of local jobs: a locked file per device, released by the kernel when its holders are gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.agent.preflight import gpu_files
+from trainer.config.job import Job
+from trainer.errors import JobError
+
+FOLDER = Path("/tmp/muster-gpus")
+"""Shared by all users of a machine."""
+
+
+@dataclass
+class Lease:
+    """Devices that this process, and those that inherit its files, hold."""
+
+    devices: list[str]
+    handles: list[int] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Give them back now."""
+        for handle in self.handles:
+            os.close(handle)
+        self.handles.clear()
+
+
+def visible_devices() -> list[str]:
+    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that it sees, counted as CUDA does.
+
+    In a container that was given `nvidia3` alone, CUDA calls that one 0.
+    """
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [str(place) for place in range(len(gpu_files()))]
+    if mask is None:
+        return found
+    return [entry.strip() for entry in mask.split(",") if entry.strip()] if found else []
+
+
+def wanted_devices(job: Job, visible: list[str]) -> list[str] | int:
+    """Which devices a job needs here: names, a number of any, or 0 to run on the CPU.
+
+    Raises:
+        JobError: more than there are, or outside the mask.
+    """
+    if job.device == "cpu":
+        return 0
+    if job.devices is not None and visible:
+        missing = [device for device in map(str, job.devices) if device not in visible]
+        if missing:
+            raise JobError("devices", job.devices, f"this machine shows {', '.join(visible)}", "Choose among those")
+        return list(map(str, job.devices))
+    count = job.nodes * job.devices_per_node
+    if count <= len(visible):
+        return count
+    if job.device == "cuda":
+        raise JobError(
+            "devices_per_node",
+            job.devices_per_node,
+            f"{count} GPUs are needed on this machine, which shows {len(visible)}",
+            "Ask for fewer, or set device=cpu",
+        )
+    return 0
+
+
+def try_lease(wanted: list[str] | int, visible: list[str], folder: Path = FOLDER) -> Lease | None:
+    """Lock the devices, all or none; None while too few are free."""
+    count = wanted if isinstance(wanted, int) else len(wanted)
+    if count == 0:
+        return Lease([])
+    lease = Lease([])
+    for device in visible if isinstance(wanted, int) else wanted:
+        handle = _open_lock(folder / f"{device}.lock")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            continue
+        lease.handles.append(handle)
+        lease.devices.append(device)
+        if len(lease.devices) == count:
+            return lease
+    lease.release()
+    return None
+
+
+def _open_lock(path: Path) -> int:
+    """Open a file that every user may lock; whoever comes first makes it.
+
+    Read-only is enough for flock(2). An existing file is opened without O_CREAT, which the kernel refuses for files of
+    others in folders like /tmp (fs.protected_regular, proc(5)).
+    """
+    mask = os.umask(0)  # the next user's access must not depend on the first one's mask
+    try:
+        path.parent.mkdir(mode=0o1777, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o444))
+    finally:
+        os.umask(mask)
+    return os.open(path, os.O_RDONLY)

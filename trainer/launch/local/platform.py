@@ -1,0 +1,106 @@
+"""The local platform: agents as processes of this machine; `nodes: 2` means two agents with their own addresses."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import DONE, STOPPED, JobError
+from trainer.launch.early import take_supervisor
+from trainer.launch.local.gpu_lease import visible_devices, wanted_devices
+from trainer.launch.platform import Plan, Platform, State
+from trainer.launch.runs import check_files, make_run_by_hand
+from trainer.records import read_json
+
+
+class Local(Platform):
+    """Processes on this machine, under one supervisor process."""
+
+    name = "local"
+
+    def render(self, plan: Plan) -> str:
+        """The supervisor's command line, behind lines that make the folder of a run that nobody submitted."""
+        return "\n".join([*make_run_by_hand(plan.run, plan.config, False), shlex.join(self._command(plan.run))])
+
+    def _command(self, run: Path) -> list[str]:
+        return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
+
+    def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
+        """Start the supervisor, bound to this process when it is followed."""
+        wanted_devices(plan.job, visible_devices())
+        source = read_json(plan.run / "plan" / "source.json") or {}
+        check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
+        return self._supervise(plan, False, follow)
+
+    def _supervise(self, plan: Plan, docker: bool, follow: bool) -> dict[str, Any]:
+        with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
+            (plan.run / "exit.json").unlink(missing_ok=True)
+            waiting = take_supervisor(ahead=not docker)
+            message = (plan.run, plan.job, docker, os.getpid() if follow else None)
+            process = waiting.tell(message, [log.fileno(), held])
+        return {"pid": process.pid, "started": _start_time(process.pid)}
+
+    def state(self, run: Path, handle: dict[str, Any]) -> State:
+        """By `exit.json`, else by whether the supervisor lives."""
+        alive = _alive(handle)  # first: it may write exit.json and end between two looks
+        ended = read_json(run / "exit.json")
+        if ended is not None:
+            code = int(ended["code"])
+            word = {DONE: "done", STOPPED: "stopped"}.get(code, "failed")
+            return State("cancelled" if handle.get("cancelled") and word == "stopped" else word, code=code)
+        if alive:
+            return State("running")
+        return State("lost", "its supervisor is gone: killed, or the machine was restarted")
+
+    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+        """Ask the supervisor to end: the ranks save first."""
+        self._signal(run, handle, signal.SIGTERM)
+
+    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+        """Make the ranks save and stop; the supervisor starts them again."""
+        self._signal(run, handle, signal.SIGUSR2)
+
+    def _signal(self, run: Path, handle: dict[str, Any], number: signal.Signals) -> None:
+        if not _alive(handle):
+            raise JobError("RUN", str(run), "is not running", "`muster status` says how it ended")
+        os.kill(int(handle["pid"]), number)
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[int]:
+    """Open and lock a file that the supervisor and its agents then hold: nobody starts a run that still has some.
+
+    Raises:
+        JobError: it has.
+    """
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        raise JobError("RUN", str(run), "is running, or still saving", "Wait for its end, or cancel it") from None
+    finally:
+        os.close(handle)
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in clock ticks since boot (proc(5)): tells it from a later one with its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(handle: dict[str, Any]) -> bool:
+    pid = int(handle["pid"])
+    started = _start_time(pid)
+    if not started or started != handle["started"]:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

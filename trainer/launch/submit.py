@@ -1,0 +1,145 @@
+"""How a job becomes a run on its platform: what `muster run`, `submit` and `render` do, apart from parsing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import WRONG_JOB, JobError
+from trainer.launch.control import state_of
+from trainer.launch.early import drop_supervisor
+from trainer.launch.follow import follow
+from trainer.launch.platform import Plan, Platform, find_platform
+from trainer.launch.runs import make_run
+from trainer.records import read_json, record_event, write_json
+from trainer.run.folder import open_run
+
+
+def _find_run(job_path: str) -> Path | None:
+    """The folder of the run that `job_path` means; None when it is a job file."""
+    path = Path(job_path)
+    if path.is_dir() or (path.name == "job.yaml" and (path.parent / "events.jsonl").exists()):
+        return open_run(path)
+    return None
+
+
+def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[Platform, Plan]:
+    """The job on its platform, which of a run is the one that it was submitted to; a new run has no folder yet."""
+    from trainer.config.load import merge_job, to_job
+
+    run = _find_run(job_path)
+    before = (read_json(run / "handle.json") or read_json(run / "plan" / "platform.json") or {}) if run else {}
+    on = on or before.get("platform", "local")
+    if site is None and on == before.get("platform") and before.get("site"):
+        site = Path(before["site"])
+    config = merge_job(run / "job.yaml" if run else job_path, overrides)
+    job = to_job(config)
+    platform = find_platform(on)
+    facts = platform.load_site(site)
+    if run is None and facts.get("runs") and not any(word.startswith("runs=") for word in overrides):
+        config.runs = job.runs = facts["runs"]
+    return platform, Plan(job, config, run or Path(job.runs).resolve() / f"{job.name}-ID", facts, site)
+
+
+def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[Platform, Plan]:
+    """As `_plan`, with the run folder made, or with that of a run that ended made ready to go on."""
+    from trainer.config.load import save_job
+
+    platform, plan = _plan(job_path, overrides, on, site)
+    run = _find_run(job_path)
+    if run is None:
+        return platform, replace(plan, run=make_run(plan.job, plan.config, Path(job_path).resolve().parent))
+    handle, ask = state_of(run)
+    if handle and ask().word in ("pending", "running"):
+        raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
+    save_job(plan.config, run / "job.yaml")
+    for stale in ("failure.json", "result.json"):
+        (run / stale).unlink(missing_ok=True)
+    return platform, plan
+
+
+def _remember(platform: Platform, plan: Plan, run: Path) -> dict[str, Any]:
+    """The part of a handle that is known before: where a run goes on, also one that the platform refuses at first."""
+    (run / "plan").mkdir(exist_ok=True)
+    place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
+    write_json(run / "plan" / "platform.json", place)
+    return place
+
+
+def _submit(platform: Platform, plan: Plan, following: bool) -> dict[str, Any]:
+    place = _remember(platform, plan, plan.run)
+    (plan.run / "plan" / f"{platform.name}.txt").write_text(platform.render(plan) + "\n")
+    with _refusals_recorded([plan.run]):
+        handle = {**place, **platform.submit(plan, following)}
+    write_json(plan.run / "handle.json", handle)
+    return handle
+
+
+@contextmanager
+def _refusals_recorded(runs: list[Path]) -> Iterator[None]:
+    """Let runs that the platform refuses say so: they would be pending for ever."""
+    try:
+        yield
+    except JobError as error:
+        for run in runs:
+            record_event(run, "ended", code=WRONG_JOB, reason=str(error))
+        raise
+
+
+def run(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> int:
+    """Submit and follow; a stop request is passed on to the job."""
+    platform, plan = _begin(job_path, overrides, on, site)
+    if platform.name != "local":
+        drop_supervisor()
+    print(f"run folder: {plan.run}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handle = _submit(platform, plan, True)
+
+    def stop() -> None:
+        platform.cancel(plan.run, handle)
+
+    return follow(plan.run, lambda: platform.state(plan.run, handle), stop)
+
+
+def submit(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> Path:
+    """Submit; return the run folder."""
+    platform, plan = _begin(job_path, overrides, on, site)
+    _submit(platform, plan, False)
+    return plan.run
+
+
+def submit_sweep(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, sweep: str) -> list[Path]:
+    """Submit one run for each value of `key=value,value`; return the run folders."""
+    key, _, text = sweep.partition("=")
+    values = [value for value in text.split(",") if value]
+    if not key or not values:
+        raise JobError("--sweep", sweep, "is not key=value,value", "For example --sweep train.lr=0.1,0.01")
+    if _find_run(job_path):
+        raise JobError("JOB", job_path, "is a run, which would go on", "Give the job file that it was made from")
+    plans = [_plan(job_path, [*overrides, f"{key}={value}"], on, site) for value in values]
+    platform, first = plans[0]
+    if not platform.arrays:
+        raise JobError(
+            "--sweep", sweep, f"{platform.name} has no job arrays", "Use --on slurm, or submit the jobs one by one"
+        )
+    beside = Path(job_path).resolve().parent
+    runs = [make_run(plan.job, plan.config, beside) for _, plan in plans]
+    folder = make_run(replace(first.job, name=f"{first.job.name}-sweep"), first.config, beside)
+    (folder / "job.yaml").unlink()  # a sweep is no run
+    write_json(folder / "sweep.json", {"sweep": sweep, "runs": [str(run) for run in runs]})
+    places = [_remember(platform, first, run) for run in runs]
+    with _refusals_recorded(runs):
+        handles = platform.submit_sweep(replace(first, run=folder), runs)
+    for run, place, handle in zip(runs, places, handles, strict=True):
+        write_json(run / "handle.json", {**place, **handle})
+    return runs
+
+
+def render(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> str:
+    """What would be submitted."""
+    platform, plan = _plan(job_path, overrides, on, site)
+    return platform.render(plan)

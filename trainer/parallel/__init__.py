@@ -1,0 +1,1 @@
+"""How the ranks compute one step together: single, dp, ddp."""

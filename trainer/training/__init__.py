@@ -1,0 +1,1 @@
+"""One rank's training, top to bottom."""

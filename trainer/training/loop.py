@@ -1,0 +1,289 @@
+"""The training loop: one step of the global batch after another, on whatever devices `parallel` made of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.training_state import State
+from trainer.config.job import Job
+from trainer.data import rng
+from trainer.data.loader import Loader, ToDevice
+from trainer.data.sampler import MicroBatch, Order, Position
+from trainer.errors import JobError, Stopped
+from trainer.parallel.modes import Late, Parallel
+from trainer.reporting.rank_report import Report
+from trainer.task import Task
+from trainer.training.cadence import Due
+from trainer.training.determinism import DEMANDED, PREFERRED, refusal_named, why_not_demanded
+from trainer.training.evaluation import check_count, evaluate
+from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, make_step, set_rate
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became NaN or infinite on some rank; no checkpoint holds the weights after it."""
+
+
+class Trainer:
+    """Trains one task as one job says, from wherever its checkpoints stand."""
+
+    def __init__(
+        self, job: Job, task: Task, parallel: Parallel, report: Report, model: torch.nn.Module,
+        stop: Callable[[], bool], train_data: Any, eval_data: Any,
+    ) -> None:  # fmt: skip
+        """Put everything together; `model` is on its device already. `stop` says whether this rank was asked to."""
+        self.job, self.task, self.parallel, self.report, self.stop = job, task, parallel, report, stop
+        train, device = job.train, parallel.device
+        self.count, self.eval_count = len(train_data), len(eval_data)
+        for name, count in (("train_dataset", self.count), ("eval_dataset", self.eval_count)):
+            if count == 0:
+                raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
+        self.order = Order(
+            self.count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed
+        )  # fmt: skip
+        epochs = train.epochs or (None if train.steps else 1)
+        limits = [train.steps, epochs * self.order.steps_per_epoch if epochs else None]
+        self.steps = min(limit for limit in limits if limit is not None)
+        self.due = Due(job, self.order, self.steps)
+        self.optimizer = make_optimizer(model, train)
+        # A trace shall show the update by its name.
+        self.step = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
+        self.rate = make_schedule(train, self.steps)
+        self.scaler = make_scaler(train.precision, device)
+        self.average = make_average(model, train.ema_decay)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        pin = device.type == "cuda"
+        self.loader = Loader(train_data, task, job.data, job.seed, pin)
+        self.eval_loader = Loader(eval_data, task, job.data, job.seed, pin)
+        self.mover = ToDevice(
+            device, torch.float64 if train.precision == "float64" else None, train.channels_last, job.data.prefetch
+        )
+        self.position = Position()
+        self.state = State(job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report)
+        self.handover = self.state.handover
+
+    def fit(self, failed: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
+        """Train to the end and return the last evaluation; `failed` is told of an exception before all else.
+
+        Raises:
+            Stopped: on request, with a checkpoint committed.
+            NonFiniteLoss: with `on_nan: halt`.
+        """
+        try:
+            with refusal_named():
+                for _ in self.train():
+                    pass
+        except BaseException as error:  # such as that of a collective whose peer is gone
+            failed(error)
+            if not isinstance(error, (JobError, NonFiniteLoss, Stopped)):
+                self.handover.leave()
+            raise
+        finally:
+            self.loader.close()
+            self.eval_loader.close()
+            self.state.close()
+        return self.state.metrics
+
+    def train(self) -> Iterator[None]:
+        """Go on from where the training stands to its end, a step at each `next`."""
+        self.settle()
+        self.state.resume()
+        self.parallel.steps = self.position.step
+        self.report.start(self.position, self.steps, self.order.steps_per_epoch)
+        self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
+        if self.position.step and not self.state.evaluated:
+            self.finish_step()
+        self.next_due = self.due.next_step(self.position)
+        while self.position.step < self.steps:
+            for micros in self.epoch():
+                self.train_step(micros)
+                yield
+                if self.position.step >= self.steps:
+                    break
+
+    def settle(self) -> None:
+        """Let mode and kernels arrange themselves by a step that changes nothing.
+
+        See `Distributed.settle` and `why_not_demanded`.
+        """
+        parallel, train, model = self.parallel, self.job.train, self.state.model
+        deterministic = train.deterministic and torch.get_deterministic_debug_mode() == PREFERRED
+        if not parallel.settles and not deterministic:
+            return
+        before = rng.get_state(parallel.devices), [buffer.clone() for buffer in model.buffers()]
+        micro = next(self.order.epoch(Position()))
+        [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
+        if deterministic:
+            problem = why_not_demanded(lambda: parallel.compute(batch), self.parameters, train.compile)
+            self.demands = problem is None
+            if problem is not None:
+                self.report.warn(f"not all is deterministic: {problem}", "not_deterministic", problem=problem)
+        if parallel.settles:
+            parallel.settle(batch)
+        self.drop_gradients()
+        rng.set_state(before[0], parallel.devices)
+        for buffer, value in zip(model.buffers(), before[1], strict=True):
+            buffer.copy_(value)
+        if parallel.cuda:
+            for device in parallel.devices:
+                torch.cuda.reset_peak_memory_stats(device)
+
+    demands = False
+    """Whether steps are computed with deterministic kernels alone."""
+
+    def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
+        """The steps from the current position to the end of its epoch, each a list of micro-batches."""
+        plan, read = itertools.tee(self.order.epoch(self.position))
+        batches = self.mover.move(self.loader.read((micro.epoch, micro.indices) for micro in read))
+        group: list[tuple[MicroBatch, Any]] = []
+        for micro, batch in zip(plan, batches, strict=True):
+            group.append((micro, batch))
+            if micro.last:
+                yield group
+                group = []
+
+    def train_step(self, micros: list[tuple[MicroBatch, Any]]) -> None:
+        """One update from one global batch; afterwards whatever is due."""
+        position, parallel = self.position, self.parallel
+        set_rate(self.optimizer, self.rate(position.step))
+        if self.demands:
+            torch.set_deterministic_debug_mode(DEMANDED)
+        for micro, batch in micros:
+            with parallel.accumulating(more=not micro.last):
+                losses = parallel.losses(batch)
+                check_count(losses, len(micro.indices))
+                # The mean over the global batch: DDP will divide the sum over ranks by their number.
+                weight = parallel.world_size * bool(micro.count) / micro.step_count
+                if micro.last:
+                    self.report.samples(position, micros)
+                    self.handover.note()
+                parallel.backward(losses, weight, self.scaler, self.stop())
+        if self.demands:
+            torch.set_deterministic_debug_mode(PREFERRED)
+        step_count = micros[0][0].step_count
+        due = position.step + 1 == self.next_due
+        mean, stop = parallel.agree(due)
+        self.handover.open()
+        self.update(mean, micros)
+        position.step += 1
+        position.samples += step_count
+        if position.samples >= self.count:
+            position.epoch, position.samples = position.epoch + 1, 0
+        whole = parallel.finish_step(self.optimizer, due)
+        self.state.evaluated = not due
+        self.handover.close(position.step)
+        self.report.step(position, mean, self.optimizer.param_groups[0]["lr"], step_count)
+        if whole and stop and position.step < self.steps:
+            self.save_and_stop()
+        if due:
+            self.finish_step()
+            self.next_due = self.due.next_step(self.position)
+
+    def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
+        """Apply the gradients unless the loss is not finite; every rank decides alike."""
+        train = self.job.train
+        if isinstance(mean, Late) and train.on_nan == "halt":
+            self.check_late()  # on a GPU, look at a loss one step late rather than wait for it at every step
+            self.late = mean, self.position.step + 1, [micro for micro, _ in micros]
+        elif not math.isfinite(mean):
+            self.refuse_loss(float(mean), self.position.step + 1, [micro for micro, _ in micros])
+            self.drop_gradients()
+            return
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
+        if self.scaler is None:
+            self.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.drop_gradients()
+        if self.average is not None:
+            self.average.update_parameters(self.state.model)
+
+    def drop_gradients(self) -> None:
+        """What `Optimizer.zero_grad` does, without its 20 microseconds of wrappers."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    late: tuple[Late, int, list[MicroBatch]] | None = None
+
+    def check_late(self) -> None:
+        """Look at the loss that nobody looked at yet: before weights are saved, and after each further step."""
+        late, self.late = self.late, None
+        if late is not None and not math.isfinite(late[0]):
+            self.refuse_loss(float(late[0]), *late[1:])
+
+    def refuse_loss(self, mean: float, step: int, micros: list[MicroBatch]) -> None:
+        """Name the samples of the loss of `step` that is not finite, and halt when the job says so."""
+        indices = [int(index) for micro in micros for index in micro.indices[: micro.count]]
+        self.report.event("nonfinite_loss", loss=str(mean), step=step, rank=self.parallel.rank, samples=indices)
+        if self.job.train.on_nan == "halt":
+            raise NonFiniteLoss(
+                f"the loss of step {step} is {mean} on some rank; this rank {self.parallel.rank} computed samples "
+                f"{indices}. The last checkpoint is from before. Lower train.lr, set train.clip_norm, look at these "
+                "samples, or set train.on_nan=skip"
+            )
+
+    def finish_step(self) -> None:
+        """Evaluate and save where that is due after the current position; a stop may come in between."""
+        position = self.position
+        self.check_late()
+        if self.due.evaluation(position):
+            metrics = self.evaluate()
+            if metrics is None:
+                self.save_and_stop()
+                return
+            self.state.measure(metrics)
+            self.report.evaluation(position, metrics)
+        self.state.evaluated = True
+        if self.due.checkpoint(position):
+            self.state.save(wait=position.step >= self.steps)
+        self.handover.finish()
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
+        self.report.phase("evaluating", self.position)
+        started = time.perf_counter()
+        with self.averaged_weights():
+            self.parallel.share_buffers()
+            metrics = evaluate(
+                self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,
+                self.job.evaluation.batch_size, self.stop_early,
+            )  # fmt: skip
+        self.report.pause(time.perf_counter() - started)
+        return metrics
+
+    def stop_early(self) -> bool:
+        """Whether to leave an evaluation: not the last one, which ends the run anyway."""
+        self.report.phase("evaluating", self.position)
+        return self.stop()
+
+    def save_and_stop(self) -> None:
+        """Commit a checkpoint and end with the exit code that asks for a requeue."""
+        self.check_late()
+        self.state.save(wait=True)
+        self.report.event("stopped", step=self.position.step)
+        raise Stopped
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Let the step's module compute with the moving average."""
+        if self.average is None:
+            yield
+            return
+        step = self.parallel.step
+        model = step.model
+        step.model = self.average.module
+        self.average.module.eval()
+        try:
+            yield
+        finally:
+            step.model = model

@@ -1,0 +1,83 @@
+"""One rank of a task: from its environment to the end of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trainer.config.job import Job
+from trainer.data import rng
+from trainer.errors import DONE
+from trainer.parallel.modes import make_parallel, use_cuda
+from trainer.parallel.step import Step
+from trainer.reporting.heartbeat import Pulse
+from trainer.reporting.rank_report import Report
+from trainer.run.attempts import check_current
+from trainer.run.folder import add_import_paths
+from trainer.run.summary import plain_table
+from trainer.signals import FLAG
+from trainer.task import make_task
+from trainer.training.determinism import prefer_deterministic
+from trainer.training.loop import Trainer
+from trainer.training.optimizer import autocast
+from trainer.wiring.rank import RankWiring, rank_wiring
+
+
+def train(
+    job: Job, run: Path | None, job_file: Path | None, failed: Callable[[BaseException], None] = lambda error: None
+) -> int:
+    """Train `job` in the run folder `run` as the rank that the environment says; return the exit code.
+
+    Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks. `failed` is told of
+    an exception before the other ranks can notice, by a connection that closes. After an exception the process shall
+    end at once: the process group is open still, for NCCL closes one only together with ranks that wait for this one.
+
+    Raises:
+        Stopped: on request, with a checkpoint committed (exit code 75).
+        JobError: the job or the user's code is wrong (exit code 64).
+    """
+    FLAG.install()
+    wiring = rank_wiring()
+    pulse = Pulse(wiring.local_rank)
+    pulse.beat(0, "starting")
+    if job.train.deterministic and use_cuda(job):
+        prefer_deterministic(job.train.compile)
+    add_import_paths(job_file)
+    assert job.task
+    parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)
+    if run is None:
+        run = Path(parallel.share(str(choose_run(job, wiring))))
+    run.mkdir(parents=True, exist_ok=True)
+    check_current(run, wiring.attempt)
+    report = Report(job, run, wiring.attempt, parallel, pulse)
+    try:
+        task = make_task(job.task, job.task_args)
+        rng.seed_all(job.seed, 0, 0)  # the same initial weights on every rank
+        model = task.model().to(parallel.device)
+        if job.train.precision == "float64":
+            model = model.double()
+        if job.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        data = task.train_dataset(), task.eval_dataset()
+        rng.seed_all(job.seed, 0, 1 + wiring.rank)  # own dropout masks
+        parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
+        trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
+        metrics = trainer.fit(failed)
+        report.finish(metrics)
+        report.say("\n" + plain_table(run))
+        pulse.beat(trainer.position.step, "finishing")
+        parallel.barrier()
+    except BaseException as error:
+        failed(error)
+        raise
+    finally:
+        report.close()
+    parallel.close()
+    return DONE
+
+
+def choose_run(job: Job, wiring: RankWiring) -> Path:
+    """A run folder that is the same for all restarts under one launcher process."""
+    return Path(job.runs).resolve() / f"{job.name}-{wiring.launch}"

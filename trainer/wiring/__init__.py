@@ -1,0 +1,1 @@
+"""Who and where this process is: node, rank, network, devices."""
