@@ -19,7 +19,7 @@ SCRIPTS = $(wildcard .ci/* slurm/*.sh slurm/*.sbatch docker/*.sh k8s/*.sh bench/
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-bench train test test-unit test-gloo test-slurm test-docker test-kubernetes \
+.PHONY: help setup setup-dev setup-bench train test test-unit test-cli test-gloo test-slurm test-docker test-kubernetes \
   test-gpu test-full bench bench-gpu checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs \
   k8s-delete clean
 
@@ -67,6 +67,9 @@ test: setup-dev ## Run every test that can run here; the others skip and say why
 
 test-unit: setup-dev ## Run the quick tests: no sockets, no ranks
 	@"$(BIN)/pytest" tests/unit $(ARGS)
+
+test-cli: setup-dev ## Run the tests of `muster`, `make` and set-up as they are typed
+	@"$(BIN)/pytest" tests/cli $(ARGS)
 
 test-gloo: setup-dev ## Run the tests with real ranks on CPU
 	@"$(BIN)/pytest" tests/gloo $(ARGS)

@@ -1,7 +1,7 @@
 """From the command to the first optimizer step on Slurm: two nodes with two ranks each, by turns.
 
 `muster submit --on slurm` against a batch script that starts the same training, written by hand, with `srun python`.
-The cluster is that of the tests (tests/slurm): real daemons on hosts of their own, on this machine.
+The cluster is that of the tests (tests/support): real daemons on hosts of their own, on this machine.
 
     python bench/slurm.py [--rounds 7] [--output bench/results/slurm.json]
 """
@@ -17,7 +17,7 @@ import measure
 from measure import show, spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "slurm"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     import slurm_packages
     from slurm_cluster import Cluster
-    from test_start import by_hand, by_muster
+    from slurm_starts import by_hand, by_muster
 
     try:
         slurm_packages.ensure(install=False)

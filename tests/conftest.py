@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["engine_fixtures"]  # of tests/docker: two tiers run containers, in one engine
+pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
 TESTS = Path(__file__).parent
 REQUIRED = {tier.strip() for tier in os.environ.get("MUSTER_REQUIRED_TIERS", "").split(",")} - {""}

@@ -13,6 +13,7 @@ import engine_host
 import engine_packages
 import pytest
 from engine import Engine, cache_folder
+from paths import SUPPORT
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to make the base image
 
@@ -94,7 +95,7 @@ def test_an_unknown_name_fails_at_once(engine: Engine):
 
 def test_a_second_session_waits_for_the_first_and_ends_with_its_tests(engine: Engine, tmp_path: Path):
     (tmp_path / "work").mkdir()
-    host = [sys.executable, "-I", str(Path(__file__).with_name("engine_host.py"))]
+    host = [sys.executable, "-I", str(SUPPORT / "engine_host.py")]
     with subprocess.Popen(
         [*host, str(cache_folder()), str(tmp_path / "work")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as second:
@@ -114,7 +115,7 @@ def other_session(engine: Engine, tmp_path: Path):
     subprocess.run(["tar", "--create", f"--file={archive}", *small_root(tmp_path / "root")], check=True)
     session = subprocess.Popen(
         [sys.executable, "-c", SESSION, str(cache), str(archive)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(SUPPORT)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -170,7 +171,7 @@ def test_the_next_session_clears_up_after_a_killed_one(other_session):
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(cache)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(SUPPORT)},
         capture_output=True,
         text=True,
         check=True,

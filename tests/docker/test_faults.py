@@ -9,7 +9,7 @@ from engine_image import Image
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to make everything
 
-JOB = "tests/slurm/slow.yaml"  # user code beside its job file: it reaches the containers by the run's snapshot
+JOB = "tests/support/slow.yaml"  # user code beside its job file: it reaches the containers by the run's snapshot
 SLOW = ("train.steps=30", "task_args.step_s=0.1", "agent.grace_s=10")
 PAIR = ("nodes=2", "devices_per_node=1")
 
@@ -53,6 +53,6 @@ def test_small_shared_memory_is_noticed_before_the_crash(runs: Runs) -> None:
 
 def test_the_rank_that_was_killed_for_memory_is_named(runs: Runs) -> None:
     runs.set_site("extra_args: [--memory=1200m, --memory-swap=1200m]")
-    status = runs.wait_end(runs.submit(job="tests/docker/hungry.yaml"))
+    status = runs.wait_end(runs.submit(job="tests/support/hungry.yaml"))
     assert status["state"] == "failed"
     assert "rank 1 on node 0 (node0) failed first [out of memory]" in status["reason"]

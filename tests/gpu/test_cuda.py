@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 
 from trainer.records import read_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(SUPPORT)}
 
 
 def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_api import Cluster, serving
+from fake_api_server import Cluster, serving
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_api import Cluster
-from submissions import RUNNING, ended, finish, handle_of, put_pod, submit
+from fake_api_server import Cluster
+from kubernetes_runs import RUNNING, ended, finish, handle_of, put_pod, submit
 
 from trainer.errors import JobError
 from trainer.launch import control

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_api import Cluster
-from submissions import submit
+from fake_api_server import Cluster
+from kubernetes_runs import submit
 
 from trainer.errors import JobError
 from trainer.launch import control
@@ -41,9 +41,9 @@ def test_a_refusal_is_one_error_with_a_remedy(
 
 
 def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
-    import cluster_api
+    import fake_api_server
 
-    monkeypatch.delitem(cluster_api.RESOURCES, "jobsets")
+    monkeypatch.delitem(fake_api_server.RESOURCES, "jobsets")
     site.write_text("kind: jobset\nclaim: runs\n")
     with pytest.raises(JobError, match="kind: job in the site file"):
         submit(tmp_path, site)

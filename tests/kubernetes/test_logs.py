@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cluster_api import Cluster
-from submissions import RUNNING, put_pod, submit
+from fake_api_server import Cluster
+from kubernetes_runs import RUNNING, put_pod, submit
 
 from trainer.errors import JobError
 from trainer.launch import control

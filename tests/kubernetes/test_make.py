@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster_api import Cluster
+from fake_api_server import Cluster
 
 ROOT = Path(__file__).parents[2]
 INSTANCE = {"app.kubernetes.io/instance": "digits"}

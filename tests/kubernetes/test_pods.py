@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_api import Cluster
 from engine import Engine
 from engine_image import Image
-from pods import Pods
+from fake_api_server import Cluster
+from fake_job_controller import Pods
 
 from trainer.launch import control
 from trainer.launch import submit as submission

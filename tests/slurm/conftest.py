@@ -28,7 +28,7 @@ def slurm_session() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def reference(slurm_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """What tests/slurm/slow.yaml trains when nothing interrupts it."""
+    """What tests/support/slow.yaml trains when nothing interrupts it."""
     return uninterrupted(tmp_path_factory.mktemp("reference"))
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from slurm_cluster import Cluster
 from slurm_packages import PACKAGE_OF, Unavailable, ensure
 
@@ -56,7 +57,7 @@ def test_nothing_is_left_when_the_owner_is_killed(slurm: Cluster) -> None:
     # `slurm` only so that this skips where no cluster can run.
     owner = subprocess.Popen(
         [sys.executable, "-c", ONE_HOST],
-        cwd=Path(__file__).parent,
+        cwd=SUPPORT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from paths import ROOT, SUPPORT
 from slurm_cluster import Cluster
 
-SCRIPT = Path(__file__).resolve().parents[2] / "slurm/job.sbatch"
-AGENT = (sys.executable, Path(__file__).with_name("agent_stand_in.py"))
+SCRIPT = ROOT / "slurm/job.sbatch"
+AGENT = (sys.executable, SUPPORT / "fake_agent.py")
 Submit = Callable[..., str]
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from slurm_cluster import Cluster
 from slurm_runs import ROOT, Run, muster, submit
 
@@ -49,7 +50,7 @@ def test_a_script_job(slurm: Cluster, shared_path: Path) -> None:
 
 def test_a_sweep_is_one_array_of_runs(slurm: Cluster, shared_path: Path) -> None:
     words = ("--sweep", "train.lr=0.01,0.002", "nodes=1", "train.steps=20", "task_args.step_s=0")
-    folders = muster("submit", "tests/slurm/slow.yaml", f"runs={shared_path}", *words, "--on", "slurm").stdout.split()
+    folders = muster("submit", "tests/support/slow.yaml", f"runs={shared_path}", *words, "--on", "slurm").stdout.split()
     runs = [Run(Path(folder)) for folder in folders]
     first, second = (run.job_id for run in runs)
     assert first.partition("_")[0] == second.partition("_")[0]
@@ -79,7 +80,7 @@ def test_editing_while_the_job_waits_changes_nothing(slurm: Cluster, shared_path
     project = shared_path / "my project"
     project.mkdir()
     code = "from slow_digits import SlowDigits\nclass Mine(SlowDigits):\n    pass\n"
-    source = Path(__file__).with_name("slow_digits.py").read_text()
+    source = (SUPPORT / "slow_digits.py").read_text()
     (project / "slow_digits.py").write_text(source)
     (project / "mine.py").write_text(code)
     (project / "mine.yaml").write_text("name: mine\ntask: mine:Mine\ntrain: {steps: 5}\n")

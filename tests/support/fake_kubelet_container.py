@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cluster_api import Cluster, Object
+from fake_api_server import Cluster, Object
 
 MODELLED = {
     "name", "image", "imagePullPolicy", "command", "args", "env", "resources", "terminationMessagePath",

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_cli import MUSTER, ROOT
+from paths import MUSTER, ROOT
 
 from trainer.errors import JobError
 from trainer.launch import control, early
@@ -40,7 +40,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     write("sbatch", "echo Submitted batch job 7")
     write("squeue", "echo 'RUNNING|None'")
-    for name in ("scontrol", "sacct", "scancel"):
+    for name in ("srun", "scontrol", "sacct", "scancel"):  # submitit looks for srun
         write(name, "exit 0")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.chdir(ROOT)

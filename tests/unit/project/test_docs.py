@@ -13,7 +13,7 @@ from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
 from trainer.launch.cli import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

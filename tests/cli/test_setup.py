@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stand_in_project import HAS_GPU, ROOT, Project
+from fake_project import HAS_GPU, ROOT, Project
 
 TOOLS = [
     "bash",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 SKIPPING = """
 import pytest
 
@@ -31,7 +31,7 @@ def test_what_may_skip(tmp_path: Path, user: int, tiers: str, outcome: str) -> N
     (tmp_path / "be_user.py").write_text(f"import os\nos.geteuid = lambda: {user}\n")
     command = [sys.executable, "-m", "pytest", f"--rootdir={tmp_path}", "-p", "be_user", "--import-mode=importlib"]
     done = subprocess.run(
-        [*command, "--override-ini", f"pythonpath={TESTS / 'docker'} {tmp_path}", tmp_path],
+        [*command, "--override-ini", f"pythonpath={TESTS / 'support'} {tmp_path}", tmp_path],
         cwd=tmp_path, env=os.environ | {"MUSTER_REQUIRED_TIERS": tiers, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True,
     )  # fmt: skip

@@ -85,7 +85,7 @@ class Run:
         return "\n".join(texts)
 
 
-def submit(runs: Path, *words: object, job: object = "tests/slurm/slow.yaml", on: str = "slurm") -> Run:
+def submit(runs: Path, *words: object, job: object = "tests/support/slow.yaml", on: str = "slurm") -> Run:
     """Submit a job from the checkout."""
     return Run(Path(muster("submit", job, f"runs={runs}", *words, "--on", on).stdout.strip()))
 

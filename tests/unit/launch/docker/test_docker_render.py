@@ -11,7 +11,7 @@ import pytest
 from trainer.errors import JobError
 from trainer.launch import submit as submission
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 RUN = "/big/digits-ID"
 
 

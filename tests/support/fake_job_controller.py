@@ -13,9 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-from cluster_api import Cluster, Object, now
 from engine import Engine
-from kubelet import Kubelet
+from fake_api_server import Cluster, Object, now
+from fake_kubelet import Kubelet
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 BACKOFF_S = 1.0

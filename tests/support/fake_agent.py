@@ -1,6 +1,6 @@
 """Stands where the agent stands in a job, to test slurm/job.sbatch without training.
 
-python agent_stand_in.py WHEN_ASKED [NODE CODE]
+python fake_agent.py WHEN_ASKED [NODE CODE]
   WHEN_ASKED  exit code after SIGUSR2, which asks to save and stop; after SIGTERM alone it is 1, because Slurm or srun
               then ends the job for a reason of its own
   NODE CODE   what the agent of one node does when all have begun, or of `every` node at once: exit with a code, or

@@ -13,7 +13,7 @@ import yaml
 from trainer.errors import JobError
 from trainer.launch.kubernetes.site import KubernetesSite, load_kubernetes_site, quantity
 
-K8S = Path(__file__).parents[2] / "k8s"
+K8S = Path(__file__).parents[4] / "k8s"
 
 
 def load(tmp_path: Path, **values: Any) -> KubernetesSite:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("before", ["", "import sys; sys.modules['tomllib'] = None\n"], ids=["tomllib", "as on 3.10"])

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from torch import empty
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
 
 from scale_model import (
     Compute,

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Python 3.10, where pytest brings the package that became tomllib
     import tomli as tomllib  # type: ignore[no-redef]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PACKAGE_DATA = PYPROJECT["tool"]["setuptools"]["package-data"]

@@ -25,7 +25,7 @@ from trainer.launch.local.supervisor import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
 from trainer.wiring.node import Wiring, wire
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NODES = 3
 OVERRIDES = [f"nodes={NODES}", "devices_per_node=2", "train.batch_size=60", "train.lr=0.25", "seed=7", "task_args={}"]
 

@@ -21,7 +21,7 @@ from trainer.launch.kubernetes.manifests import make_manifests, object_name, ren
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 EXAMPLES = sorted((ROOT / "k8s/examples").glob("*.yaml"))
 VERSIONS = ("1.29", "1.33", "1.36")
 

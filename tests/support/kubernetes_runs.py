@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster_api import Cluster
+from fake_api_server import Cluster
 
 from trainer.launch import submit as submission
 from trainer.records import read_json

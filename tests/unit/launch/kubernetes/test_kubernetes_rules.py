@@ -10,8 +10,9 @@ import pod_rules  # noqa: F401  adds its rules
 import pytest
 import yaml
 from manifest_rules import Manifest, problems
+from paths import SUPPORT
 
-EXAMPLES = Path(__file__).parents[2] / "k8s/examples"
+EXAMPLES = Path(__file__).parents[4] / "k8s/examples"
 GONE = object()
 ALL = {"action": "FailJob", "onExitCodes": {"containerName": "agent", "operator": "NotIn", "values": [0]}}
 HOST = {"name": "host", "hostPath": {"path": "/"}}
@@ -133,7 +134,7 @@ def test_the_order_of_the_documents_matters() -> None:
 
 def test_every_rule_is_seen_to_bite() -> None:
     """A rule is a function that yields texts: each text has its case above, or is the one about order."""
-    sources = "".join((Path(__file__).with_name(f"{name}.py")).read_text() for name in ("manifest_rules", "pod_rules"))
+    sources = "".join((SUPPORT / f"{name}.py").read_text() for name in ("manifest_rules", "pod_rules"))
     texts = re.findall(r'yield f?"([^"]+)"', sources)
     assert len(texts) > 40
     seen = set()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from cluster_discovery import RESOURCES, discover
+from fake_api_discovery import RESOURCES, discover
 
 Object = dict[str, Any]
 NAMESPACE = "default"

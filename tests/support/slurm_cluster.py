@@ -5,7 +5,7 @@
         cluster.power_off("n2")
 
 As a program it brings one up, runs a command or a shell from which sbatch and the others lead into it, and
-takes it down: python tests/slurm/slurm_cluster.py squeue
+takes it down: python tests/support/slurm_cluster.py squeue
 """
 
 import json

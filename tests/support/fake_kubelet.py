@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from cluster_api import Cluster, Object, now
-from container_of import run_words
 from engine import Engine
+from fake_api_server import Cluster, Object, now
+from fake_kubelet_container import run_words
 
 
 class Kubelet:
