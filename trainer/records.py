@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.wiring.variables import termination_log
+
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line with one write, so that lines of several processes never mix."""
@@ -62,10 +64,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def tell_platform(text: str) -> None:
     """Leave the last word where the platform shows it: Kubernetes' termination message (at most 4096 bytes)."""
-    path = os.environ.get("MUSTER_TERMINATION_LOG")
+    path = termination_log()
     if path:
         with contextlib.suppress(OSError):
-            Path(path).write_bytes(text.encode()[:4000])
+            path.write_bytes(text.encode()[:4000])
 
 
 class Metrics:

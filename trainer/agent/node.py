@@ -11,10 +11,11 @@ from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.restarts import Rounds
 from trainer.checkpoint.memory import Memory, keeps_state
 from trainer.config.job import Job
+from trainer.config.user_code import add_import_paths
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 from trainer.records import record_event, tell_platform, write_json
 from trainer.reporting.heartbeat import own_folder
-from trainer.run.folder import add_import_paths, find_run, is_shared
+from trainer.run.folder import find_run, is_shared
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG
 from trainer.wiring.node import Wiring, wire

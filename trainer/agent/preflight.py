@@ -9,13 +9,12 @@ import os
 import resource
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainer.agent.shared_memory import SHM
 from trainer.config.job import Job
+from trainer.wiring.devices import gpu_files, has_infiniband
 from trainer.wiring.node import Wiring
 
-INFINIBAND = Path("/sys/class/infiniband")
 WORKER_SHM_MB = 64
 """What one loader worker may need at once: a few batches in flight; docker's default for a whole container."""
 
@@ -57,7 +56,7 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
                 True,
             )
         )
-    if INFINIBAND.is_dir() and any(INFINIBAND.iterdir()):
+    if has_infiniband():
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if soft != resource.RLIM_INFINITY and soft < 2**30:
             problems.append(
@@ -76,13 +75,6 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
             )
         )
     return problems
-
-
-def gpu_files() -> list[str]:
-    """NVIDIA GPUs by their device files: asking the driver would break the processes forked later."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        return []
-    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.job import Job
 from trainer.config.rules import check_job
+from trainer.config.user_code import add_import_paths
 from trainer.errors import JobError
-from trainer.run.folder import add_import_paths
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
 """What YAML raises: ValueError for 5000 digits or a 13th month, RecursionError for a list that holds itself."""

@@ -1,4 +1,7 @@
-"""Finding `package.module:Name` by reading its source: nothing of the user's runs on the submitting side."""
+"""The user's code: where it is imported from, and finding `package.module:Name` by reading its source.
+
+Nothing of the user's runs on the submitting side.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,35 @@ import difflib
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import JobError
+from trainer.records import read_json
+from trainer.run.folder import RunFolder
+
+
+def import_paths(job_file: Path) -> list[str]:
+    """Where user code is imported from: the working directory and the job file's folder.
+
+    Of a run they are those that it was submitted from, or their places in its snapshot of the code.
+    """
+    run = RunFolder(job_file.resolve().parent)
+    source = read_json(run.source)
+    if source is None:
+        return [os.getcwd(), str(run)]
+    working, folder = Path(source["working_directory"]), Path(source["job_folder"])
+    if not run.code.is_dir():
+        return [str(working), str(folder)]
+    inside = folder.is_relative_to(working)
+    return [str(run.code), str(run.code / folder.relative_to(working) if inside else folder)]
+
+
+def add_import_paths(job_file: Path | None) -> None:
+    """Let user code be found and imported."""
+    paths = import_paths(job_file) if job_file else [os.getcwd()]
+    sys.path[:0] = [folder for folder in paths if folder not in sys.path]
 
 
 def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None:

@@ -5,8 +5,6 @@ What differs between them is how a step's module is wrapped and how ranks agree;
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.job import Job
-from trainer.errors import JobError
 from trainer.parallel.cpu_replicas import ThreadReplicas
 from trainer.parallel.step import Step
-from trainer.wiring.rank import RankWiring, is_rank
+from trainer.wiring.devices import use_cuda
+from trainer.wiring.rank import RankWiring
 
 NOTHING = nullcontext()
 
@@ -200,31 +198,3 @@ def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
 
         return Distributed(job, wiring, supervised)
     return Parallel(job, wiring)
-
-
-def use_cuda(job: Job) -> bool:
-    """Whether this rank computes on GPUs.
-
-    Raises:
-        JobError: `device: cuda` without enough GPUs.
-    """
-    if job.device == "cpu":
-        return False
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= job.devices_per_node or (found == 1 and sees_its_own()):
-        return True
-    if job.device == "cuda" or (job.devices is not None and found):
-        key = "devices" if job.devices is not None else "devices_per_node"
-        raise JobError(
-            key,
-            getattr(job, key),
-            f"this node shows {found} usable GPUs",
-            "Ask for fewer, or set device=cpu; nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible",
-        )
-    return False
-
-
-def sees_its_own(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether Slurm itself started this rank and shows it its own GPU alone: `srun --gpus-per-task=1`."""
-    agents = environ.get("MUSTER_ATTEMPT"), environ.get("TORCHELASTIC_RUN_ID")  # whose ranks share what they see
-    return is_rank(environ) and not any(agents) and bool(environ.get("SLURM_GPUS_PER_TASK"))

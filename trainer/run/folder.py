@@ -1,14 +1,251 @@
-"""Run folders: where a run's files are. Never imports torch: both sides of a submission use it."""
+"""The run folder: the name and the meaning of every file in it. No other module knows them.
+
+Never imports torch: both sides of a submission use it. What the files hold is written by those who know: events in
+`trainer.run.events`, checkpoints in `trainer.checkpoint`, a plan by its platform.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
+import secrets
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.records import read_json
+from trainer.records import append_line, read_json, read_lines, write_json
+from trainer.run.events import EVENTS
+from trainer.wiring.variables import SLURM_ARRAY_TASK_ID, array_task, given_run, run_is_shared
+
+Event = dict[str, Any]
+JOB = "job.yaml"
+CHECKPOINT = "step-"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. Making the object touches no disk."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """`<job>-<id>`."""
+        return self.path.name
+
+    # What was asked for.
+    @property
+    def job(self) -> Path:
+        """The merged job. Interpolations stay as written."""
+        return self.path / JOB
+
+    @property
+    def plan(self) -> Path:
+        """A folder: what was submitted, and what submitit keeps."""
+        return self.path / "plan"
+
+    @property
+    def source(self) -> Path:
+        """The working directory and the job file's folder at submission."""
+        return self.plan / "source.json"
+
+    @property
+    def platform(self) -> Path:
+        """The platform and the site file; known before the platform has accepted the job."""
+        return self.plan / "platform.json"
+
+    @property
+    def code(self) -> Path:
+        """A folder: the snapshot of the user's code."""
+        return self.path / "code"
+
+    @property
+    def handle(self) -> Path:
+        """The platform, and its name for the job."""
+        return self.path / "handle.json"
+
+    @property
+    def sweep(self) -> Path:
+        """The runs of a sweep; only in the folder of one."""
+        return self.path / "sweep.json"
+
+    # What happened.
+    @property
+    def events(self) -> Path:
+        """A line for each event: see `trainer.run.events`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """A line for each logged training step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """A folder: the same values for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """A folder: profiler traces."""
+        return self.path / "profile"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder: `step-*`, each committed by its rename."""
+        return self.path / "checkpoints"
+
+    @property
+    def attempts(self) -> Path:
+        """A folder: a file for each attempt, of which the newest owns the run."""
+        return self.path / "attempts"
+
+    @property
+    def failures(self) -> Path:
+        """A folder: what each failed rank says of its exception."""
+        return self.path / "failures"
+
+    @property
+    def result(self) -> Path:
+        """The last evaluation, speed and memory of a run that is done."""
+        return self.path / "result.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why the run failed."""
+        return self.path / "failure.json"
+
+    @property
+    def exit(self) -> Path:
+        """The exit code that a local or Docker run ended with."""
+        return self.path / "exit.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor of a local or Docker run while it lives."""
+        return self.path / ".lock"
+
+    @property
+    def logs(self) -> Path:
+        """A folder: logs of nodes, ranks and the supervisor."""
+        return self.path / "logs"
+
+    def rank_log(self, rank: int) -> Path:
+        """Everything that a rank printed, in all attempts."""
+        return self.logs / f"rank-{rank}.log"
+
+    def node_log(self, node: int | str) -> Path:
+        """What an agent printed; `node` may be a pattern, such as Slurm's `%n`."""
+        return self.logs / f"node-{node}.log"
+
+    def stacks(self, rank: int | str) -> Path:
+        """The Python stacks of a rank that hung."""
+        return self.logs / f"stacks-rank-{rank}.txt"
+
+    def samples(self, rank: int) -> Path:
+        """Which samples each step of a rank consumed."""
+        return self.path / f"samples-rank{rank}.jsonl"
+
+    def rank_failure(self, attempt: int, rank: int) -> Path:
+        """What a failed rank says of its exception."""
+        return self.failures / f"attempt-{attempt}-rank-{rank}.json"
+
+    # Events.
+    def record(self, event: str, **fields: Any) -> None:
+        """Append an event. It must be one of `trainer.run.events.EVENTS`, with that kind's fields."""
+        kind = EVENTS[event]
+        assert kind.more or fields.keys() <= set(kind.fields), (event, fields)
+        append_line(self.events, {"event": event, "time": round(time.time(), 3), **fields})
+
+    def read_events(self) -> list[Event]:
+        """All events, the oldest first."""
+        return read_lines(self.events)
+
+    # What can be told from the files alone.
+    def exists(self) -> bool:
+        """Whether this is the folder of a run, and not that of a job file which is called job.yaml."""
+        return self.job.is_file() and self.events.exists()
+
+    def steps_committed(self) -> int:
+        """The step of the newest checkpoint, -1 before the first."""
+        try:
+            names = os.listdir(self.checkpoints)
+        except FileNotFoundError:
+            return -1
+        steps = (name.removeprefix(CHECKPOINT) for name in names if name.startswith(CHECKPOINT))
+        return max((int(step) for step in steps if step.isdecimal()), default=-1)
+
+    # Making and finding runs.
+    @classmethod
+    def create(cls, runs: str, name: str, job_text: str, job_folder: Path | None = None) -> RunFolder:
+        """Make a new run folder `<runs>/<name>-<id>`. No two calls ever get the same.
+
+        Args:
+            runs: the folder of run folders.
+            name: the job's.
+            job_text: the merged job as YAML.
+            job_folder: where the job file lies; user code may lie beside it.
+
+        Raises:
+            JobError: the runs folder cannot be written.
+        """
+        root = Path(runs).resolve()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            run = cls(_make_unique(root, name))
+            run.logs.mkdir()
+            run.plan.mkdir()
+            folders = {"working_directory": os.getcwd(), "job_folder": str(job_folder or os.getcwd())}
+            write_json(run.source, folders)
+            run.job.write_text(job_text)
+        except OSError as error:
+            problem = f"cannot be written: {error}"
+            raise JobError("runs", runs, problem, "Give a writable folder: runs=...") from None
+        run.record("submitted", by=os.environ.get("USER", str(os.getuid())))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of a run that exists; `path` may also name its job.yaml.
+
+        Raises:
+            JobError: no such run.
+        """
+        given = Path(path)
+        run = cls((given.parent if given.name == JOB else given).resolve())
+        if not run.job.is_file():
+            near = sorted(str(item.parent) for item in given.parent.glob(f"{given.name}*/{JOB}"))
+            remedy = f"Did you mean {near[-1]}?" if near else "`muster list` shows the runs of a folder"
+            raise JobError("RUN", str(path), "is not a run folder", remedy)
+        return run
+
+    @classmethod
+    def list_all(cls, root: Path) -> list[RunFolder]:
+        """The runs below `root`, the oldest first."""
+        runs = [cls(path.parent) for path in root.glob(f"*/{JOB}")]
+        return sorted((run for run in runs if run.exists()), key=lambda run: run.job.stat().st_mtime)
+
+
+def _make_unique(root: Path, name: str) -> Path:
+    while True:
+        path = root / f"{name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir(mode=0o755)
+        except FileExistsError:
+            continue
+        return path
+
+
+def last_event(events: list[Event], *names: str) -> Event | None:
+    """The newest event with one of the names."""
+    return next((event for event in reversed(events) if event["event"] in names), None)
 
 
 def find_job(path: Path) -> Path:
@@ -17,55 +254,31 @@ def find_job(path: Path) -> Path:
     Raises:
         JobError: outside an array, or more tasks than runs.
     """
-    sweep = read_json(path / "sweep.json") if path.is_dir() else None
+    sweep = read_json(RunFolder(path).sweep) if path.is_dir() else None
     if sweep is None:
         return path
-    from trainer.wiring.node import array_task  # here: the other verbs do not need it
-
-    number = array_task()
-    if number is None or not number.isdigit() or int(number) >= len(sweep["runs"]):
-        raise JobError(
-            "SLURM_ARRAY_TASK_ID",
-            number,
-            f"chooses none of {len(sweep['runs'])} runs of {path}",
-            "A sweep is started by its array",
-        )
-    return Path(sweep["runs"][int(number)]) / "job.yaml"
+    runs, task = sweep["runs"], array_task()
+    if task is None or not task.isdigit() or int(task) >= len(runs):
+        problem = f"does not choose one of the {len(runs)} runs of {path}"
+        raise JobError(SLURM_ARRAY_TASK_ID, task, problem, "Start a sweep through its array")
+    return RunFolder(Path(runs[int(task)])).job
 
 
-def import_paths(job_file: Path) -> list[str]:
-    """Where user code is imported from: the working directory and the job file's folder.
-
-    Of a run they are those that it was submitted from, or their places in its snapshot of the code.
-    """
-    run = job_file.resolve().parent
-    source = read_json(run / "plan" / "source.json")
-    if source is None:
-        return [os.getcwd(), str(run)]
-    working, folder = Path(source["working_directory"]), Path(source["job_folder"])
-    code = run / "code"
-    if not code.is_dir():
-        return [str(working), str(folder)]
-    inside = folder.is_relative_to(working)
-    return [str(code), str(code / folder.relative_to(working) if inside else folder)]
+def run_of(job_file: Path) -> RunFolder | None:
+    """The run that a job file belongs to: the platform's choice, or its own folder when that is a run's."""
+    given = given_run()
+    if given is not None:
+        return RunFolder(given)
+    run = RunFolder((job_file if job_file.is_dir() else job_file.parent).resolve())
+    return run if (job_file.is_dir() or job_file.name == JOB) and run.events.exists() else None
 
 
-def add_import_paths(job_file: Path | None) -> None:
-    """Let user code be found and imported."""
-    sys.path[:0] = [
-        folder for folder in (import_paths(job_file) if job_file else [os.getcwd()]) if folder not in sys.path
-    ]
-
-
-def find_run(path: Path, job: Job, job_id: str, platform: str) -> Path:
-    """The run folder of a job file: its own folder when that is a run, else one named after the scheduler's job."""
-    given = os.environ.get("MUSTER_RUN")
-    if given:
-        return Path(given)
-    if path.is_dir():
-        path = path / "job.yaml"
-    if path.name == "job.yaml" and (path.parent / "events.jsonl").exists():
-        return path.parent.resolve()
+# Until every module uses RunFolder.
+def find_run(path: Path, job: Any, job_id: str, platform: str) -> Path:
+    """As `run_of`, else a new one, or one named after the scheduler's job."""
+    run = run_of(path)
+    if run is not None:
+        return run.path
     if platform == "alone":
         from trainer.launch.runs import make_run
 
@@ -74,30 +287,15 @@ def find_run(path: Path, job: Job, job_id: str, platform: str) -> Path:
 
 
 def is_shared() -> bool:
-    """Whether all nodes see the run folder, and it outlives them; a platform without a shared volume says no."""
-    return os.environ.get("MUSTER_RUN_SHARED") != "0"
+    """See `run_is_shared`."""
+    return run_is_shared()
 
 
 def steps_committed(run: Path) -> int:
-    """The step of the newest checkpoint, -1 before the first."""
-    try:
-        names = [name for name in os.listdir(run / "checkpoints") if name.startswith("step-")]
-    except FileNotFoundError:
-        return -1
-    return max((int(name.removeprefix("step-")) for name in names), default=-1)
+    """See RunFolder."""
+    return RunFolder(run).steps_committed()
 
 
 def open_run(path: str | Path) -> Path:
-    """The folder of a run that exists.
-
-    Raises:
-        JobError: no such run.
-    """
-    run = Path(path)
-    if run.name == "job.yaml":
-        run = run.parent
-    if not (run / "job.yaml").is_file():
-        near = sorted(str(item.parent) for item in run.parent.glob(f"{run.name}*/job.yaml"))
-        hint = f"Did you mean {near[-1]}?" if near else "`muster list` shows the runs of a folder"
-        raise JobError("RUN", str(path), "is no run folder", hint)
-    return run.resolve()
+    """See RunFolder."""
+    return RunFolder.open(path).path

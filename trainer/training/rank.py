@@ -8,20 +8,21 @@ from pathlib import Path
 import torch
 
 from trainer.config.job import Job
+from trainer.config.user_code import add_import_paths
 from trainer.data import rng
 from trainer.errors import DONE
-from trainer.parallel.modes import make_parallel, use_cuda
+from trainer.parallel.modes import make_parallel
 from trainer.parallel.step import Step
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
 from trainer.run.attempts import check_current
-from trainer.run.folder import add_import_paths
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG
 from trainer.task import make_task
 from trainer.training.determinism import prefer_deterministic
 from trainer.training.loop import Trainer
 from trainer.training.optimizer import autocast
+from trainer.wiring.devices import use_cuda
 from trainer.wiring.rank import RankWiring, rank_wiring
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.errors import JobError
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from trainer.wiring import variables as names
+from trainer.wiring.variables import read_int
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
     Raises:
         JobError: it set some of the variables and not the others.
     """
-    present = [name for name in RANK_VARIABLES if environ.get(name)]
-    if not {"RANK", "WORLD_SIZE"} & set(present) or _numbers_nodes(environ):
+    present = [name for name in names.OF_RANKS if environ.get(name)]
+    if not {names.RANK, names.WORLD_SIZE} & set(present) or _numbers_nodes(environ):
         return False
-    missing = [name for name in RANK_VARIABLES if name not in present]
-    if missing and missing != ["LOCAL_RANK"]:  # PyTorchJob starts one process per pod and does not number it
+    missing = [name for name in names.OF_RANKS if name not in present]
+    if missing and missing != [names.LOCAL_RANK]:  # PyTorchJob starts one process per pod and does not number it
         raise JobError(
             missing[0],
             None,
@@ -51,13 +51,13 @@ def _numbers_nodes(environ: Mapping[str, str]) -> bool:
     Our templates start nothing but agents. On Slurm enroot's hook 50-slurm-pytorch.sh sets both for every task, and
     one task on each node is an agent.
     """
-    if environ.get("MUSTER_ATTEMPT") or environ.get("TORCHELASTIC_RUN_ID"):
+    if environ.get(names.ATTEMPT) or environ.get(names.RUN_ID):
         return False  # set for ranks alone, by our agent and by torchrun
-    if environ.get("MUSTER_PLATFORM"):
+    if environ.get(names.PLATFORM):
         return True
-    tasks, task = environ.get("SLURM_NTASKS"), environ.get("SLURM_PROCID")
-    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES")
-    return tasks is not None and tasks == nodes == environ.get("WORLD_SIZE") and task == environ.get("RANK")
+    tasks, task = environ.get(names.SLURM_NTASKS), environ.get(names.SLURM_PROCID)
+    nodes = environ.get(names.SLURM_STEP_NUM_NODES) or environ.get(names.SLURM_JOB_NUM_NODES)
+    return tasks is not None and tasks == nodes == environ.get(names.WORLD_SIZE) and task == environ.get(names.RANK)
 
 
 def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
@@ -68,11 +68,12 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
     """
     if not is_rank(environ):
         return RankWiring()
-    rank, world_size = number(environ, "RANK"), number(environ, "WORLD_SIZE")
-    local_rank = number(environ, "LOCAL_RANK", "0")
+    rank, world_size = read_int(environ, names.RANK), read_int(environ, names.WORLD_SIZE)
+    local_rank = read_int(environ, names.LOCAL_RANK, "0")
+    local_size = read_int(environ, names.LOCAL_WORLD_SIZE, str(world_size))
     for name, value, size_name, size in (
-        ("RANK", rank, "WORLD_SIZE", world_size),
-        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", number(environ, "LOCAL_WORLD_SIZE", str(world_size))),
+        (names.RANK, rank, names.WORLD_SIZE, world_size),
+        (names.LOCAL_RANK, local_rank, names.LOCAL_WORLD_SIZE, local_size),
     ):
         if value >= size:
             raise JobError(
@@ -81,17 +82,9 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
                 f"contradicts {size_name}={size}",
                 "Both are set by the launcher that started this process: it must count from 0",
             )
-    attempt = "MUSTER_ATTEMPT" if environ.get("MUSTER_ATTEMPT") else "TORCHELASTIC_RESTART_COUNT"
-    restarts, run_id = "TORCHELASTIC_RESTART_COUNT", environ.get("TORCHELASTIC_RUN_ID") or "none"
+    attempt = names.ATTEMPT if environ.get(names.ATTEMPT) else names.RESTART_COUNT
+    restarts, run_id = names.RESTART_COUNT, environ.get(names.RUN_ID) or "none"
     return RankWiring(
-        rank, world_size, local_rank, number(environ, attempt, "0"), number(environ, restarts, "0"),
+        rank, world_size, local_rank, read_int(environ, attempt, "0"), read_int(environ, restarts, "0"),
         run_id if run_id != "none" else f"launcher-{os.getppid()}",
     )  # fmt: skip
-
-
-def number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
-    """The value of a variable that counts something; an empty one is not set."""
-    text = environ.get(name) or default
-    if text is None or not text.isdecimal():
-        raise JobError(name, text, "is not a number", "The launcher or template that set it is misconfigured")
-    return int(text)

@@ -12,27 +12,29 @@ from typing import Any, ClassVar
 
 from submitit.core.job_environment import JobEnvironment
 
+from trainer.wiring import variables as names
+
 
 class MusterJobEnvironment(JobEnvironment):
     """One agent, and so one submitit task, per node, described by MUSTER_* variables."""
 
     _env: ClassVar[dict[str, str]] = {
-        "job_id": "MUSTER_JOB_ID",
-        "num_tasks": "MUSTER_NODES",
-        "num_nodes": "MUSTER_NODES",
-        "node": "MUSTER_NODE_RANK",
-        "global_rank": "MUSTER_NODE_RANK",
-        "local_rank": "MUSTER_LOCAL_TASK",  # never set: the one task of a node is number 0
+        "job_id": names.JOB_ID,
+        "num_tasks": names.NODES,
+        "num_nodes": names.NODES,
+        "node": names.NODE_RANK,
+        "global_rank": names.NODE_RANK,
+        "local_rank": names.LOCAL_TASK,  # never set: the one task of a node is number 0
     }
 
     def activated(self) -> bool:
         """Whether this process belongs to a job that Muster started."""
-        return bool(os.environ.get("MUSTER_PLATFORM")) or super().activated()
+        return bool(os.environ.get(names.PLATFORM)) or super().activated()
 
     @property
     def hostnames(self) -> Sequence[str]:
         """All nodes, in order of their rank; submitit's default would name every node its own master."""
-        return os.environ["MUSTER_HOSTNAMES"].split(",")
+        return os.environ[names.HOSTNAMES].split(",")
 
     def _handle_signals(self, paths: Any, submission: Any) -> None:
         """Leave signals to the agent: submitit's default swallows SIGTERM and saves inside the handler."""

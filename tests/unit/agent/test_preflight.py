@@ -55,7 +55,7 @@ def test_locked_memory_counts_where_infiniband_is(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     assert problems() == []
     (tmp_path / "mlx5_0").mkdir()
-    monkeypatch.setattr(preflight, "INFINIBAND", tmp_path)
+    monkeypatch.setattr("trainer.wiring.devices.INFINIBAND", tmp_path)
     assert [("memlock is limited to 64 KiB" in text, fatal) for text, fatal in problems()] == [(True, False)] * told
 
 

@@ -9,7 +9,8 @@ from trainer.agent.diagnosis import HERE, Frame, only_waits
 from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.parallel import modes as parallel
-from trainer.parallel.modes import Parallel, use_cuda
+from trainer.parallel.modes import Parallel
+from trainer.wiring.devices import use_cuda
 from trainer.wiring.rank import RankWiring
 
 RANK = {

@@ -156,7 +156,7 @@ def without(variables: dict[str, str], name: str) -> dict[str, str]:
         ({**LOCAL, "MUSTER_PLATFORM": "nomad"}, ["MUSTER_PLATFORM='nomad'", "local, docker, kubernetes"]),
         ({**LOCAL, "RANK": "0", "WORLD_SIZE": "2"}, ["RANK='0'", "MUSTER_NODE_RANK says 1", "Unset it"]),
         ({**LOCAL, "MASTER_ADDR": "127.0.0.9"}, ["MASTER_ADDR='127.0.0.9'", "says 127.0.0.1"]),
-        ({**LOCAL, "MASTER_PORT": "http"}, ["MASTER_PORT='http'", "is not a port"]),
+        ({**LOCAL, "MASTER_PORT": "http"}, ["MASTER_PORT='http'", "is not a valid port"]),
         ({}, ["nodes=2", "started by hand", "muster run"]),
     ],
 )  # fmt: skip

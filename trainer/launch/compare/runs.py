@@ -25,10 +25,10 @@ from trainer.errors import DONE, FAILED, JobError
 from trainer.launch import control
 from trainer.launch import submit as submission
 from trainer.launch.compare.verdict import MODES, summarize, text
-from trainer.launch.local.gpu_lease import visible_devices, wanted_devices
 from trainer.launch.platform import find_platform
 from trainer.launch.runs import last_event, make_run
 from trainer.records import read_json, read_lines, write_json
+from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.hardware import usable_processors
 
 WARM_UP_STEPS = 10

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.agent.preflight import INFINIBAND
 from trainer.config.job import Job
 from trainer.errors import WRONG_JOB, JobError
 from trainer.launch.docker.engine import check_engine, docker, refusal, run_quietly
 from trainer.launch.fabric import fabric_environment
-from trainer.launch.local.gpu_lease import Lease, visible_devices, wanted_devices
+from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.platform import Local
 from trainer.launch.local.supervisor import Nodes
 from trainer.launch.platform import Plan, State
@@ -23,6 +22,7 @@ from trainer.launch.site import read_site
 from trainer.launch.snapshot import take_snapshot
 from trainer.records import write_json
 from trainer.run.log_tail import last_lines
+from trainer.wiring.devices import INFINIBAND, visible_devices, wanted_devices
 
 SHM_BASE_MB = 256
 """NCCL's shared-memory transport between the ranks of a container."""

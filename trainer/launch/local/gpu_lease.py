@@ -8,10 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.agent.preflight import gpu_files
-from trainer.config.job import Job
-from trainer.errors import JobError
-
 FOLDER = Path("/tmp/muster-gpus")
 """Shared by all users of a machine."""
 
@@ -28,44 +24,6 @@ class Lease:
         for handle in self.handles:
             os.close(handle)
         self.handles.clear()
-
-
-def visible_devices() -> list[str]:
-    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that it sees, counted as CUDA does.
-
-    In a container that was given `nvidia3` alone, CUDA calls that one 0.
-    """
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [str(place) for place in range(len(gpu_files()))]
-    if mask is None:
-        return found
-    return [entry.strip() for entry in mask.split(",") if entry.strip()] if found else []
-
-
-def wanted_devices(job: Job, visible: list[str]) -> list[str] | int:
-    """Which devices a job needs here: names, a number of any, or 0 to run on the CPU.
-
-    Raises:
-        JobError: more than there are, or outside the mask.
-    """
-    if job.device == "cpu":
-        return 0
-    if job.devices is not None and visible:
-        missing = [device for device in map(str, job.devices) if device not in visible]
-        if missing:
-            raise JobError("devices", job.devices, f"this machine shows {', '.join(visible)}", "Choose among those")
-        return list(map(str, job.devices))
-    count = job.nodes * job.devices_per_node
-    if count <= len(visible):
-        return count
-    if job.device == "cuda":
-        raise JobError(
-            "devices_per_node",
-            job.devices_per_node,
-            f"{count} GPUs are needed on this machine, which shows {len(visible)}",
-            "Ask for fewer, or set device=cpu",
-        )
-    return 0
 
 
 def try_lease(wanted: list[str] | int, visible: list[str], folder: Path = FOLDER) -> Lease | None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.early import take_supervisor
-from trainer.launch.local.gpu_lease import visible_devices, wanted_devices
 from trainer.launch.platform import Plan, Platform, State
 from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.records import read_json
+from trainer.wiring.devices import visible_devices, wanted_devices
 
 
 class Local(Platform):

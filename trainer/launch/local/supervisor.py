@@ -21,11 +21,12 @@ from trainer.agent.ahead import Loaded
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.launch.early import ORPHANED, Waiting
-from trainer.launch.local.gpu_lease import Lease, try_lease, visible_devices, wanted_devices
+from trainer.launch.local.gpu_lease import Lease, try_lease
 from trainer.records import read_json, record_event, write_json
 from trainer.run.folder import steps_committed
 from trainer.signals import SIGNALS, end_with
-from trainer.wiring.rank import RANK_VARIABLES
+from trainer.wiring.devices import visible_devices, wanted_devices
+from trainer.wiring.variables import without_ranks
 
 POLL_S = 0.03
 LINGER_S = 60.0
@@ -193,7 +194,7 @@ class Supervisor:
     def start(self, node: int) -> None:
         """Start the agent of a node."""
         command, variables = self.nodes.command(node, self.launch, self.lease)
-        environment = clean_environment() | variables
+        environment = without_ranks() | variables
         with (self.run / "logs" / f"node-{node}.log").open("ab") as log:
             kept = [*self.lease.handles, *self.kept]
             if node == 0 and self.first is not None:
@@ -220,14 +221,6 @@ class Supervisor:
         for agent in self.agents.values():
             if agent.poll() is None:
                 agent.send_signal(number)
-
-
-def clean_environment() -> dict[str, str]:
-    """Our environment without what makes a process a rank: we may run inside one, or in a shell that played one."""
-    return {
-        name: value for name, value in os.environ.items()
-        if name not in (*RANK_VARIABLES, "MUSTER_ATTEMPT") and not name.startswith("TORCHELASTIC_")
-    }  # fmt: skip
 
 
 def worst(codes: list[int]) -> int:

@@ -20,7 +20,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with four GPUs and no InfiniBand."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("trainer.launch.local.gpu_lease.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
+    monkeypatch.setattr("trainer.wiring.devices.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
     monkeypatch.setattr("trainer.launch.docker.platform.INFINIBAND", Path("/nowhere"))
 
 

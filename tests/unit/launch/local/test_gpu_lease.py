@@ -16,10 +16,10 @@ import pytest
 
 from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.launch.local import gpu_lease as lease
-from trainer.launch.local.gpu_lease import try_lease, visible_devices, wanted_devices
+from trainer.launch.local.gpu_lease import try_lease
 from trainer.launch.local.supervisor import Nodes, Supervisor
 from trainer.records import read_lines
+from trainer.wiring.devices import visible_devices, wanted_devices
 
 FOUR = ["0", "1", "2", "3"]
 
@@ -131,7 +131,7 @@ def test_a_job_that_waits_can_be_stopped(supervisor: Supervisor, tmp_path: Path)
     ("mask", "expected"), [(None, FOUR), ("2,3", ["2", "3"]), ("", []), (" 3 , 1", ["3", "1"])]
 )  # fmt: skip
 def test_only_what_the_mask_shows(mask: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "gpu_files", lambda: [f"nvidia{number}" for number in FOUR])
+    monkeypatch.setattr("trainer.wiring.devices.gpu_files", lambda: [f"nvidia{number}" for number in FOUR])
     if mask is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -141,13 +141,13 @@ def test_only_what_the_mask_shows(mask: str | None, expected: list[str], monkeyp
 
 def test_a_container_with_some_counts_them_from_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Device files keep the machine's numbers there, CUDA does not."""
-    monkeypatch.setattr(lease, "gpu_files", lambda: ["nvidia10", "nvidia3"])
+    monkeypatch.setattr("trainer.wiring.devices.gpu_files", lambda: ["nvidia10", "nvidia3"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible_devices() == ["0", "1"]
 
 
 def test_a_mask_without_a_gpu_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "gpu_files", list)
+    monkeypatch.setattr("trainer.wiring.devices.gpu_files", list)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "0,1")
     assert visible_devices() == []
 

@@ -1,0 +1,123 @@
+"""Which devices a node and a rank use. No other module decides that.
+
+The agent and the submitting side must not ask the CUDA driver: it would break the ranks that are forked later. They
+count device files. A rank asks torch, in `use_cuda`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from trainer.errors import JobError
+from trainer.wiring import variables as names
+from trainer.wiring.rank import is_rank
+
+INFINIBAND = Path("/sys/class/infiniband")
+
+
+class DeviceWishes(Protocol):
+    """What a job says about devices: these fields of `trainer.config.job.Job`."""
+
+    device: str
+    devices: list[int] | None
+    devices_per_node: int
+    nodes: int
+
+
+def gpu_files() -> list[str]:
+    """The NVIDIA GPUs of this machine or container, by their device files."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return []
+    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def has_infiniband() -> bool:
+    """Whether this machine has an InfiniBand or RoCE device."""
+    return INFINIBAND.is_dir() and any(INFINIBAND.iterdir())
+
+
+def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that it sees, counted as CUDA does.
+
+    In a container that was given `nvidia3` alone, CUDA calls that one 0.
+    """
+    mask = environ.get(names.CUDA_VISIBLE_DEVICES)
+    files = gpu_files()
+    if mask is None or not files:
+        return [str(place) for place in range(len(files))]
+    return _entries(mask)
+
+
+def wanted_devices(job: DeviceWishes, visible: list[str]) -> list[str] | int:
+    """Which of the `visible` GPUs a job needs on this machine: names, a number of any, or 0 to run on the CPU.
+
+    Raises:
+        JobError: more than there are, or outside the mask.
+    """
+    if job.device == "cpu":
+        return 0
+    if job.devices is not None and visible:
+        if not set(map(str, job.devices)) <= set(visible):
+            raise JobError("devices", job.devices, f"this machine shows {', '.join(visible)}", "Choose among those")
+        return list(map(str, job.devices))
+    count = job.nodes * job.devices_per_node
+    if count <= len(visible):
+        return count
+    if job.device == "cuda":
+        problem = f"{count} GPUs are needed on this machine, which shows {len(visible)}"
+        raise JobError("devices_per_node", job.devices_per_node, problem, "Ask for fewer, or set device=cpu")
+    return 0
+
+
+def choose_mask(environ: Mapping[str, str], devices: list[int] | None) -> tuple[str | None, str]:
+    """CUDA_VISIBLE_DEVICES for the ranks of a node, None to set none, and where it comes from.
+
+    Raises:
+        JobError: the job chooses `devices` outside the mask that is set already.
+    """
+    leased = environ.get(names.VISIBLE_DEVICES)
+    if leased:
+        return leased, f"{names.VISIBLE_DEVICES}: the lease, as this container numbers its devices"
+    mask = environ.get(names.CUDA_VISIBLE_DEVICES)
+    if devices is None:
+        return mask, "no mask is set" if mask is None else "CUDA_VISIBLE_DEVICES of the environment"
+    chosen = ",".join(map(str, devices))
+    if mask is None:
+        return chosen, "devices in the job file"
+    if not set(map(str, devices)) <= set(_entries(mask)):
+        problem = f"contradicts CUDA_VISIBLE_DEVICES={mask}, which the scheduler or you set"
+        raise JobError("devices", devices, problem, "Choose among those, or unset CUDA_VISIBLE_DEVICES")
+    return chosen, "devices in the job file, inside CUDA_VISIBLE_DEVICES"
+
+
+def use_cuda(job: DeviceWishes) -> bool:
+    """Whether this rank computes on GPUs. For ranks only: it asks the driver.
+
+    Raises:
+        JobError: the job insists on GPUs, and there are not enough.
+    """
+    import torch
+
+    if job.device == "cpu":
+        return False
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count >= job.devices_per_node or (count == 1 and sees_its_own()):
+        return True
+    if job.device == "cuda" or (job.devices is not None and count):
+        key = "devices_per_node" if job.devices is None else "devices"
+        remedy = "Ask for fewer, or set device=cpu. nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible"
+        raise JobError(key, getattr(job, key), f"this node shows {count} usable GPUs", remedy)
+    return False
+
+
+def sees_its_own(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether Slurm itself started this rank and shows it its own GPU alone: `srun --gpus-per-task=1`."""
+    by_an_agent = environ.get(names.ATTEMPT) or environ.get(names.RUN_ID)  # whose ranks share what they see
+    return is_rank(environ) and not by_an_agent and bool(environ.get(names.SLURM_GPUS_PER_TASK))
+
+
+def _entries(mask: str) -> list[str]:
+    return [entry.strip() for entry in mask.split(",") if entry.strip()]

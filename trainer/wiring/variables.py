@@ -1,0 +1,120 @@
+"""Every environment variable of Muster, of ranks and of schedulers, by name: who sets it, and what it says.
+
+`trainer.wiring` alone reads them; other modules ask the functions below. What torch, NCCL and CUDA read for
+themselves is decided where it is set (`trainer.agent.node`, `launch/fabrics.yaml`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.errors import JobError
+
+# Set by a platform for the agent of a node.
+PLATFORM = "MUSTER_PLATFORM"
+JOB_ID = "MUSTER_JOB_ID"
+NODES = "MUSTER_NODES"
+NODE_RANK = "MUSTER_NODE_RANK"
+HOSTNAMES = "MUSTER_HOSTNAMES"
+LOCAL_TASK = "MUSTER_LOCAL_TASK"
+"""Never set: the one task of a node is number 0. submitit wants a name to ask for."""
+LAUNCH = "MUSTER_LAUNCH"
+"""How often the platform has started the job again."""
+RUN = "MUSTER_RUN"
+"""The run folder."""
+RUN_SHARED = "MUSTER_RUN_SHARED"
+"""0 where the run folder goes with the node."""
+VISIBLE_DEVICES = "MUSTER_VISIBLE_DEVICES"
+"""GPUs that a container was given, as it numbers them."""
+TERMINATION_LOG = "MUSTER_TERMINATION_LOG"
+"""The file whose text Kubernetes shows when a container has ended."""
+SETUP = "MUSTER_SETUP"
+"""A shell script that `slurm/job.sbatch` sources on each node."""
+
+# Set by the agent for its ranks.
+ATTEMPT = "MUSTER_ATTEMPT"
+HEARTBEAT = "MUSTER_HEARTBEAT"
+"""The file in which the ranks of a node give signs of life."""
+MEMORY = "MUSTER_MEMORY"
+"""Where ranks leave their state for the next attempt."""
+
+# Set by whoever launches ranks: our agent, torchrun, accelerate, PyTorchJob.
+RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
+LOCAL_RANK, LOCAL_WORLD_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
+RUN_ID = "TORCHELASTIC_RUN_ID"
+OF_RANKS = (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
+CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+# Set by Slurm (sbatch(1), srun(1)).
+SLURM_CONF = "SLURM_CONF"
+SLURM_JOB_ID, SLURM_JOB_NUM_NODES, SLURM_JOB_NODELIST = "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"
+SLURM_NODEID, SLURM_RESTART_COUNT, SLURM_JOB_END_TIME = "SLURM_NODEID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME"
+SLURM_STEP_ID, SLURM_STEP_NUM_NODES = "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES"
+SLURM_NTASKS, SLURM_PROCID, SLURM_GPUS_PER_TASK = "SLURM_NTASKS", "SLURM_PROCID", "SLURM_GPUS_PER_TASK"
+SLURM_ARRAY_TASK_ID = "SLURM_ARRAY_TASK_ID"
+
+# Set by Kubernetes' Job controller.
+COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
+
+OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "MUSTER_", "SUBMITIT_")
+"""How the names begin that a job's processes inherit, and that its submission must not hand to another job."""
+
+
+def read_int(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """The value of a variable that counts something. An empty value counts as unset.
+
+    Raises:
+        JobError: unset without a default, or not a number.
+    """
+    text = environ.get(name) or default
+    if text is None or not text.isdecimal():
+        raise JobError(name, text, "is not a number", "The launcher or template that set it is misconfigured")
+    return int(text)
+
+
+def given_run() -> Path | None:
+    """The run folder that the platform chose for this job, if it did."""
+    path = os.environ.get(RUN)
+    return Path(path) if path else None
+
+
+def run_is_shared() -> bool:
+    """Whether all nodes see the run folder, and it outlives them. A platform without a shared volume says no."""
+    return os.environ.get(RUN_SHARED) != "0"
+
+
+def array_task() -> str | None:
+    """The number of this task of a Slurm array; None outside one."""
+    return os.environ.get(SLURM_ARRAY_TASK_ID)
+
+
+def termination_log() -> Path | None:
+    """The file whose text the platform shows when this container has ended, if it has one."""
+    path = os.environ.get(TERMINATION_LOG)
+    return Path(path) if path else None
+
+
+def heartbeat_file() -> Path | None:
+    """The file in which this rank gives signs of life; None without an agent."""
+    path = os.environ.get(HEARTBEAT)
+    return Path(path) if path else None
+
+
+def without_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment without what makes a process a rank: we may run inside one, or in a shell that played one."""
+    return {
+        name: value for name, value in environ.items()
+        if name not in (*OF_RANKS, LOCAL_WORLD_SIZE, ATTEMPT) and not name.startswith("TORCHELASTIC_")
+    }  # fmt: skip
+
+
+def without_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for submitting a job from inside another: without that one's variables and its GPU mask."""
+    return {
+        name: value for name, value in environ.items()
+        if name == SLURM_CONF or not (name == CUDA_VISIBLE_DEVICES or name.startswith(OF_A_JOB))
+    }  # fmt: skip
