@@ -1,16 +1,108 @@
-"""Which settings contradict each other: checked on the whole job, before anything is started."""
+"""Which settings contradict each other: one table, checked on the whole job before anything is started.
+
+A rule is broken when its condition holds. `problem` and `remedy` may name fields of the job, as in {job.nodes}.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from trainer.config.job import Ddp, Job
 from trainer.config.user_code import check_symbol
 from trainer.errors import JobError
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+class Rule(NamedTuple):
+    """What must not be."""
+
+    key: str
+    broken: Callable[[Job], Any]
+    problem: str
+    remedy: str
+
+
+WHAT_TO_RUN = (
+    Rule("name", lambda job: not NAME.fullmatch(job.name), "cannot be part of a folder's and a host's name",
+         "Use 1 to 63 letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"),
+    Rule("script", lambda job: job.task and job.script, "contradicts task={job.task!r}", "Keep one of the two"),
+    Rule("task", lambda job: not job.task and not job.script, "the job says nothing to run",
+         "Set task: package.module:Class, or script: train.py"),
+    Rule("parallel", lambda job: job.script and job.parallel not in ("auto", "ddp"), "a script decides that itself",
+         "Remove the key from the job"),
+    Rule("script_args", lambda job: job.script_args and not job.script, "would be ignored: there is no script",
+         "Use task_args for a task"),
+    Rule("devices", lambda job: job.devices is not None and not _are_devices(job.devices),
+         "must be different device numbers from 0 up", "For example devices=[2,3,1]: the first one is the primary"),
+    Rule("devices", lambda job: job.devices is not None and job.nodes > 1,
+         "physical devices can be chosen on one node only",
+         "Remove it: on several nodes the scheduler chooses; set devices_per_node"),
+    Rule("devices_per_node", lambda job: job.devices is not None and job.devices_per_node not in (1, len(job.devices)),
+         "contradicts devices={job.devices}", "Remove devices_per_node: it follows from devices"),
+)  # fmt: skip
+
+MODES = (
+    Rule("nodes", lambda job: job.parallel == "single" and job.nodes > 1,
+         "parallel=single uses one device on one node", "Use parallel=ddp, or set it to 1"),
+    Rule("devices_per_node", lambda job: job.parallel == "single" and job.devices_per_node > 1,
+         "parallel=single uses one device on one node", "Use parallel=ddp, or set it to 1"),
+    Rule("nodes", lambda job: job.parallel == "dp" and job.nodes > 1,
+         "DataParallel (parallel=dp) works on one node", "Use parallel=ddp for several nodes"),
+    Rule("train.compile", lambda job: job.parallel == "dp" and job.train.compile,
+         "torch cannot compile what DataParallel replicates", "Use parallel=ddp, or remove it"),
+)  # fmt: skip
+
+TRAINING = (
+    Rule("ddp.static_graph", lambda job: job.ddp.static_graph and job.train.accumulate > 1,
+         "with train.accumulate={job.train.accumulate} torch's reducer asserts or stops averaging (pytorch#187732)",
+         "Set ddp.static_graph=false"),
+    Rule("ddp.static_graph", lambda job: job.ddp.static_graph and job.ddp.find_unused_parameters,
+         "contradicts ddp.find_unused_parameters=true", "Keep one of them"),
+    Rule("train.on_nan", lambda job: job.ddp.compression == "powersgd" and job.train.on_nan == "skip",
+         "PowerSGD adds the errors of a step to the next one: one NaN would stay",
+         "Set train.on_nan=halt, or another ddp.compression"),
+    Rule("ddp.sync_start", lambda job: job.ddp.sync_start and job.ddp.sync_every == 1,
+         "would be ignored: gradients are averaged at every step", "Set ddp.sync_every above 1"),
+    Rule("ddp.powersgd_rank",
+         lambda job: job.ddp.powersgd_rank != Ddp().powersgd_rank and job.ddp.compression != "powersgd",
+         "would be ignored", "Set ddp.compression=powersgd"),
+    Rule("ddp.compression",
+         lambda job: job.train.precision == "float64" and job.ddp.compression in ("bf16", "fp16"),
+         "throws float64's digits away", "Set it to none"),
+    Rule("train.precision", lambda job: job.train.precision == "fp16" and job.device == "cpu",
+         "needs a GPU: CPU kernels lack it", "Use bf16 or float32"),
+    Rule("ddp.sync_batchnorm", lambda job: job.ddp.sync_batchnorm and job.device == "cpu",
+         "torch implements it for GPUs only", "Remove it, or device=cuda"),
+    Rule("checkpoint.best_mode", lambda job: job.checkpoint.best_mode != "max" and job.checkpoint.best is None,
+         "would be ignored", "Name the metric in checkpoint.best"),
+    Rule("log.profile_steps", lambda job: job.log.profile_steps and not _is_span(job.log.profile_steps),
+         "must be [first, last], counted from 1", "For example log.profile_steps=[10,12]"),
+    Rule("train.optimizer_args.lr", lambda job: "lr" in job.train.optimizer_args, "is set twice", "Use train.lr"),
+    Rule("train.optimizer_args.weight_decay", lambda job: "weight_decay" in job.train.optimizer_args,
+         "is set twice", "Use train.weight_decay"),
+)  # fmt: skip
+
+LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on their being equal
+    Rule("ddp.compression", lambda job: job.ddp.compression != "none",
+         "post-local SGD (ddp.sync_every) averages weights, which it would not compress",
+         "Set ddp.compression=none, or ddp.sync_every=1"),
+    Rule("ddp.static_graph", lambda job: job.ddp.static_graph,
+         "torch's reducer asserts in the steps of post-local SGD", "Set it to false, or ddp.sync_every=1"),
+    Rule("train.on_nan", lambda job: job.train.on_nan == "skip",
+         "ranks cannot agree on each step of post-local SGD", "Set train.on_nan=halt, or ddp.sync_every=1"),
+    Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
+         "each rank of post-local SGD would average other weights", "Remove it, or ddp.sync_every=1"),
+    Rule("train.precision", lambda job: job.train.precision == "fp16",
+         "the loss scales of ranks would part under post-local SGD", "Use bf16, or ddp.sync_every=1"),
+)  # fmt: skip
 
 
 def check_job(job: Job) -> None:
@@ -19,216 +111,76 @@ def check_job(job: Job) -> None:
     Raises:
         JobError: with key, value and remedy.
     """
-    if not NAME.fullmatch(job.name):
-        raise JobError(
-            "name",
-            job.name,
-            "cannot be part of a folder's and a host's name",
-            "Use 1 to 63 letters, digits, '.', '_' and '-', beginning and ending with a letter or digit",
-        )
-    _check_what(job)
-    _check_devices(job)
-    _check_parallel(job)
-    if job.task:
-        _check_training(job)
-        check_batch(job)
-        _check_names(job)
-
-
-def _check_what(job: Job) -> None:
-    if job.task and job.script:
-        raise JobError("script", job.script, f"contradicts task={job.task!r}", "Keep one of the two")
-    if not job.task and not job.script:
-        raise JobError(
-            "task", job.task, "the job says nothing to run", "Set task: package.module:Class, or script: train.py"
-        )
-    if job.script and job.parallel not in ("auto", "ddp"):
-        raise JobError("parallel", job.parallel, "a script decides that itself", "Remove the key from the job")
-    if job.script_args and not job.script:
-        raise JobError(
-            "script_args", job.script_args, "would be ignored: there is no script", "Use task_args for a task"
-        )
-
-
-def _check_devices(job: Job) -> None:
-    if job.devices is None:
-        return
-    if not job.devices or len(set(job.devices)) != len(job.devices) or min(job.devices) < 0:
-        raise JobError(
-            "devices",
-            job.devices,
-            "must be different device numbers from 0 up",
-            "For example devices=[2,3,1]: the first one is the primary",
-        )
-    if job.nodes > 1:
-        raise JobError(
-            "devices",
-            job.devices,
-            "physical devices can be chosen on one node only",
-            "Remove it: on several nodes the scheduler chooses; set devices_per_node",
-        )
-    if job.devices_per_node not in (1, len(job.devices)):
-        raise JobError(
-            "devices_per_node",
-            job.devices_per_node,
-            f"contradicts devices={job.devices}",
-            "Remove devices_per_node: it follows from devices",
-        )
-    job.devices_per_node = len(job.devices)
-
-
-def _check_parallel(job: Job) -> None:
-    total = job.nodes * job.devices_per_node
+    _check(job, WHAT_TO_RUN)
+    if job.devices is not None:
+        job.devices_per_node = len(job.devices)
     if job.script:
         job.parallel = "ddp"
     if job.parallel == "auto":
-        job.parallel = "ddp" if total > 1 else "single"
-    if job.parallel == "single" and total > 1:
-        key = "nodes" if job.nodes > 1 else "devices_per_node"
-        raise JobError(
-            key, getattr(job, key), "parallel=single uses one device on one node", "Use parallel=ddp, or set it to 1"
-        )
-    if job.parallel == "dp" and job.nodes > 1:
-        raise JobError(
-            "nodes", job.nodes, "DataParallel (parallel=dp) works on one node", "Use parallel=ddp for several nodes"
-        )
-    if job.parallel == "dp" and job.train.compile:
-        raise JobError(
-            "train.compile", True, "torch cannot compile what DataParallel replicates", "Use parallel=ddp, or remove it"
-        )
+        job.parallel = "ddp" if job.nodes * job.devices_per_node > 1 else "single"
+    _check(job, MODES)
     if job.parallel != "ddp":
-        default = Ddp()
-        for item in dataclasses.fields(Ddp):
-            if getattr(job.ddp, item.name) != getattr(default, item.name):
-                raise JobError(
-                    f"ddp.{item.name}",
-                    getattr(job.ddp, item.name),
-                    f"would be ignored with parallel={job.parallel}",
-                    "Use parallel=ddp, or remove it",
-                )
+        _check_ddp_unused(job)
+    if job.task:
+        _check(job, TRAINING)
+        if job.ddp.sync_every > 1:
+            _check(job, LOCAL_SGD)
+        check_batch(job)
+        check_symbol("task", job.task, job.task_args)
+        _check_choice("train.optimizer", job.train.optimizer, OPTIMIZERS)
+        _check_choice("train.schedule", job.train.schedule, SCHEDULES)
 
 
-def _check_training(job: Job) -> None:
-    train, ddp = job.train, job.ddp
-    if ddp.static_graph and train.accumulate > 1:
-        raise JobError(
-            "ddp.static_graph",
-            True,
-            f"with train.accumulate={train.accumulate} torch's reducer asserts or stops averaging (pytorch#187732)",
-            "Set ddp.static_graph=false",
-        )
-    if ddp.static_graph and ddp.find_unused_parameters:
-        raise JobError("ddp.static_graph", True, "contradicts ddp.find_unused_parameters=true", "Keep one of them")
-    if ddp.sync_every > 1:
-        _check_local(job)
-    if ddp.compression == "powersgd" and train.on_nan == "skip":
-        raise JobError(
-            "train.on_nan",
-            "skip",
-            "PowerSGD adds the errors of a step to the next one: one NaN would stay",
-            "Set train.on_nan=halt, or another ddp.compression",
-        )
-    if ddp.sync_start and ddp.sync_every == 1:
-        raise JobError(
-            "ddp.sync_start",
-            ddp.sync_start,
-            "would be ignored: gradients are averaged at every step",
-            "Set ddp.sync_every above 1",
-        )
-    if ddp.powersgd_rank != Ddp().powersgd_rank and ddp.compression != "powersgd":
-        raise JobError("ddp.powersgd_rank", ddp.powersgd_rank, "would be ignored", "Set ddp.compression=powersgd")
-    if train.precision == "float64" and ddp.compression in ("bf16", "fp16"):
-        raise JobError("ddp.compression", ddp.compression, "throws float64's digits away", "Set it to none")
-    if train.precision == "fp16" and job.device == "cpu":
-        raise JobError("train.precision", "fp16", "needs a GPU: CPU kernels lack it", "Use bf16 or float32")
-    if ddp.sync_batchnorm and job.device == "cpu":
-        raise JobError("ddp.sync_batchnorm", True, "torch implements it for GPUs only", "Remove it, or device=cuda")
-    if job.checkpoint.best_mode != "max" and job.checkpoint.best is None:
-        raise JobError(
-            "checkpoint.best_mode", job.checkpoint.best_mode, "would be ignored", "Name the metric in checkpoint.best"
-        )
-    span = job.log.profile_steps
-    if span and (len(span) != 2 or not 1 <= span[0] <= span[1]):
-        raise JobError(
-            "log.profile_steps", span, "must be [first, last], counted from 1", "For example log.profile_steps=[10,12]"
-        )
-    for key in ("lr", "weight_decay"):
-        if key in train.optimizer_args:
-            raise JobError(f"train.optimizer_args.{key}", train.optimizer_args[key], "is set twice", f"Use train.{key}")
+def _check(job: Job, rules: tuple[Rule, ...]) -> None:
+    for rule in rules:
+        if rule.broken(job):
+            problem, remedy = rule.problem.format(job=job), rule.remedy.format(job=job)
+            raise JobError(rule.key, _value(job, rule.key), problem, remedy)
 
 
-def _check_local(job: Job) -> None:
-    """Post-local SGD: ranks differ between two averages, so nothing may depend on their being equal."""
-    train, ddp, why = job.train, job.ddp, "or ddp.sync_every=1"
-    if ddp.compression != "none":
-        raise JobError(
-            "ddp.compression",
-            ddp.compression,
-            "post-local SGD (ddp.sync_every) averages weights, which it would not compress",
-            f"Set ddp.compression=none, {why}",
-        )
-    if ddp.static_graph:
-        raise JobError(
-            "ddp.static_graph",
-            True,
-            "torch's reducer asserts in the steps of post-local SGD",
-            f"Set it to false, {why}",
-        )
-    if train.on_nan == "skip":
-        raise JobError(
-            "train.on_nan", "skip", "ranks cannot agree on each step of post-local SGD", f"Set train.on_nan=halt, {why}"
-        )
-    if train.ema_decay is not None:
-        raise JobError(
-            "train.ema_decay",
-            train.ema_decay,
-            "each rank of post-local SGD would average other weights",
-            f"Remove it, {why}",
-        )
-    if train.precision == "fp16":
-        raise JobError(
-            "train.precision", "fp16", "the loss scales of ranks would part under post-local SGD", f"Use bf16, {why}"
-        )
+def _value(job: Any, key: str) -> Any:
+    def step(place: Any, name: str) -> Any:
+        return place[name] if isinstance(place, dict) else getattr(place, name)
+
+    return functools.reduce(step, key.split("."), job)
+
+
+def _are_devices(devices: list[int]) -> bool:
+    return bool(devices) and len(set(devices)) == len(devices) and min(devices) >= 0
+
+
+def _is_span(steps: list[int]) -> bool:
+    return len(steps) == 2 and 1 <= steps[0] <= steps[1]
+
+
+def _check_ddp_unused(job: Job) -> None:
+    default = Ddp()
+    for item in dataclasses.fields(Ddp):
+        value = getattr(job.ddp, item.name)
+        if value != getattr(default, item.name):
+            problem = f"would be ignored with parallel={job.parallel}"
+            raise JobError(f"ddp.{item.name}", value, problem, "Use parallel=ddp, or remove it")
 
 
 def check_batch(job: Job) -> None:
     """Refuse a global batch that does not divide, naming the nearest sizes that do."""
     batch, parts = job.train.batch_size, job.world_size * job.train.accumulate
-    if job.parallel == "dp":
-        parts = job.train.accumulate
-        if batch // parts < job.devices_per_node:
-            raise JobError(
-                "train.batch_size",
-                batch,
-                f"is too small: {job.devices_per_node} devices of a micro-batch would not all get a sample",
-                f"Use at least {job.devices_per_node * parts}, or fewer devices",
-            )
+    if job.parallel == "dp" and batch // parts < job.devices_per_node:
+        problem = f"is too small: {job.devices_per_node} devices of a micro-batch would not all get a sample"
+        remedy = f"Use at least {job.devices_per_node * parts}, or fewer devices"
+        raise JobError("train.batch_size", batch, problem, remedy)
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
+        problem = f"does not divide among {job.world_size} ranks x {job.train.accumulate} micro-batches"
         nearest = f"{below} or {above}" if below else str(above)
-        raise JobError(
-            "train.batch_size",
-            batch,
-            f"does not divide among {job.world_size} ranks x {job.train.accumulate} micro-batches",
-            f"The nearest sizes that do: {nearest}",
-        )
+        raise JobError("train.batch_size", batch, problem, f"The nearest sizes that do: {nearest}")
 
 
-def _check_names(job: Job) -> None:
-    assert job.task
-    check_symbol("task", job.task, job.task_args)
-    for key, value, known in (
-        ("train.optimizer", job.train.optimizer, ("adamw", "adam", "sgd")),
-        ("train.schedule", job.train.schedule, ("constant", "cosine", "linear")),
-    ):
-        if value in known:
-            continue
-        if ":" not in value:
-            near = difflib.get_close_matches(value, known, 1)
-            raise JobError(
-                key,
-                value,
-                "is none of " + ", ".join(known),
-                f"Did you mean {near[0]}?" if near else "Or give package.module:callable",
-            )
-        check_symbol(key, value, None)
+def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value in known:
+        return
+    if ":" not in value:
+        near = difflib.get_close_matches(value, known, 1)
+        remedy = f"Did you mean {near[0]}?" if near else "Or give package.module:callable"
+        raise JobError(key, value, "must be one of " + ", ".join(known), remedy)
+    check_symbol(key, value, None)
