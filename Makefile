@@ -91,7 +91,7 @@ test-full: setup-dev ## Kill, stop and restart as often as a release asks for: h
 
 checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/ruff" format --check . && "$(BIN)/ruff" check .
-	@"$(BIN)/mypy"
+	@"$(BIN)/mypy" && "$(BIN)/lint-imports" --no-cache --no-logo
 	@"$(BIN)/shellcheck" $(SCRIPTS) && "$(BIN)/yamllint" --strict $(wildcard jobs slurm docker k8s)
 
 bench: setup-bench ## Measure loop, start, Slurm, recovery, checkpoints, data, DDP and scale, peers too; draw the results
