@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, cast
 
 from trainer.config.job import Job
@@ -11,9 +12,10 @@ from trainer.config.job import Job
 def reference() -> str:
     """The page, in Markdown."""
     lines = ["# Every key of a job file", "",
-             "Precedence: these defaults < the job file < `key=value` on the command line. An unknown key, a wrong",
-             "type or an impossible combination is refused before anything starts, naming the nearest key (exit 64).",
-             "Made by `python -m trainer.config.reference`; a test keeps it fresh.", ""]  # fmt: skip
+             "You set a key in the job file or, for one run, as `key=value` on the command line, which wins. All other",
+             "keys have these defaults. Muster refuses an unknown key, a wrong type or an impossible combination",
+             "before anything starts, and names the nearest valid key (exit code 64).", "",
+             "This page is generated: `python -m trainer.config.reference > docs/configuration.md`.", ""]  # fmt: skip
     lines += _table("Top level", Job, "")
     for item in dataclasses.fields(Job):
         kind: Any = item.default_factory
@@ -31,7 +33,7 @@ def _table(title: str, kind: type[Any], prefix: str) -> list[str]:
         default = item.default_factory() if callable(item.default_factory) else item.default
         limits = item.metadata.get("choices")
         meaning = item.metadata["help"] + (f" (one of {', '.join(limits)})" if limits else "")
-        lines.append(f"| `{prefix}{item.name}` | `{default}` | {str(item.type).replace('|', 'or')} | "
+        lines.append(f"| `{prefix}{item.name}` | `{json.dumps(default)}` | {str(item.type).replace('|', 'or')} | "
                      f"{meaning.replace('|', '/')} |")  # fmt: skip
     return [*lines, ""]
 
