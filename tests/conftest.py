@@ -1,7 +1,10 @@
-"""Required tiers: a test that skips in one of them fails, so that green never means "nothing ran".
+"""What holds in every tier: tests that must not skip, and which tests share a worker.
 
-A tier is a folder of tests/. MUSTER_REQUIRED_TIERS, which .ci/run sets, names the required ones, with commas. Only what
-skips because it "needs root" may skip for somebody who is not.
+A tier is a folder of tests/. MUSTER_REQUIRED_TIERS, which .ci/run sets, names those in which a skipped test is a
+failure, separated by commas. Only a test that "needs root" may skip there, for somebody who is not root.
+
+With several workers, the tests of a file stay in one worker, as do all tests that share a Slurm cluster or a container
+engine: there is one of each on a machine.
 """
 
 import os
@@ -13,6 +16,10 @@ import pytest
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
 TESTS = Path(__file__).parent
+ONE_WORKER = ("slurm_session", "engine")
+"""Fixtures of which a machine has one: tests that ask for the same one run in the same worker."""
+FIRST = [*ONE_WORKER]
+"""The longest groups of tests: a worker that starts with one of them does not end long after the others."""
 REQUIRED = {tier.strip() for tier in os.environ.get("MUSTER_REQUIRED_TIERS", "").split(",")} - {""}
 
 
@@ -48,9 +55,18 @@ def pytest_make_collect_report(
     return report
 
 
+def group_of(item: pytest.Item) -> str:
+    """The name of the tests that run in the same worker as this one."""
+    fixtures = getattr(item, "fixturenames", ())
+    return next((name for name in ONE_WORKER if name in fixtures), item.path.name)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take tests away
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuses a run of everything in which a required tier has no test: misspelt, moved or emptied."""
+    """Group the tests for the workers, the longest groups first. Refuse a run in which a required tier has no test."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: FIRST.index(group) if (group := group_of(item)) in FIRST else len(FIRST))
     empty = REQUIRED - {tier_of(item.path) for item in items}
     if empty and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         raise pytest.UsageError(f"MUSTER_REQUIRED_TIERS: no test under tests/ for {', '.join(sorted(empty))}")
