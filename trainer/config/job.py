@@ -13,7 +13,7 @@ Limits = dict[str, Any]
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a field with its meaning and limits (`choices`, `minimum`, `maximum`, `above`, `below`)."""
+    """Declare a field with its meaning and limits: `choices`, `minimum`, ..., or `path` (`~` and `$NAME` count)."""
     metadata: Limits = {"help": help, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -120,7 +120,9 @@ class Checkpoints:
     best_mode: str = _option(
         "max", "whether a larger or a smaller value of that metric is better", choices=("max", "min")
     )
-    load: str | None = _option(None, "start a new run with the weights of this checkpoint folder or model.pt")
+    load: str | None = _option(
+        None, "start a new run with the weights of this checkpoint folder or model.pt", path=True
+    )
 
 
 @dataclass
@@ -162,7 +164,7 @@ class Job:
         None, "package.module:Class, importable from the working directory or the job file's folder"
     )
     task_args: dict[str, Any] = _option({}, "keyword arguments for the constructor of the task")
-    script: str | None = _option(None, "instead of a task: a script that torchrun can start")
+    script: str | None = _option(None, "instead of a task: a script that torchrun can start", path=True)
     script_args: list[str] = _option([], "command-line arguments of the script")
     parallel: str = _option(
         "auto",
@@ -182,7 +184,7 @@ class Job:
     seed: int = _option(
         0, "seed for initial weights, sample order, augmentation and dropout", minimum=0, maximum=2**32 - 1
     )
-    runs: str = _option("runs", "folder in which run folders are created")
+    runs: str = _option("runs", "folder in which run folders are created", path=True)
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     ddp: Ddp = field(default_factory=Ddp)

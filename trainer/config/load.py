@@ -10,21 +10,26 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.job import Job
 from trainer.config.rules import check_job
 from trainer.config.user_code import add_import_paths
+from trainer.config.values import (
+    UNREADABLE,
+    expand_path,
+    is_text_type,
+    parse_value,
+    read_yaml,
+    settle,
+    settle_keys,
+)  # fmt: skip
 from trainer.errors import JobError
-
-UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
-"""What YAML raises: ValueError for 5000 digits or a 13th month, RecursionError for a list that holds itself."""
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -40,7 +45,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Merge defaults, job file and overrides; interpolations such as `${oc.env:X}` stay unresolved."""
     path = Path(path)
     add_import_paths(path / "job.yaml" if path.is_dir() else path)
-    written = _read_yaml(path)
+    written = settle_keys(_read_yaml(path), _is_text)
     given = parse_overrides(overrides)
     if given.get("parallel") == "single":  # one device is what single means: the file's counts step back
         for key in ("nodes", "devices_per_node"):
@@ -54,7 +59,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
             _check_key(key, value, source)
             _check_kind(key, value, source)
         try:
-            config = OmegaConf.merge(config, values)
+            config = OmegaConf.merge(config, expand_paths(values, Job))
         except OmegaConfBaseException as error:
             key = str(getattr(error, "full_key", None) or "?")
             value = _get(values, key)
@@ -91,9 +96,23 @@ def save_job(config: DictConfig, path: Path) -> None:
     path.write_text(to_text(config))
 
 
-def read_sections(path: Path) -> dict[str, Any]:
-    """Read a YAML file, of any kind, into plain dictionaries, with a `JobError` for what is not one."""
-    return _read_yaml(path, "file", "It is a mapping, one `key: value` a line")
+def read_sections(path: Path, is_text: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
+    """Read a YAML file of any kind into plain dictionaries; `is_text` says which keys are text, as written.
+
+    Raises:
+        JobError: not there, or not a mapping in YAML.
+    """
+    return settle_keys(_read_yaml(path, "file", "Write a mapping: one `key: value` a line"), is_text)
+
+
+def expand_paths(values: dict[str, Any], kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    """The values with `~` and `$NAME` replaced in those that the dataclass `kind` declares as paths."""
+    paths = {name for name, item in valid_keys(kind) if item.metadata.get("path")}
+    return {
+        key: expand_paths(value, kind, f"{prefix}{key}.") if isinstance(value, dict)
+        else expand_path(prefix + key, value) if isinstance(value, str) and prefix + key in paths else value
+        for key, value in values.items()
+    }  # fmt: skip
 
 
 def _read_yaml(
@@ -110,17 +129,17 @@ def _read_yaml(
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(what, str(path), f"cannot be read ({error})", "Give a readable UTF-8 YAML file") from None
     try:
-        content = OmegaConf.to_container(OmegaConf.create(text or "{}"))
+        content = read_yaml(text)
     except UNREADABLE as error:
         where = " ".join(str(error).split())
         raise JobError(what, str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
     if not isinstance(content, dict):
-        raise JobError(what, str(path), f"holds a {type(content).__name__}, not keys", form)
-    return {str(key): value for key, value in content.items()}
+        raise JobError(what, str(path), "is not a mapping of keys", form)
+    return content
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `a.b=value` words into nested dictionaries; values are YAML."""
+    """Turn `a.b=value` words into nested dictionaries; values follow the grammar of `trainer.config.values`."""
     for word in overrides:
         if "=" not in word or word.startswith(("=", "-")):
             raise JobError(
@@ -133,12 +152,18 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            OmegaConf.update(merged, key, yaml.safe_load(text) if text else "", force_add=True)
-        except UNREADABLE as error:
+            value = settle(parse_value(text), _is_text(key)) if text else ""
+            OmegaConf.update(merged, key, value, force_add=True)
+        except (*UNREADABLE, OmegaConfBaseException) as error:
             raise JobError(key, text, f"cannot be parsed ({_first_line(error)})", "Quote the value") from None
     result = OmegaConf.to_container(merged)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
+
+
+def _is_text(key: str) -> bool:
+    declared = _find_field(key)
+    return declared is not None and is_text_type(declared.type)
 
 
 def _check_key(key: str, value: Any, source: str) -> None:
@@ -158,6 +183,8 @@ def _check_kind(key: str, value: Any, source: str) -> None:
         problem = "is a list, not a mapping"
     elif wanted == "list" and isinstance(value, dict):
         problem = "is a mapping, not a list"
+    elif wanted == "list" and isinstance(value, (str, int, float)) and "${" not in str(value):
+        problem = "is not a list"
     elif wanted == "list" and isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
         problem = "holds more than single values"
     elif isinstance(value, int) and value.bit_length() > 64:
@@ -172,7 +199,7 @@ def _check_limits(key: str, value: Any, limits: Any) -> None:
         raise JobError(
             key,
             value,
-            "is not one of " + ", ".join(limits["choices"]),
+            "must be one of " + ", ".join(limits["choices"]),
             f"Did you mean {near[0]}?" if near else "Choose one of them",
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):

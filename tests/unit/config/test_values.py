@@ -1,0 +1,79 @@
+"""One grammar for values, in files and on command lines; text stays as it was written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config.load import merge_job
+from trainer.config.values import expand_path, parse_value, read_yaml, settle, split_values
+from trainer.errors import JobError
+
+VALUES: list[tuple[str, Any]] = [
+    ("1e-8", 1e-8), ("1e-1", 0.1), ("1.0e-8", 1e-8), (".5", 0.5), ("-3", -3), ("0x1f", 31), ("1_000", "1_000"),
+    ("no", "no"), ("on", "on"), ("true", True), ("False", False), ("null", None), ("~", None),
+    ("12:30:00", "12:30:00"), ("2024-01-01", "2024-01-01"), ("010", "010"), ("0", 0), ("1.10", 1.1),
+    ("12e4567", math.inf), ("-.inf", -math.inf), ("/a/b", "/a/b"), ("[1, no, 1e-3]", [1, "no", 1e-3]),
+    ("{a: 010}", {"a": "010"}), ("'5'", "5"),
+    ("${oc.env:HOME}", "${oc.env:HOME}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), VALUES)
+def test_a_value_means_the_same_in_a_file_and_on_a_command_line(text: str, value: Any) -> None:
+    assert settle(parse_value(text), False) == value
+    assert settle(read_yaml(f"key: {text}"), False) == {"key": value}
+
+
+@pytest.mark.parametrize("text", ["#ff0000", "Answer: yes", "a # b", "* x", "@home", "50%"])
+def test_what_yaml_would_drop_or_refuse_is_text_on_a_command_line(text: str) -> None:
+    assert parse_value(text) == text
+
+
+def test_a_colour_that_yaml_takes_for_a_comment_is_refused() -> None:
+    with pytest.raises(ValueError, match="in quotes"):
+        read_yaml("a: 1\ncolour: #ff0000\n")
+    assert read_yaml("colour: '#ff0000'  # red") == {"colour": "#ff0000"}
+
+
+def test_text_keys_get_what_was_written(tmp_path: Path) -> None:
+    job = tmp_path / "job-file.yaml"
+    job.write_text("name: 1.10\nscript: train.py\nscript_args: [--id, 007, --amp, yes, --rate, 1e-3, --big, 12e4567]\n")
+    config = merge_job(job)
+    assert config.name == "1.10"
+    assert list(config.script_args) == ["--id", "007", "--amp", "yes", "--rate", "1e-3", "--big", "12e4567"]
+    assert list(merge_job(job, ["script_args=[--x,1.10]"]).script_args) == ["--x", "1.10"]
+    job.write_text("task: a:B\ntask_args: {rate: 1e-3, version: '1.10'}\ntrain: {compile: no, lr: 1e-4}\n")
+    config = merge_job(job)
+    assert config.task_args == {"rate": 1e-3, "version": "1.10"}
+    assert config.train.compile is False
+    assert config.train.lr == 1e-4
+
+
+def test_merge_keys_anchors_and_tags() -> None:
+    assert settle(read_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}"), False)["d"] == {"b": 1, "c": 3}
+    with pytest.raises(ValueError, match="tag"):
+        read_yaml("a: !!python/object:os.system {}")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("1,2", ["1", "2"]), ("[8,8],[16,16]", ["[8,8]", "[16,16]"]), ("'a,b',c", ["'a,b'", "c"]),
+     ("{a: 1},{a: 2}", ["{a: 1}", "{a: 2}"])],
+)  # fmt: skip
+def test_values_of_a_sweep(text: str, parts: list[str]) -> None:
+    assert split_values(text) == parts
+
+
+def test_paths_begin_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert expand_path("runs", "~/runs") == "/home/someone/runs"
+    assert expand_path("runs", "$SCRATCH/runs") == "/scratch/runs"
+    for path in ("$NOT_SET/runs", "~nobody-is-called-so/runs"):
+        with pytest.raises(JobError, match="runs="):
+            expand_path("runs", path)
