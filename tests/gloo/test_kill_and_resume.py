@@ -10,6 +10,8 @@ from faults import Fault
 from ranks import Run, complete, evaluations, events, losses, make_job, order_of_samples, train
 from states import difference, read_state, steps_saved
 
+from trainer.errors import STOPPED
+
 STEPS = 21
 """In epochs of five: 4 batches of 24 and one of 5."""
 MODEL = [
@@ -23,7 +25,7 @@ MODES = {"single": ["parallel=single"], "ddp": ["devices_per_node=2"]}
 
 
 def assert_as_if_nothing_had_happened(run: Path, uninterrupted: Path) -> None:
-    """Same weights, optimizer, generators, losses and metrics; each sample once per epoch."""
+    """Same weights, optimizer, losses and metrics; each sample once per epoch."""
     assert difference(read_state(uninterrupted), read_state(run)) == ""
     assert losses(run) == losses(uninterrupted)
     assert evaluations(run)[-1] == evaluations(uninterrupted)[-1]
@@ -76,6 +78,41 @@ def test_kill_in_an_evaluation(tmp_path: Path, mode: str) -> None:
     kill(tmp_path / "run", keys, Fault(4, "in evaluation", rank=make_job(*keys).world_size - 1))
     complete(tmp_path / "run", make_job(*keys))
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+DRAWING = ["task=digit_tasks:Drawing", "task_args.dropout=0.3"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_numbers_of_the_users_code(tmp_path: Path, mode: str) -> None:
+    """From every global generator, in losses, metrics and summary: none of it is in a checkpoint."""
+    keys = [*DRAWING, *MODES[mode], "checkpoint.every_steps=2", "evaluation.every_steps=3"]
+    complete(tmp_path / "uninterrupted", make_job(*keys))
+    for fault in (Fault(3), Fault(2, "in evaluation"), Fault(4), Fault(3, number=signal.SIGTERM)):
+        run = train(tmp_path / "run", make_job(*keys), fault)
+        assert run.codes[0] in (STOPPED, -signal.SIGKILL)
+    complete(tmp_path / "run", make_job(*keys))
+    assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "uninterrupted")
+    shown = {tuple(values.items()) for values in evaluations(tmp_path / "run")}
+    assert shown <= {tuple(values.items()) for values in evaluations(tmp_path / "uninterrupted")}
+    assert len(shown) > 4
+
+
+def test_an_evaluation_does_not_disturb_random_numbers(tmp_path: Path) -> None:
+    keys = [*DRAWING, *MODES["ddp"]]
+    complete(tmp_path / "few", make_job(*keys))
+    complete(tmp_path / "many", make_job(*keys, "evaluation.every_steps=1"))
+    assert difference(read_state(tmp_path / "few"), read_state(tmp_path / "many")) == ""
+
+
+def test_random_numbers_of_an_evaluation_are_the_same_at_any_world_size(tmp_path: Path) -> None:
+    """Without a step of training, whose random numbers depend on the rank."""
+    found = []
+    for ranks in (1, 2, 3):
+        keys = [*DRAWING, f"devices_per_node={ranks}", "evaluation.batch_size=8", "train.steps=1", "train.lr=1e-30"]
+        complete(tmp_path / f"{ranks}", make_job(*keys))
+        found.append(evaluations(tmp_path / f"{ranks}"))
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import faults
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -219,3 +221,21 @@ class Deterministic(Small):
         if self.left < 0 or (self.in_evaluation and not torch.is_grad_enabled()):
             torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         return super().loss(output, batch)
+
+
+class Drawing(Small):
+    """Draws from every global generator, in the losses, the metrics and the summary."""
+
+    def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy of each image, more or less."""
+        noise = random.gauss(1, 0.1) + np.random.normal(0, 0.1) + float(torch.randn(())) / 10
+        return super().loss(output, batch) * noise
+
+    def metrics(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+        """A number for each image, besides."""
+        numbers = torch.rand(len(output)) + random.random() + np.random.rand()
+        return {**super().metrics(output, batch), "numbers": numbers}
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """One more."""
+        return {**super().summary(sums, count), "number": random.random() + np.random.rand() + float(torch.rand(()))}

@@ -1,7 +1,7 @@
-"""What outlives a killed rank: memory that its agent owns, which the ranks of one node and their successors map.
+"""Memory that outlives a killed rank: the agent of a node owns it, its ranks and their successors map it.
 
-Nothing is left of it when the agent is gone, however it ends (memfd_create(2)). What the ranks keep there is decided
-in `trainer.checkpoint.handover`; that they are asked for it, in `trainer.agent.agent`. Never imports torch.
+It is gone when the agent is gone, however the agent ends (memfd_create(2)). `trainer.checkpoint.handover` decides
+what ranks keep there, `trainer.agent.agent` asks them for it. Never imports torch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from trainer.config.job import Job
 VARIABLE = "MUSTER_MEMORY"
 ASK = signal.SIGRTMIN + 7
 """Makes a rank hand over its state: a thread of it waits for this signal, so the main thread may be stuck."""
-NOTES_BYTES = 4 << 20
-"""Of each rank; only what is written takes memory."""
 ANSWER = struct.Struct("<q")
 SILENT, BUSY, ANSWERED = range(3)
 NOTE = struct.Struct("<qqq")
-"""Attempt, moment, bytes; written last. Moment -1: not whole."""
+"""Attempt, step, bytes; written last. Step -1: not whole."""
 NOTES = 3
-"""Moments that a rank remembers: its peers may be one behind or ahead when one of them dies."""
-NOTE_BYTES = (NOTES_BYTES - 4096) // NOTES // 64 * 64
-NOTE_HEAD = 64
-"""Bytes before a note's contents."""
+"""Steps whose buffers are remembered: survivors may be one behind or ahead of the first rank when it dies."""
+NOTE_BYTES, NOTE_HEAD = 2 << 20, 64
+"""Of a note, and of what stands before its contents. Only what is written takes memory."""
+ANSWERS = NOTES * NOTE_BYTES
+"""Where the answers of the ranks begin."""
 ROOM = NOTE_BYTES - NOTE_HEAD
 """Bytes that a note can hold."""
 STATE = struct.Struct("<qqq32s")
@@ -63,7 +62,7 @@ class Memory:
     def make(cls, ranks: int) -> Memory:
         """The agent's: empty."""
         notes = os.memfd_create("muster-notes")
-        os.ftruncate(notes, ranks * NOTES_BYTES)
+        os.ftruncate(notes, ANSWERS + ranks * ANSWER.size)
         return cls(notes, os.memfd_create("muster-state"))
 
     @classmethod
@@ -86,7 +85,7 @@ class Memory:
 
     def answer(self, local_rank: int, value: int) -> None:
         """Say what became of the question."""
-        ANSWER.pack_into(self.notes, local_rank * NOTES_BYTES, value)
+        ANSWER.pack_into(self.notes, ANSWERS + local_rank * ANSWER.size, value)
 
     def ask(self, processes: Sequence[tuple[int, Any]]) -> None:
         """Let living ranks, (local rank, process), hand over what they have; return when they have, or cannot."""
@@ -104,22 +103,22 @@ class Memory:
             time.sleep(0.002)
 
     def _answer(self, local_rank: int) -> int:
-        [value] = ANSWER.unpack_from(self.notes, local_rank * NOTES_BYTES)
+        [value] = ANSWER.unpack_from(self.notes, ANSWERS + local_rank * ANSWER.size)
         return int(value)
 
-    def note_offset(self, local_rank: int, moment: int) -> int:
-        """Where the note of a moment begins."""
-        return local_rank * NOTES_BYTES + 4096 + moment % NOTES * NOTE_BYTES
+    def note_offset(self, step: int) -> int:
+        """Where the note of a step begins."""
+        return step % NOTES * NOTE_BYTES
 
-    def read_notes(self, local_rank: int) -> dict[tuple[int, int], bytes]:
-        """A rank's whole notes by (attempt, moment)."""
-        found = {}
+    def read_notes(self) -> dict[tuple[int, int], bytes]:
+        """Whole notes by (attempt, step)."""
+        notes = {}
         for index in range(NOTES):
-            offset = self.note_offset(local_rank, index)
-            attempt, moment, size = NOTE.unpack_from(self.notes, offset)
-            if size and moment >= 0:
-                found[attempt, moment] = self.notes[offset + NOTE_HEAD : offset + NOTE_HEAD + size]
-        return found
+            offset = self.note_offset(index)
+            attempt, step, size = NOTE.unpack_from(self.notes, offset)
+            if size and step >= 0:
+                notes[attempt, step] = self.notes[offset + NOTE_HEAD : offset + NOTE_HEAD + size]
+        return notes
 
     @contextlib.contextmanager
     def newer(self, key: tuple[int, int]) -> Iterator[BinaryIO | None]:

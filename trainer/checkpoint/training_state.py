@@ -18,7 +18,6 @@ from trainer.checkpoint.background_writer import Writer
 from trainer.checkpoint.handover import Handover
 from trainer.config.job import Job
 from trainer.config.load import read_sections
-from trainer.data import rng
 from trainer.data.sampler import Position
 from trainer.errors import JobError
 from trainer.parallel.modes import Parallel
@@ -64,11 +63,10 @@ class State:
         position = self.position
         self.report.phase("saving", position)
         self._choose_best()
-        generators = torch.stack(self.parallel.gather(rng.get_state(self.parallel.devices)))
         problem: BaseException | None = None
         if self.parallel.rank == 0:
             try:
-                self._submit(generators)
+                self._submit()
                 if wait:
                     self.writer.wait(self._beat)
             except Exception as error:
@@ -87,7 +85,7 @@ class State:
     def _beat(self) -> None:
         self.report.phase("saving", self.position)
 
-    def _submit(self, generators: torch.Tensor) -> None:
+    def _submit(self) -> None:
         position = self.position
         facts_of_run = {
             "job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
@@ -95,11 +93,11 @@ class State:
             "config": self.config,
         }  # fmt: skip
         contents = self.contents()
-        payload = {"model.pt": contents.pop("model"), "state.pt": {**contents, "generators": generators}}
+        payload = {"model.pt": contents.pop("model"), "state.pt": contents}
         self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, self.best), self._beat)
 
     def contents(self) -> dict[str, Any]:
-        """What a training goes on from, but for the generators, which each rank has of its own."""
+        """What a training goes on from."""
         average = self.average
         return {
             "model": self.model.state_dict(),
@@ -134,9 +132,7 @@ class State:
         """Continue from what survivors handed over or the newest whole checkpoint, or start: from weights, or anew."""
         kept = self.handover.recall(steps_committed(self.report.run))
         if kept is not None:
-            self._restore(kept.contents, kept.contents["model"], "the survivors' memory")
-            self.evaluated = kept.evaluated
-            rng.set_state(kept.generators, self.parallel.devices)
+            self._restore(kept, kept["model"], "the survivors' memory")
             if self.parallel.rank == 0:
                 checkpoint.sweep(self.root)
             self.report.event("resume", step=self.position.step, folder="memory")
@@ -178,11 +174,6 @@ class State:
     def _load(self, folder: Path) -> None:
         weights, state = self._read(folder)
         self._restore(state, checkpoint.unwrapped(weights), folder.name)
-        generators, rank = state["generators"], self.parallel.rank
-        if len(generators) == self.parallel.world_size:
-            rng.set_state(generators[rank], self.parallel.devices)
-        else:  # another world size: streams of their own, the same whenever this happens at this step
-            rng.seed_all(self.job.seed, self.position.step + 1, rank)
 
     def _restore(self, state: dict[str, Any], weights: dict[str, Any], origin: str) -> None:
         self._load_weights(weights)

@@ -5,7 +5,6 @@ Which samples, and in which order, is decided in `trainer.data.sampler`.
 
 from __future__ import annotations
 
-import random
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,14 +17,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainer.agent.shared_memory import note_worker
 from trainer.config.job import Data
-from trainer.data.sampler import Indices, sample_seed
+from trainer.data.rng import COLLATING, derive_seed, seed_generators
+from trainer.data.sampler import Indices
 from trainer.task import Task, floating_to
 
 Keys = tuple[int, Indices]
 """(epoch, indices) of one batch."""
 
 
-class Seeded:
+class SeededDataset:
     """A dataset whose randomness depends on (seed, epoch, index) alone."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -41,42 +41,33 @@ class Seeded:
         return len(self.dataset)
 
     def read(self, epoch: int, indices: Iterable[int]) -> list[Any]:
-        """The samples of a batch; the global generators are left as they were."""
+        """The samples of a batch."""
         if self.draws:
             return [self._sample(epoch, index) for index in indices]
         if self.plain:
             return [self.dataset[index] for index in indices]
-        before = random.getstate(), np.random.get_state(), torch.random.default_generator.get_state()
-        try:
-            return [self._global(epoch, index) for index in indices]
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.random.default_generator.set_state(before[2])
+        return [self._global(epoch, index) for index in indices]
 
     def _sample(self, epoch: int, index: int) -> Any:
         """Start one generator anew: making one for each sample cost a tenth of the time of small composed images."""
-        self.start["state"]["key"][0] = sample_seed(self.seed, epoch, index)
+        self.start["state"]["key"][0] = derive_seed(self.seed, epoch, index)
         self.rng.bit_generator.state = self.start
         return self.dataset.sample(index, self.rng)
 
     def _global(self, epoch: int, index: int) -> Any:
-        """Seed the global generators before the call."""
-        value = sample_seed(self.seed, epoch, index)
-        random.seed(value)
-        np.random.seed(value % 2**32)
-        torch.random.default_generator.manual_seed(value)
+        """Seed the global generators before the call; whatever draws after the loading is seeded itself."""
+        seed_generators(derive_seed(self.seed, epoch, index))
         return self.dataset[index]
 
 
-class Fetch:
+class BatchDataset:
     """Read one batch, as a map-style dataset whose index is (epoch, indices): a worker reads a whole batch."""
 
     def __init__(self, dataset: Dataset[Any], task: Task, seed: int) -> None:
         """Tensors that lie in memory are indexed at once, which gives what collating their items gives."""
-        self.seeded = Seeded(dataset, seed)
-        self.collate = task.collate
-        plain = type(task).collate is Task.collate and type(dataset) is TensorDataset
+        self.samples, self.seed, self.collate = SeededDataset(dataset, seed), seed, task.collate
+        self.own_collate = type(task).collate is not Task.collate
+        plain = type(dataset) is TensorDataset and not self.own_collate
         self.tensors: tuple[Tensor, ...] | None = dataset.tensors if plain else None  # type: ignore[attr-defined]
 
     def __getitem__(self, keys: Keys) -> Any:
@@ -85,7 +76,10 @@ class Fetch:
         if self.tensors is not None:
             chosen = torch.from_numpy(indices)
             return [tensor.index_select(0, chosen) for tensor in self.tensors]  # half the time of tensor[chosen]
-        return self.collate(self.seeded.read(epoch, indices.tolist()))
+        samples = self.samples.read(epoch, indices.tolist())
+        if self.own_collate:  # which may mix samples at random
+            seed_generators(derive_seed(self.seed, epoch, int(indices[0]), COLLATING))
+        return self.collate(samples)
 
 
 def _start_worker(_: int) -> None:
@@ -108,13 +102,13 @@ class Loader:
 
     def __init__(self, dataset: Dataset[Any], task: Task, options: Data, seed: int, pin: bool) -> None:
         """`pin`: batches go to a GPU, so put them into page-locked memory."""
-        self.fetch = Fetch(dataset, task, seed)
+        self.batches = BatchDataset(dataset, task, seed)
         self.pin = pin and options.pin_memory
         self.keys: Iterable[Keys] = ()
         self.workers: DataLoader[Any] | None = None
         if options.workers:
             self.workers = DataLoader(
-                self.fetch,  # type: ignore[arg-type]
+                self.batches,  # type: ignore[arg-type]
                 batch_sampler=_Keys(self),
                 num_workers=options.workers,
                 multiprocessing_context="fork",  # a rank's own default is a second fork server: 3 s, torch again
@@ -123,7 +117,6 @@ class Loader:
                 pin_memory=self.pin,
                 persistent_workers=True,
                 worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # or each epoch would draw from the generator of dropout
             )
 
     def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
@@ -131,7 +124,7 @@ class Loader:
         if self.workers is not None:
             self.keys = keys
             return iter(self.workers)
-        batches = map(self.fetch.__getitem__, keys)
+        batches = map(self.batches.__getitem__, keys)
         return map(_pinned, batches) if self.pin else batches
 
     def close(self) -> None:
@@ -144,7 +137,7 @@ class Loader:
 
 
 class _Keys:
-    """A batch sampler whose batches are one key each: the worker's `Fetch` makes the batch."""
+    """A batch sampler whose batches are one key each: the worker makes the batch."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader

@@ -5,8 +5,6 @@ Nothing here touches data or devices; a resume needs only (epoch, samples consum
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -93,8 +91,3 @@ def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) 
     for number, start in enumerate(range(0, count, batch_size)):
         if number % world_size == rank:
             yield number, np.arange(start, min(start + batch_size, count), dtype=np.int64)
-
-
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """The seed, 64 bits, of whatever is random about one sample."""
-    return int.from_bytes(hashlib.blake2b(struct.pack("<QQQ", seed, epoch, index), digest_size=8).digest(), "little")

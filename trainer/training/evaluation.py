@@ -18,11 +18,12 @@ from trainer.task import Task
 
 def evaluate(
     parallel: Parallel, task: Task, loader: Loader, mover: ToDevice, count: int, batch_size: int,
-    stop: Callable[[], bool],
+    stop: Callable[[], bool], seed: Callable[[int], None],
 ) -> dict[str, float] | None:  # fmt: skip
     """Evaluate the wrapped model on all `count` samples; None when the ranks agreed to stop on the way.
 
-    `stop` is asked before each round of batches, on all ranks alike.
+    `stop` is asked before each round of batches, on all ranks alike. `seed` is told the number of each batch before
+    it is computed, and one more for the summary: what draws random numbers gives the same at any world size too.
     """
     plan = list(evaluation_batches(count, batch_size, parallel.rank, parallel.world_size))
     rounds = math.ceil(math.ceil(count / batch_size) / parallel.world_size)
@@ -35,10 +36,13 @@ def evaluate(
                 if parallel.any(stop()):
                     return None
                 if turn < len(plan):
-                    values = parallel.evaluate(next(batches))
-                    check_count(values["loss"], len(plan[turn][1]))
+                    number, indices = plan[turn]
+                    batch = next(batches)
+                    seed(number)
+                    values = parallel.evaluate(batch)
+                    check_count(values["loss"], len(indices))
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
-                    sums.append((plan[turn][0], {k: v.double().sum(0) for k, v in values.items()}))
+                    sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
     finally:
         parallel.step.train()
     every: list[tuple[int, dict[str, Any]]] = sorted(
@@ -48,6 +52,7 @@ def evaluate(
     for _, part in every[1:]:
         total = {key: total[key] + part[key] for key in total}
     loss = float(total.pop("loss")) / count
+    seed(len(every))
     return {"loss": loss, **task.summary(total, count)}
 
 

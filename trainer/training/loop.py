@@ -13,8 +13,8 @@ import torch
 
 from trainer.checkpoint.training_state import State
 from trainer.config.job import Job
-from trainer.data import rng
 from trainer.data.loader import Loader, ToDevice
+from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
 from trainer.data.sampler import MicroBatch, Order, Position
 from trainer.errors import JobError, Stopped
 from trainer.parallel.modes import Late, Parallel
@@ -116,7 +116,7 @@ class Trainer:
         deterministic = train.deterministic and torch.get_deterministic_debug_mode() == PREFERRED
         if not parallel.settles and not deterministic:
             return
-        before = rng.get_state(parallel.devices), [buffer.clone() for buffer in model.buffers()]
+        before = [buffer.clone() for buffer in model.buffers()]
         micro = next(self.order.epoch(Position()))
         [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
         if deterministic:
@@ -127,8 +127,7 @@ class Trainer:
         if parallel.settles:
             parallel.settle(batch)
         self.drop_gradients()
-        rng.set_state(before[0], parallel.devices)
-        for buffer, value in zip(model.buffers(), before[1], strict=True):
+        for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
         if parallel.cuda:
             for device in parallel.devices:
@@ -151,6 +150,7 @@ class Trainer:
     def train_step(self, micros: list[tuple[MicroBatch, Any]]) -> None:
         """One update from one global batch; afterwards whatever is due."""
         position, parallel = self.position, self.parallel
+        self.seed_generators(parallel.rank, STEPS)
         set_rate(self.optimizer, self.rate(position.step))
         if self.demands:
             torch.set_deterministic_debug_mode(DEMANDED)
@@ -184,6 +184,10 @@ class Trainer:
         if due:
             self.finish_step()
             self.next_due = self.due.next_step(self.position)
+
+    def seed_generators(self, number: int, stream: bytes) -> None:
+        """Seed all generators for what is computed at the current position, so none is ever saved."""
+        seed_generators(derive_seed(self.job.seed, self.position.step, number, stream), self.parallel.devices)
 
     def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
@@ -257,6 +261,7 @@ class Trainer:
             metrics = evaluate(
                 self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,
                 self.job.evaluation.batch_size, self.stop_early,
+                lambda number: self.seed_generators(number, EVALUATION),
             )  # fmt: skip
         self.report.pause(time.perf_counter() - started)
         return metrics

@@ -9,7 +9,7 @@ import torch
 
 from trainer.config.job import Job
 from trainer.config.user_code import add_import_paths
-from trainer.data import rng
+from trainer.data.rng import derive_seed, seed_generators
 from trainer.errors import DONE
 from trainer.parallel.modes import make_parallel
 from trainer.parallel.step import Step
@@ -55,14 +55,13 @@ def train(
     report = Report(job, run, wiring.attempt, parallel, pulse)
     try:
         task = make_task(job.task, job.task_args)
-        rng.seed_all(job.seed, 0, 0)  # the same initial weights on every rank
+        seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
         model = task.model().to(parallel.device)
         if job.train.precision == "float64":
             model = model.double()
         if job.train.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = task.train_dataset(), task.eval_dataset()
-        rng.seed_all(job.seed, 0, 1 + wiring.rank)  # own dropout masks
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit(failed)

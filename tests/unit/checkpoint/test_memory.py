@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
-from collections.abc import Callable
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from trainer.checkpoint.memory import NOTE, NOTE_HEAD, STATE, Memory
-from trainer.data import rng
-
-CPU = torch.device("cpu")
+from trainer.checkpoint.buffer_notes import BufferNotes
+from trainer.checkpoint.memory import NOTE, STATE, Memory
 
 
 def hand_over(memory: Memory, key: tuple[int, int], data: bytes) -> bool:
@@ -69,75 +64,42 @@ def test_a_changed_byte_is_noticed(memory: Memory) -> None:
     assert memory.read_state() is None
 
 
-def test_notes_are_of_one_rank_and_whole(memory: Memory) -> None:
-    for moment in (8, 10, 12):
-        offset = memory.note_offset(1, moment)
-        memory.notes[offset + NOTE_HEAD : offset + NOTE_HEAD + 2] = moment.to_bytes(2, "little")
-        NOTE.pack_into(memory.notes, offset, 3, moment, 2)
-    NOTE.pack_into(memory.notes, memory.note_offset(1, 10), 0, -1, 0)  # being written when the rank was killed
-    assert memory.read_notes(1) == {(3, 8): b"\x08\x00", (3, 12): b"\x0c\x00"}
-    assert memory.read_notes(0) == {}
+def write_notes(memory: Memory, model: nn.Module, *steps: int) -> BufferNotes:
+    """As rank 0 of attempt 3 does while it trains; the buffer holds the step."""
+    notes = BufferNotes(model)
+    notes.start(memory, 3, steps[0])
+    for step in steps:
+        next(model.buffers()).fill_(step)
+        notes.write(step)
+    return notes
 
 
-@pytest.mark.parametrize("use", [
-    lambda: random.random(),
-    lambda: random.gauss(0, 1),
-    lambda: random.seed(7),
-    lambda: [random.getrandbits(32) for _ in range(624)],  # the index is where it was
-    lambda: np.random.rand(),
-    lambda: np.random.seed(7),
-    lambda: np.random.randint(0, 2**32, 624, dtype=np.uint32),
-], ids=["random", "gauss", "seed", "round", "numpy", "numpy seed", "numpy round"])  # fmt: skip
-def test_every_use_of_a_global_generator_is_seen(use: Callable[[], object]) -> None:
-    random.seed(1)
-    np.random.seed(1)
-    watch, before = rng.Watch(), rng.get_state([CPU])
-    assert not watch.moved()
-    assert torch.equal(before, rng.get_state([CPU])), "looking changed it"
-    use()
-    assert watch.moved()
+def test_notes_of_the_last_steps_are_read(memory: Memory) -> None:
+    notes = write_notes(memory, nn.BatchNorm1d(3), 7, 8, 9, 10)
+    found = memory.read_notes()
+    assert set(found) == {(3, 8), (3, 9), (3, 10)}
+    contents = {"model": {"weight": 1, "running_mean": None}, "average": {"model": {}}}
+    notes.put(found[3, 9], contents)
+    assert contents["model"]["weight"] == 1  # type: ignore[index]
+    for weights in (contents["model"], contents["average"]["model"]):  # type: ignore[index]
+        assert torch.equal(weights["running_mean"], torch.full((3,), 9.0))  # type: ignore[index, call-overload]
+        assert torch.equal(weights["num_batches_tracked"], torch.tensor(0))  # type: ignore[index, call-overload]
 
 
-@pytest.mark.parametrize("use", [
-    lambda: torch.rand(1),
-    lambda: torch.randperm(3),
-    lambda: torch.randn(1),
-    lambda: torch.randn(1, dtype=torch.float64),
-    lambda: torch.nn.functional.dropout(torch.ones(4)),
-    lambda: torch.randint(0, 2**31, (624,)),  # the next word is where it was
-    lambda: torch.manual_seed(7),
-], ids=["uniform", "permutation", "normal", "double", "dropout", "round", "seed"])  # fmt: skip
-def test_every_use_of_torchs_generator_is_seen(use: Callable[[], object]) -> None:
-    """By its memory, which this version of torch must still lay out as we know it."""
-    torch.manual_seed(1)
-    watch = rng.Watch()
-    assert watch.torch is not None and watch.torch_moved(), "the first look"
-    for _ in range(3):
-        assert not watch.torch_moved()
-        before = torch.get_rng_state()
-        assert not watch.torch_moved(), "looking changed it"
-        use()
-        assert watch.torch_moved() != torch.equal(before, torch.get_rng_state())
+def test_a_note_that_was_not_finished_is_none(memory: Memory) -> None:
+    write_notes(memory, nn.BatchNorm1d(3), 7, 8)
+    NOTE.pack_into(memory.notes, memory.note_offset(8), 0, -1, 0)  # being written when the rank was killed
+    assert set(memory.read_notes()) == {(3, 7)}
 
 
-def test_a_number_that_torch_has_already_drawn_counts() -> None:
-    watch = rng.Watch()
-    for _ in range(4):  # every second one moves no word
-        watch.torch_moved()
-        torch.randn(1, dtype=torch.float64)
-        assert watch.torch_moved()
+def test_a_model_without_buffers_takes_no_notes(memory: Memory) -> None:
+    BufferNotes(nn.Linear(3, 3)).start(memory, 3, 7)
+    assert memory.read_notes() == {}
 
 
-def test_a_generator_that_is_kept_elsewhere_counts_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rng, "torch", SimpleNamespace(default_generator=SimpleNamespace(get_state=torch.get_rng_state)))
-    watch = rng.Watch()
-    assert watch.torch is None and watch.torch_moved() and watch.torch_moved()
-
-
-@pytest.mark.parametrize("draw", [lambda: random.gauss(0, 1), lambda: np.random.standard_normal()])
-def test_a_number_that_is_already_drawn_counts(draw: Callable[[], float]) -> None:
-    """Normal numbers come in pairs: the second moves nothing that can be watched."""
-    draw()
-    assert rng.Watch().moved()
-    random.seed(1)
-    np.random.seed(1)
+def test_a_buffer_that_user_code_replaced_is_noticed(memory: Memory) -> None:
+    model = nn.BatchNorm1d(3)
+    notes = write_notes(memory, model, 7)
+    assert notes.hold()
+    model.running_mean = torch.ones(3)
+    assert not notes.hold()
