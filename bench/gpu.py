@@ -29,7 +29,7 @@ from trainer.config.job import Job
 from trainer.config.load import load_job
 from trainer.reporting.heartbeat import VARIABLE
 from trainer.tasks.bytelm import SIZES, VOCABULARY, ByteLM, Shape
-from trainer.training.determinism import DEMANDED, PREFERRED, prefer_deterministic
+from trainer.training.determinism import choose_kernels
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "bytelm.yaml"
 BF16, COMPILED, ANY_ORDER = "train.precision=bf16", "train.compile=true", "train.deterministic=false"
@@ -59,10 +59,7 @@ def measure_speed(
     sides: dict[str, tuple[Training, Training]] = {}
     for name, job in jobs.items():
         steps = trainer_steps(partial(make_trainer, job, task, folder / name))
-        ours = Training(job, steps, options.block, PREFERRED * job.train.deterministic)
-        demanded = "not_deterministic" not in (folder / name / "events.jsonl").read_text()
-        mode = (DEMANDED if demanded else PREFERRED) * job.train.deterministic  # by hand as by ours
-        sides[name] = ours, Training(job, raw_steps(job, task), options.block, mode)
+        sides[name] = Training(job, steps, options.block), Training(job, raw_steps(job, task), options.block)
     for number in range(options.rounds):
         for ours, raw in sides.values():
             for side in (ours, raw)[:: -1 if number % 2 else 1]:
@@ -107,7 +104,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("skipped: no CUDA GPU")
         return
-    prefer_deterministic(compiled=True)
+    choose_kernels("true", compiled=True)
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
     peak, task = PEAK_TFLOPS.get(name), LongEpochs(options.size)

@@ -19,7 +19,6 @@ from torch import Tensor
 from trainer.checkpoint.background_writer import Writer
 from trainer.config.job import Job
 from trainer.tasks.bytelm import ByteLM
-from trainer.training.determinism import PREFERRED
 from trainer.training.loop import Trainer
 
 Row = dict[str, Any]
@@ -56,7 +55,7 @@ def ways_to_save(trainer: Trainer, folder: Path) -> dict[str, Callable[[], Calla
 def measure_saves(job: Job, task: ByteLM, rounds: int, folder: Path) -> list[Row]:
     """The stall, by which a step that saves is longer, and the steps beside the writing; of each way, in turn."""
     trainer = make_trainer(job, task, folder / "saves")
-    training = Training(job, trainer.train(), 0, PREFERRED * job.train.deterministic)
+    training = Training(job, trainer.train(), 0)
     ways = ways_to_save(trainer, folder)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for _ in range(rounds + 1):

@@ -37,13 +37,9 @@ class LongEpochs(ByteLM):
 class Training:
     """One side of one configuration: a training that goes on by a block at a time."""
 
-    def __init__(self, job: Job, steps: Iterator[None], block_s: float, deterministic: int) -> None:
-        """Build, compile, warm up; choose the steps of a block, so many that losses are read equally often in each.
-
-        `deterministic`: torch's debug mode.
-        """
-        self.steps, self.deterministic, every = steps, deterministic, job.log.every_steps
-        torch.use_deterministic_algorithms(deterministic > 0, warn_only=True)  # which tells the compiler
+    def __init__(self, job: Job, steps: Iterator[None], block_s: float) -> None:
+        """Build, compile, warm up; choose the steps of a block, so many that losses are read equally often in each."""
+        self.steps, self.deterministic, every = steps, job.train.deterministic == "true", job.log.every_steps
         self.times: list[float] = []  # seconds of a step, for each block
         before = torch.cuda.memory_allocated()
         self.run(every)
@@ -54,7 +50,7 @@ class Training:
 
     def run(self, count: int) -> float:
         """Do a block; return the seconds of a step."""
-        torch.set_deterministic_debug_mode(self.deterministic)
+        torch.use_deterministic_algorithms(self.deterministic)
         synchronize()
         began = time.perf_counter()
         for _ in range(count):

@@ -43,8 +43,8 @@ class Task(ABC):
     def loss(self, output: Any, batch: Any) -> Tensor:
         """One loss per sample, shape (batch,). The trainer takes the mean over the global batch.
 
-        On GPUs, or with more than two ranks, a step that counts for nothing may come first: buffers and generators are
-        put back after it, what model and task count in Python is not.
+        With more than two ranks a step that counts for nothing comes first. Buffers are put back after it; what the
+        model or the task counts in Python is not.
         """
 
     def metrics(self, output: Any, batch: Any) -> Mapping[str, Tensor]:

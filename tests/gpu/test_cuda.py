@@ -84,7 +84,6 @@ def test_two_runs_have_the_same_bits(tmp_path: Path, job: str, precision: str) -
     """`train.deterministic`, by default: the quickest kernels of U-Nets and attention add in any order."""
     options = ("parallel=single", "train.steps=20", f"train.precision={precision}")
     first, second = (train(tmp_path, job, *options) for _ in range(2))
-    assert "not_deterministic" not in (first / "events.jsonl").read_text()
     same_bits(first, second)
 
 

@@ -204,19 +204,17 @@ class Compiled(Small):
 
 
 class Deterministic(Small):
-    """Prefers deterministic kernels on CPUs, where a job cannot ask for them; says what is demanded of kernels."""
+    """Demands deterministic kernels on CPUs, where a job cannot ask for them."""
 
     def __init__(self, missing_after: int = 9999, missing_in_evaluation: bool = False, **arguments: Any) -> None:
         """An operation without such a kernel is used after so many batches, or in evaluations."""
         super().__init__(dropout=0.2, batchnorm=True, **arguments)
         self.left, self.in_evaluation = missing_after, missing_in_evaluation
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
 
     def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross entropy of each image."""
         if torch.is_grad_enabled():
-            if torch.get_deterministic_debug_mode() == 2:
-                print("deterministic kernels alone", flush=True)
             self.left -= 1
         if self.left < 0 or (self.in_evaluation and not torch.is_grad_enabled()):
             torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))

@@ -53,9 +53,15 @@ class Train:
     on_nan: str = _option(
         "halt", "what to do when a loss is NaN or infinite: end the run, or skip the update", choices=("halt", "skip")
     )
-    deterministic: bool = _option(
-        True, "use CUDA kernels that give the same bits in each run; warn if the model needs one that does not exist"
+    deterministic: str = _option(
+        "true",
+        "use CUDA kernels that give the same bits in each run; where none exists, true ends the run and warn warns",
+        choices=("true", "warn", "false"),
     )
+
+    def __post_init__(self) -> None:
+        """YAML reads `true` and `false` as what they mean."""
+        self.deterministic = str(self.deterministic).lower()
 
 
 @dataclass

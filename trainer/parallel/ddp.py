@@ -64,9 +64,9 @@ class Distributed(Parallel):
         self.compressed = options.compression in ("bf16", "fp16")
         self.steps = 0  # done so far; set by the loop on a resume
         self._rarely = options.sync_every > 1
-        self.settles = self.world_size > 2 or options.compression != "none"
+        self.warms_up = self.world_size > 2 or options.compression != "none"
 
-    def settle(self, batch: Any) -> None:
+    def warm_up(self, batch: Any) -> None:
         """Let DDP choose its gradient buckets, by a backward pass of zeros.
 
         It orders them anew after its first step. With more than two ranks an element's place in its bucket decides
@@ -85,11 +85,6 @@ class Distributed(Parallel):
         return losses  # type: ignore[no-any-return]
 
     _ballot: Tensor | None = None
-
-    def compute(self, batch: Any) -> Tensor:
-        """Per-sample losses without DDP's wrapper, which would expect a backward pass."""
-        found: Any = self.step(batch)
-        return found[0] if self.step.shows_vote else found  # type: ignore[no-any-return]
 
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Per-sample losses and metrics of a batch that this rank alone computes: without DDP's wrapper."""
@@ -189,12 +184,6 @@ class Distributed(Parallel):
         tensor = torch.tensor([float(flag)])
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return bool(tensor.item())
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The CPU tensors of all ranks."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return parts
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks."""

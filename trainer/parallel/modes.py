@@ -100,20 +100,16 @@ class Parallel:
             count = self.job.devices_per_node
             self.module = nn.DataParallel(step, self.devices) if self.cuda else ThreadReplicas(step, count)
 
-    settles = False
-    """Whether `settle` must be called, with any batch, before the first step."""
+    warms_up = False
+    """Whether `warm_up` must be called, with any batch, before the first step."""
 
-    def settle(self, batch: Any) -> None:
+    def warm_up(self, batch: Any) -> None:
         """Arrange what only a step can arrange."""
 
     def losses(self, batch: Any) -> Tensor:
         """Per-sample losses of this rank's batch, on the primary device."""
         losses: Tensor = self.module(batch)
         return losses
-
-    def compute(self, batch: Any) -> Tensor:
-        """As `losses`, but apart from the other ranks: for no step."""
-        return self.losses(batch)
 
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Per-sample losses and metrics of a batch that this rank alone computes."""
@@ -171,10 +167,6 @@ class Parallel:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The CPU tensors of all ranks, which must have one shape."""
-        return [tensor]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks."""

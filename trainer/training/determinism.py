@@ -1,74 +1,51 @@
-"""`train.deterministic`: on GPUs the same bits from run to run, as far as torch has kernels for them."""
+"""`train.deterministic`: on GPUs the same bits from run to run."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from trainer.errors import JobError
 
-PREFERRED, DEMANDED = 1, 2
-"""torch's debug modes: with the first it warns of operations without a deterministic kernel, with the second it fails.
-
-While it only warns it also takes other kernels where it has deterministic ones: in attention's backward pass.
-"""
-REFUSAL = re.compile(
-    r"^.*?(does not have a deterministic implementation|not deterministic because it uses CuBLAS|use_reentrant=True)"
-    r".*?(?=, but you set|$)", re.MULTILINE,
-)  # fmt: skip
-"""The line of an error that tells what cannot be demanded, or not tried: a checkpoint that is re-entered."""
+DEBUG_MODES = {"true": 2, "warn": 1, "false": 0}
+"""torch's debug mode for each choice: with 2 an operation without a deterministic kernel fails, with 1 torch warns."""
 
 
-def prefer_deterministic(compiled: bool) -> None:
-    """Let kernels be deterministic where torch takes such by itself, and warn of the others.
+def choose_kernels(deterministic: str, compiled: bool) -> None:
+    """Let torch take deterministic kernels; call it before CUDA is used.
 
-    `compiled`: the model is. torch's own function tells the compiler too, which it imports for that: 1 s.
+    `compiled`: the model is. Then torch must tell its compiler too, and the function that does imports it for that, in
+    1 s: 822 modules. The debug mode alone does the same for what is not compiled.
     """
+    if deterministic == "false":
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS differs from run to run
     if compiled:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
     else:
-        torch.set_deterministic_debug_mode(PREFERRED)
+        torch.set_deterministic_debug_mode(DEBUG_MODES[deterministic])
     fill: Any = torch.utils.deterministic
     fill.fill_uninitialized_memory = False  # a kernel more for each new tensor
 
 
-def why_not_demanded(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter], compiled: bool) -> str | None:
-    """Try whether a step's forward and backward pass can do with deterministic kernels alone; else return why not.
-
-    Args:
-        compute: makes the losses of a batch.
-        parameters: their gradients are computed, and dropped.
-        compiled: the model is; tried here it is not, for its graphs are to be cut where DDP's buckets end.
-
-    Raises:
-        RuntimeError: it cannot be computed for another reason.
-    """
-    torch.set_deterministic_debug_mode(DEMANDED)
+@contextmanager
+def any_kernels() -> Iterator[None]:
+    """Only warn of other kernels meanwhile: an evaluation changes no weights."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(min(mode, DEBUG_MODES["warn"]))
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            torch.autograd.grad(compute().sum(), list(parameters), allow_unused=True)
-    except RuntimeError as error:
-        if compiled and isinstance(error, torch.OutOfMemoryError):
-            return "there is not the memory to try it without the compiler"
-        refusal = REFUSAL.search(str(error))
-        if refusal is None:
-            raise
-        return refusal[0]
+        yield
     finally:
-        torch.set_deterministic_debug_mode(PREFERRED)
-    return None
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextmanager
-def refusal_named() -> Iterator[None]:
-    """Name the option when a later step needs an operation without a deterministic kernel.
+def missing_kernels_named() -> Iterator[None]:
+    """Name the option when an operation has no deterministic kernel.
 
     Raises:
         JobError: in place of torch's RuntimeError.
@@ -76,7 +53,9 @@ def refusal_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        refusal = REFUSAL.search(str(error))
-        if refusal is None or torch.get_deterministic_debug_mode() != DEMANDED:
+        lines = [line for line in str(error).splitlines() if "deterministic" in line]
+        if not lines or torch.get_deterministic_debug_mode() != DEBUG_MODES["true"]:
             raise
-        raise JobError("train.deterministic", True, refusal[0], "Set it to false") from error
+        problem = lines[0].partition(", but you set")[0]
+        remedy = "Set it to warn, and two runs may differ; or use another operation"
+        raise JobError("train.deterministic", True, problem, remedy) from error

@@ -21,7 +21,7 @@ from trainer.parallel.modes import Late, Parallel
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.cadence import Due
-from trainer.training.determinism import DEMANDED, PREFERRED, refusal_named, why_not_demanded
+from trainer.training.determinism import any_kernels, missing_kernels_named
 from trainer.training.evaluation import check_count, evaluate
 from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, make_step, set_rate
 
@@ -76,7 +76,7 @@ class Trainer:
             NonFiniteLoss: with `on_nan: halt`.
         """
         try:
-            with refusal_named():
+            with missing_kernels_named():
                 for _ in self.train():
                     pass
         except BaseException as error:  # such as that of a collective whose peer is gone
@@ -92,7 +92,7 @@ class Trainer:
 
     def train(self) -> Iterator[None]:
         """Go on from where the training stands to its end, a step at each `next`."""
-        self.settle()
+        self.warm_up()
         self.state.resume()
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.order.steps_per_epoch)
@@ -107,34 +107,21 @@ class Trainer:
                 if self.position.step >= self.steps:
                     break
 
-    def settle(self) -> None:
-        """Let mode and kernels arrange themselves by a step that changes nothing.
-
-        See `Distributed.settle` and `why_not_demanded`.
-        """
-        parallel, train, model = self.parallel, self.job.train, self.state.model
-        deterministic = train.deterministic and torch.get_deterministic_debug_mode() == PREFERRED
-        if not parallel.settles and not deterministic:
+    def warm_up(self) -> None:
+        """Let the mode arrange itself by a step that changes nothing: see `Distributed.warm_up`."""
+        parallel, model = self.parallel, self.state.model
+        if not parallel.warms_up:
             return
         before = [buffer.clone() for buffer in model.buffers()]
         micro = next(self.order.epoch(Position()))
         [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
-        if deterministic:
-            problem = why_not_demanded(lambda: parallel.compute(batch), self.parameters, train.compile)
-            self.demands = problem is None
-            if problem is not None:
-                self.report.warn(f"not all is deterministic: {problem}", "not_deterministic", problem=problem)
-        if parallel.settles:
-            parallel.settle(batch)
+        parallel.warm_up(batch)
         self.drop_gradients()
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
         if parallel.cuda:
             for device in parallel.devices:
                 torch.cuda.reset_peak_memory_stats(device)
-
-    demands = False
-    """Whether steps are computed with deterministic kernels alone."""
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""
@@ -152,8 +139,6 @@ class Trainer:
         position, parallel = self.position, self.parallel
         self.seed_generators(parallel.rank, STEPS)
         set_rate(self.optimizer, self.rate(position.step))
-        if self.demands:
-            torch.set_deterministic_debug_mode(DEMANDED)
         for micro, batch in micros:
             with parallel.accumulating(more=not micro.last):
                 losses = parallel.losses(batch)
@@ -164,8 +149,6 @@ class Trainer:
                     self.report.samples(position, micros)
                     self.handover.note()
                 parallel.backward(losses, weight, self.scaler, self.stop())
-        if self.demands:
-            torch.set_deterministic_debug_mode(PREFERRED)
         step_count = micros[0][0].step_count
         due = position.step + 1 == self.next_due
         mean, stop = parallel.agree(due)
@@ -256,7 +239,7 @@ class Trainer:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         self.report.phase("evaluating", self.position)
         started = time.perf_counter()
-        with self.averaged_weights():
+        with self.averaged_weights(), any_kernels():
             self.parallel.share_buffers()
             metrics = evaluate(
                 self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,

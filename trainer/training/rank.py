@@ -19,7 +19,7 @@ from trainer.run.attempts import check_current
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG
 from trainer.task import make_task
-from trainer.training.determinism import prefer_deterministic
+from trainer.training.determinism import choose_kernels
 from trainer.training.loop import Trainer
 from trainer.training.optimizer import autocast
 from trainer.wiring.devices import use_cuda
@@ -43,8 +43,8 @@ def train(
     wiring = rank_wiring()
     pulse = Pulse(wiring.local_rank)
     pulse.beat(0, "starting")
-    if job.train.deterministic and use_cuda(job):
-        prefer_deterministic(job.train.compile)
+    if use_cuda(job):
+        choose_kernels(job.train.deterministic, job.train.compile)
     add_import_paths(job_file)
     assert job.task
     parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)

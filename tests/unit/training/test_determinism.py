@@ -1,74 +1,89 @@
-"""What torch refuses when deterministic kernels are demanded, and what is made of it."""
+"""What torch refuses when kernels must be deterministic, and what is made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch._utils import ExceptionWrapper
-from torch.utils.checkpoint import checkpoint
 
+from trainer.config.job import Train
 from trainer.errors import JobError
-from trainer.training.determinism import DEMANDED, PREFERRED, refusal_named, why_not_demanded
-
-WEIGHT = nn.Parameter(torch.ones(3))
+from trainer.training.determinism import DEBUG_MODES, any_kernels, choose_kernels, missing_kernels_named
 
 
 @pytest.fixture(autouse=True)
-def preferred() -> Iterator[None]:
-    torch.set_deterministic_debug_mode(PREFERRED)
+def left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield
     torch.set_deterministic_debug_mode(0)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-def put() -> Tensor:
-    return WEIGHT + torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+def put() -> None:
+    """An operation without a deterministic kernel, on any device."""
+    torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
 
 
-def put_in_a_replica() -> Tensor:
+def put_in_a_replica() -> None:
     """As DataParallel tells of it."""
     try:
-        return put()
+        put()
     except RuntimeError:
         wrapper = ExceptionWrapper(where="in replica 0 on device 0")
         wrapper.reraise()  # type: ignore[no-untyped-call]
-        raise
 
 
-def fail() -> Tensor:
-    return WEIGHT @ torch.ones(4)
+@pytest.mark.parametrize("given, meant", [(True, "true"), (False, "false"), ("warn", "warn"), ("True", "true")])
+def test_what_yaml_makes_of_the_choices_is_accepted(given: object, meant: str) -> None:
+    assert Train(deterministic=given).deterministic == meant  # type: ignore[arg-type]
 
 
-def exhaust() -> Tensor:
-    raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("compute", [put, put_in_a_replica])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_true_names_the_option_and_the_remedy(compute: object, compiled: bool) -> None:
+    choose_kernels("true", compiled)
+    with pytest.raises(JobError, match="put_ does not have a deterministic impl") as caught, missing_kernels_named():
+        compute()  # type: ignore[operator]
+    assert caught.value.key == "train.deterministic" and "warn" in str(caught.value)
+    assert "but you set" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("compute", "compiled", "expected"), [
-    (lambda: WEIGHT * 2, False, None),
-    (put, False, "put_ does not have a deterministic implementation"),
-    (put_in_a_replica, False, "RuntimeError: put_ does not have a deterministic implementation"),
-    (lambda: checkpoint(torch.exp, WEIGHT, use_reentrant=True), False, "When use_reentrant=True"),
-    (exhaust, True, "there is not the memory"),
-])  # fmt: skip
-def test_why_they_are_not_demanded(compute: Callable[[], Tensor], compiled: bool, expected: str | None) -> None:
-    found = why_not_demanded(compute, [WEIGHT], compiled)
-    assert found == expected if expected is None else found is not None and found.startswith(expected)
-    assert found is None or ("\n" not in found and "but you set" not in found)
-    assert WEIGHT.grad is None
-    assert torch.get_deterministic_debug_mode() == PREFERRED
-
-
-@pytest.mark.parametrize(("compute", "problem"), [(fail, r"size mismatch|inconsistent"), (exhaust, "out of memory")])
-def test_other_problems_stay_what_they_are(compute: Callable[[], Tensor], problem: str) -> None:
-    with pytest.raises(RuntimeError, match=problem):
-        why_not_demanded(compute, [WEIGHT], False)
-
-
-def test_a_refusal_later_names_the_option() -> None:
-    torch.set_deterministic_debug_mode(DEMANDED)
-    with pytest.raises(JobError, match=r"train\.deterministic=True: put_ does not"), refusal_named():
+def test_warn_warns() -> None:
+    choose_kernels("warn", False)
+    with pytest.warns(UserWarning, match="deterministic"):
         put()
-    with pytest.raises(RuntimeError, match=r"size mismatch|inconsistent"), refusal_named():
-        fail()
+
+
+def test_false_says_nothing() -> None:
+    choose_kernels("false", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        put()
+
+
+def test_other_problems_stay_what_they_are() -> None:
+    choose_kernels("true", False)
+    with pytest.raises(RuntimeError, match=r"size mismatch|inconsistent"), missing_kernels_named():
+        torch.ones(3) @ torch.ones(4)
+    choose_kernels("warn", False)
+    with pytest.raises(RuntimeError, match="deterministic"), missing_kernels_named():
+        raise RuntimeError("this is not deterministic")
+
+
+def test_any_kernels_may_be_used_for_a_while() -> None:
+    choose_kernels("true", False)
+    with pytest.warns(UserWarning, match="deterministic"), any_kernels():
+        put()
+    assert torch.get_deterministic_debug_mode() == DEBUG_MODES["true"]
+
+
+def test_the_compiler_is_not_imported_for_it() -> None:
+    program = "import sys, trainer.training.determinism as d; d.choose_kernels('true', False); " \
+              "sys.exit('torch._dynamo' in sys.modules)"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
