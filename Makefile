@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-bench train test test-unit test-cli test-gloo test-slurm test-docker test-kubernetes \
-  test-gpu test-full bench bench-gpu checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs \
+  test-gpu test-speed test-full bench bench-gpu checks slurm-submit docker-build docker-run k8s-render k8s-apply k8s-logs \
   k8s-delete clean
 
 ##@ Start here
@@ -85,6 +85,9 @@ test-kubernetes: setup-dev ## Run the tests with the real kubectl, and with pods
 
 test-gpu: setup-dev ## Run the tests that need an NVIDIA GPU
 	@"$(BIN)/pytest" tests/gpu $(ARGS)
+
+test-speed: setup-dev ## Run the tests whose answer is a time, one after the other, on a machine that does nothing else
+	@"$(BIN)/pytest" -m speed $(ARGS)
 
 test-full: setup-dev ## Kill, stop and restart as often as a release asks for: half an hour
 	@MUSTER_FULL=1 "$(BIN)/pytest" --timeout=3600 $(shell grep -lw FULL tests/gloo/test_*.py) $(ARGS)

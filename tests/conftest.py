@@ -3,6 +3,10 @@
 A tier is a folder of tests/. MUSTER_REQUIRED_TIERS, which .ci/run sets, names those in which a skipped test is a
 failure, separated by commas. Only a test that "needs root" may skip there, for somebody who is not root.
 
+Limits on wall-clock time depend on what else the machine does. A test of nothing else has the marker `speed` and runs
+only in `make test-speed`. A test that proves more takes the fixture `stopwatch`: it runs in every run, and its limits
+count in `make test-speed` alone.
+
 With several workers, the tests of a file stay in one worker, as do all tests that share a Slurm cluster or a container
 engine: there is one of each on a machine.
 """
@@ -12,6 +16,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from stopwatch import Stopwatch
 
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
@@ -37,6 +42,17 @@ def fail_if_skipped(path: Path, report: pytest.TestReport | pytest.CollectReport
             return
         report.outcome = "failed"
         report.longrepr = f"{tier} is a required tier (MUSTER_REQUIRED_TIERS), and this did not run: {reason}"
+
+
+def measures_speed(config: pytest.Config) -> bool:
+    """Whether this is the run in which limits on time count."""
+    return str(config.option.markexpr) == "speed"
+
+
+@pytest.fixture
+def stopwatch(request: pytest.FixtureRequest) -> Stopwatch:
+    """Limits on time, for a test that proves more than its speed."""
+    return Stopwatch(strict=measures_speed(request.config))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,6 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Group the tests for the workers, the longest groups first. Refuse a run in which a required tier has no test."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        if measures_speed(config) and "stopwatch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.speed)
     items.sort(key=lambda item: FIRST.index(group) if (group := group_of(item)) in FIRST else len(FIRST))
     empty = REQUIRED - {tier_of(item.path) for item in items}
     if empty and config.args_source is pytest.Config.ArgsSource.TESTPATHS:

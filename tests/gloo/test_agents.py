@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from muster_runs import FULL, Run, alive, descendants, end_all, kill, result, start_agent, submitted, wait_for
+from stopwatch import Stopwatch
 
 from trainer.agent.kv_store import Board
 from trainer.wiring.network import candidate_ports
@@ -89,33 +90,31 @@ def test_a_killed_agent_is_replaced(tmp_path: Path, node: int) -> None:
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, node: int) -> None:
+def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, node: int, stopwatch: Stopwatch) -> None:
     run = Run(tmp_path / "run")
     with agents(run, "train.steps=1000000", "task_args.step_s=0.01", "agent.rejoin_timeout_s=4") as both:
         run.wait("first_step")
         gone = [both[node].pid, *descendants(both[node].pid)]
-        began = time.monotonic()
-        for pid in gone:  # the whole node
-            kill(pid)
         other = both[1 - node]
-        assert other.wait(30) == 1
-        assert time.monotonic() - began < 4 + 10
+        with stopwatch.at_most(4 + 10):
+            for pid in gone:  # the whole node
+                kill(pid)
+            assert other.wait(45) == 1
         text = (run.folder / f"agent-{1 - node}.txt").read_text()
         assert f"node {node}" in text and "peer lost" in text, text
         assert f"127.0.0.{1 + node}" in text if node else "no master at 127.0.0.1" in text
         run.wait_gone()
 
 
-def test_a_node_that_stops_answering_is_missed_too(tmp_path: Path) -> None:
+def test_a_node_that_stops_answering_is_missed_too(tmp_path: Path, stopwatch: Stopwatch) -> None:
     """As behind a cut cable: its connections stay open and nobody answers."""
     run = Run(tmp_path / "run")
     with agents(run, "train.steps=1000000", "task_args.step_s=0.01", "agent.rejoin_timeout_s=2") as both:
         run.wait("first_step")
-        began = time.monotonic()
-        for pid in (both[0].pid, *descendants(both[0].pid)):
-            kill(pid, signal.SIGSTOP)
-        assert both[1].wait(40) == 1
-        assert time.monotonic() - began < 10 + 2 + 10  # an answer, a return, and some patience
+        with stopwatch.at_most(10 + 2 + 10):  # an answer, a return, and some patience
+            for pid in (both[0].pid, *descendants(both[0].pid)):
+                kill(pid, signal.SIGSTOP)
+            assert both[1].wait(50) == 1
         assert "node 0" in (run.folder / "agent-1.txt").read_text()
 
 

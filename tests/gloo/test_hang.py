@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from muster_runs import FULL, Run, alive, kill, result, submitted, wait_for
+from stopwatch import Stopwatch
 
 HANG_TIMEOUT_S = 3
 NOTICE_S = HANG_TIMEOUT_S + 5
@@ -25,7 +26,7 @@ if FULL:
     WORDS["hang"] = "in <lambda> (faulty_tasks.py"
 
 
-def hang(run: Run, rank: int, word: str) -> str:
+def hang(run: Run, rank: int, word: str, stopwatch: Stopwatch) -> str:
     """Let a rank hang; return what is said of it, once the next attempt trains."""
     hangs, starts, failures = (len(run.events(name)) for name in ("hung", "first_step", "failure"))
     pids = run.ranks()
@@ -37,10 +38,10 @@ def hang(run: Run, rank: int, word: str) -> str:
         wait_for("obedience", lambda: not (run.folder / "orders" / f"rank-{rank}").exists())
     began = time.time()
     noticed = run.wait("hung", hangs + 1)["time"]
-    assert noticed - began < NOTICE_S, word
+    stopwatch.check(noticed - began, NOTICE_S, word)
     failure = run.wait("failure", failures + 1)
     assert (failure["rank"], failure["kind"]) == (rank, "hung"), (word, failure)
-    assert run.wait("first_step", starts + 1)["time"] - noticed < RESTART_S, word
+    stopwatch.check(run.wait("first_step", starts + 1)["time"] - noticed, RESTART_S, word)
     assert not any(map(alive, pids.values()))
     for other in pids:
         stacks = run.log(f"stacks-rank-{other}.txt").removeprefix(before[other])
@@ -48,31 +49,31 @@ def hang(run: Run, rank: int, word: str) -> str:
     return str(failure["message"])
 
 
-def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named(tmp_path: Path, stopwatch: Stopwatch) -> None:
     with submitted(tmp_path, *KEYS) as run:
         run.wait("first_step")
         for number, (word, place) in enumerate(WORDS.items()):
-            message = hang(run, (number + 1) % 2, word)
+            message = hang(run, (number + 1) % 2, word, stopwatch)
             assert place in message, (word, message)
             assert re.search(r"no heartbeat for \d+ s after step \d+ while training", message), message
 
 
 @pytest.mark.parametrize("rank", [0, 1] if FULL else [1])
-def test_it_is_named_from_another_node_too(tmp_path: Path, rank: int) -> None:
+def test_it_is_named_from_another_node_too(tmp_path: Path, rank: int, stopwatch: Stopwatch) -> None:
     """The ranks that wait for it are as silent as it is, and their agent may notice them first."""
     with submitted(tmp_path, *KEYS, "nodes=2", "devices_per_node=1") as run:
         run.wait("first_step")
-        assert "the process is stopped" in hang(run, rank, "SIGSTOP")
+        assert "the process is stopped" in hang(run, rank, "SIGSTOP", stopwatch)
         assert f"rank {rank} on node {rank}" in run.log("node-0.log")
 
 
-def test_one_that_never_begins_is_noticed_too(tmp_path: Path) -> None:
+def test_one_that_never_begins_is_noticed_too(tmp_path: Path, stopwatch: Stopwatch) -> None:
     keys = ["agent.start_timeout_s=5", "agent.restarts=0", "task_args.start_s=3600"]
     with submitted(tmp_path, "train.steps=5", *keys) as run:
         run.wait("ranks")
         began = time.time()
         assert result(run, 40) == 1
-        assert run.wait("hung")["time"] - began < 10
+        stopwatch.check(run.wait("hung")["time"] - began, 10)
         assert "while starting" in run.status()["reason"] and "in __init__ (faulty_tasks.py" in run.status()["reason"]
 
 

@@ -10,6 +10,7 @@ from slurm_starts import by_hand, by_muster
 PAIRS = 2
 
 
+@pytest.mark.speed
 def test_the_first_step_comes_as_soon_as_with_bare_srun(
     slurm: Cluster, shared_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+BENCH = ROOT / "bench"
+
+pytestmark = pytest.mark.speed
 
 
 def run(*words: str | Path, **variables: str) -> str:
