@@ -10,8 +10,7 @@ import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from trainer.agent.ahead import Loaded, Loading  # noqa: E402
-from trainer.agent.fork_server import start_template, stop_template  # noqa: E402
+from trainer.agent.fork_server import start_fork_server  # noqa: E402
 from trainer.errors import WRONG_JOB, JobError  # noqa: E402
 from trainer.records import tell_platform  # noqa: E402
 from trainer.run.folder import find_job  # noqa: E402
@@ -26,8 +25,8 @@ JOB.yaml    a job file, or the job.yaml of a run folder, which is continued
 """
 
 
-def main(arguments: list[str], loaded: Loaded | None) -> int:
-    """Parse the command line and do what it says; return the exit code. `loaded`: the job, where it is known."""
+def main(arguments: list[str]) -> int:
+    """Parse the command line and do what it says; return the exit code."""
     options = [word for word in arguments if word.startswith("--")]
     words = [word for word in arguments if not word.startswith("--")]
     if "--help" in options:
@@ -55,15 +54,14 @@ def main(arguments: list[str], loaded: Loaded | None) -> int:
         from trainer.agent.node import explain
 
         return explain(path, words[1:])
-    loading = Loading(path, words[1:], loaded)
-    start_template("script" if _says_script(path, words[1:]) else "task")
+    start_fork_server("script" if _names_script(path, words[1:]) else "task")  # it imports torch while we go on
     from trainer.agent.node import run_node
 
-    return run_node(path, words[1:], loading.result())
+    return run_node(path, words[1:])
 
 
-def _says_script(path: Path, overrides: list[str]) -> bool:
-    """Whether the job runs a script: a guess before the job is loaded, which only decides what is imported early."""
+def _names_script(path: Path, overrides: list[str]) -> bool:
+    """Whether the job seems to run a script. The job is not loaded yet: this only decides what is imported early."""
     if any(word.startswith("script=") for word in overrides):
         return True
     try:
@@ -73,17 +71,16 @@ def _says_script(path: Path, overrides: list[str]) -> bool:
     return re.search(r"^script:[ \t]*(?!null\b|~|#)\S", text, re.MULTILINE) is not None
 
 
-def run(loaded: Loaded | None = None) -> None:
+def run() -> None:
     """Entry point: errors of the user end in one line and exit code 64."""
     try:
-        code = main(sys.argv[1:], loaded)
+        code = main(sys.argv[1:])
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         tell_platform(f"ERROR: {error}")
         code = WRONG_JOB
     finally:
         ignore_signals()
-        stop_template()
     sys.exit(code)
 
 

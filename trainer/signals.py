@@ -1,4 +1,4 @@
-"""Stop requests: a signal only sets a flag, which the loop reads at its next boundary."""
+"""Stop requests: a signal only sets a flag, which the training loop reads at its next boundary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""Kubernetes and Docker send TERM; Slurm USR2, by our template, before a time limit; a person INT."""
+"""Kubernetes and Docker send TERM, Slurm sends USR2 before a time limit (our template asks for it), a person INT."""
+
+ORPHANED = signal.SIGHUP
+"""Tells a supervisor that the command which follows its run is gone.
+
+It may come twice: the kernel sends it whenever a thread of the command ends that was the parent meanwhile, and a
+progress bar has a thread. A second SIGTERM would end the run at once; a second SIGHUP changes nothing.
+"""
+SUPERVISOR_SIGNALS = (*SIGNALS, ORPHANED)
+"""Whoever starts a supervisor blocks these, so that none is lost before their handlers are there."""
 
 
 class StopFlag:
@@ -35,24 +44,27 @@ class StopFlag:
         self.seen.add(self.requested)
 
 
-def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Let this process get a signal when its parent is gone: SIGTERM stops it with a checkpoint."""
+def set_parent_death_signal(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Make the kernel send this process a signal when its parent ends, and send it now if the parent is gone already.
+
+    The setting survives `exec`, so it may be made for a command between fork and exec.
+    """
     ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
 
 
 def ignore_signals() -> None:
-    """Let nothing change the exit code any more: Python ends with default handlers, where SIGTERM would win."""
+    """Ignore stop requests from here on: Python restores the default handlers when it ends, and SIGTERM would win."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_signals() -> None:
-    """Let signals do what a script expects of them."""
+def restore_signals() -> None:
+    """Give the signals back the handlers that a Python script starts with."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 FLAG = StopFlag()
-"""The flag of this process; a rank inherits it, with its handlers, from the template."""
+"""The flag of this process. A rank inherits it, with its handlers, from the fork server."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from paths import MUSTER, ROOT
 
 from trainer.errors import JobError
-from trainer.launch import control, early
+from trainer.launch import control
 from trainer.launch import submit as submission
 from trainer.launch.slurm import platform as slurm
 from trainer.launch.slurm.platform import Slurm
@@ -118,22 +117,6 @@ def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path
     (run,) = runs.iterdir()
     submission.submit(str(run), [], None, None)
     assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
-
-
-def test_what_began_early_ends_when_the_run_is_elsewhere(
-    client: SimpleNamespace, runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
-    ends(client)
-    waiting = early.Waiting("supervisor(True)")
-    monkeypatch.setattr(early, "_begun", waiting)
-    monkeypatch.setattr(submission, "follow", lambda *_: 0)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of the tests' own process stay
-    try:
-        assert submission.run(str(run), [], None, None) == 0
-        assert waiting.process.returncode == -signal.SIGKILL
-    finally:
-        waiting.process.kill()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")

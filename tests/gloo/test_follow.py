@@ -12,7 +12,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from muster_runs import MUSTER, children, environment, processes_of, wait_for
+from muster_runs import MUSTER, environment, processes_of, wait_for
 
 from trainer.records import read_json
 
@@ -52,24 +52,19 @@ def test_the_bar_is_seen(tmp_path: Path, columns: int) -> None:
     assert any("accuracy" in line for line in drawn) == (columns == 140)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["before the job is read", "in training"])
-def test_a_terminal_that_is_closed_ends_the_run(tmp_path: Path, training: bool) -> None:
+def test_a_terminal_that_is_closed_ends_the_run(tmp_path: Path) -> None:
     """The kernel sends SIGHUP to the command: the ranks save, and nothing is left running."""
     process, terminal = pty.fork()
     if not process:
         os.chdir(ROOT)
         words = ["muster", "run", "jobs/digits.yaml", "device=cpu", f"runs={tmp_path}", "train.epochs=1000"]
         os.execve(MUSTER, words, environment(TERM="xterm"))
-    if training:
-        shown = b""
-        while b"samples/s" not in shown:
-            shown += os.read(terminal, 65536)
-    else:
-        wait_for("the agent of the head start", lambda: children(process))
+    shown = b""
+    while b"samples/s" not in shown:
+        shown += os.read(terminal, 65536)
     os.close(terminal)
     os.waitpid(process, 0)
     wait_for("end of all its processes", lambda: not processes_of(str(tmp_path)), 20)
-    found = [(read_json(run / "exit.json"), [*run.glob("checkpoints/step-*")]) for run in tmp_path.glob("digits-*")]
-    assert len(found) == training
-    for code, checkpoints in found:
-        assert code and code["code"] == 75 and checkpoints
+    (run,) = tmp_path.glob("digits-*")
+    ended = read_json(run / "exit.json")
+    assert ended and ended["code"] == 75 and [*run.glob("checkpoints/step-*")]

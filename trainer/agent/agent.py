@@ -1,27 +1,26 @@
-"""The agent: torch's elastic agent, with fixed ranks, forked processes, heartbeats and our own escalation.
+"""The agent: it starts the ranks of one node, watches them, and meets the other agents when something happens.
 
-One per node. It outlives its ranks: it names the first failure, restarts within the budget, relays stop requests.
+It outlives its ranks: it names the first failure, restarts within the budget, relays stop requests. How agents meet is
+in `trainer.agent.rendezvous`; what went wrong is found out in `trainer.agent.diagnosis`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import multiprocessing
 import os
 import signal
 import time
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from trainer.agent.diagnosis import STACKS_S, Autopsy, process_state
 from trainer.agent.failure import Failure, paragraph
 from trainer.agent.kv_store import PeerLost
+from trainer.agent.rank_environment import Round, rank_variables
 from trainer.agent.rank_process import run_rank
 from trainer.agent.rendezvous import Ended, NodeRendezvous
 from trainer.agent.shared_memory import remove_leftovers
@@ -35,17 +34,15 @@ from trainer.run.log_tail import Tail
 from trainer.signals import FLAG, SIGNALS
 from trainer.wiring.node import Wiring
 
-logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # we say ourselves what happens
-
-# Ours stay: torch's raise an exception wherever the agent happens to be (read by torch >= 2.9).
-os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
-
 POLL_S = 0.1
 LAST_WORDS_S = 0.3
-"""For the record of a rank that died, or the end of an agent's connection, to appear after what it causes."""
+"""How long the record of a rank that died, or the end of an agent's connection, may come after what it causes."""
+KILL_S = 10.0
+"""How long killed ranks may take to end. One in uninterruptible sleep is abandoned then."""
+FORK_SERVER = multiprocessing.get_context("forkserver")
 
 
-class NodeAgent(LocalElasticAgent):
+class NodeAgent:
     """Supervises the ranks of one node."""
 
     def __init__(
@@ -56,90 +53,40 @@ class NodeAgent(LocalElasticAgent):
 
         `memory`: where ranks leave their state when another fails.
         """
-        logs = run / "logs"
-        spec = WorkerSpec(
-            role="default",
-            local_world_size=job.ranks_per_node,
-            entrypoint=run_rank,
-            args=(job, str(run), str(job_file), threads, str(logs)),
-            rdzv_handler=rendezvous,
-            max_restarts=job.agent.restarts,
-        )
-        super().__init__(spec, DefaultLogsSpecs(str(folder)), start_method="forkserver")
-        self.job, self.run_folder, self.wiring, self.rendezvous = job, run, wiring, rendezvous
-        self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
-        self.memory, self.folder = memory, folder
-        self.rank_environment = rank_environment | {VARIABLE: str(folder / HEARTBEAT)}
+        self.job, self.job_file, self.run_folder, self.wiring = job, job_file, run, wiring
+        self.rendezvous, self.threads, self.folder, self.memory = rendezvous, threads, folder, memory
+        self.heartbeat_file = folder / HEARTBEAT
+        self.heartbeat = Heartbeat(self.heartbeat_file, job.ranks_per_node)
+        self.rank_environment = rank_environment | {VARIABLE: str(self.heartbeat_file)}
         if memory is not None:
             self.rank_environment |= memory.environment()
         first = wiring.node_rank * job.ranks_per_node
         shown = range(0 if wiring.node_rank else 1) if is_shared() else range(first, first + job.ranks_per_node)
+        logs = run / "logs"
         self.tails = [Tail(logs / f"rank-{rank}.log") for rank in shown]  # logs that go with the node are all shown
         self.autopsy = Autopsy(job, run, wiring, self.heartbeat)
-        self.asked: float | None = None
+        self.processes: list[BaseProcess] = []
+        self.stop_began: float | None = None
 
-    def _set_local_rank_env(self, worker_env: dict[str, Any], local_rank: int, spec: WorkerSpec) -> None:
-        super()._set_local_rank_env(worker_env, local_rank, spec)
-        worker_env.update(self.rank_environment)
-        worker_env["MUSTER_ATTEMPT"] = str(self.rendezvous.plan["attempt"])
-        worker_env["TORCHELASTIC_RESTART_COUNT"] = str(self.rendezvous.round - 1)
+    def run(self) -> int:
+        """Rounds of rendezvous, start and watch, until all ranks are done; return their exit code.
 
-    def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec) -> Any:
-        """Ranks by node rank; torch's own way is a collective over the store for the same answer."""
-        os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
-        return super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
-
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.autopsy.begin(self.rendezvous.plan["attempt"])
-        for local_rank in range(self.job.ranks_per_node):
-            self.heartbeat.clear(local_rank)
-        if self.memory is not None:
-            self.memory.forget_answers(self.job.ranks_per_node)
-        pids: dict[int, Any] = super()._start_workers(worker_group)
-        FLAG.install()  # torch before 2.9 has just replaced our handlers
-        self.spawned = time.monotonic()
-        first = self.autopsy.first_rank()
-        record_event(
-            self.run_folder,
-            "ranks",
-            node=self.wiring.node_rank,
-            attempt=self.autopsy.attempt,
-            agent=os.getpid(),
-            pids={first + local: pid for local, pid in pids.items()},
-        )
-        return pids
-
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """End ranks at once: what they would still do is lost, what is committed is not."""
-        for process in self._processes():
-            end_group(process.pid)
-        # One in uninterruptible sleep is abandoned after the bound; a stopped one dies of SIGKILL too.
-        super()._shutdown(signal.SIGKILL, timeout=10)
-        self._pcontext = None
-        remove_leftovers(self.folder)
-
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        self._stop_workers(self._worker_group)
-
-    def _processes(self) -> list[Any]:
-        context: Any = self._pcontext
-        return list(context._pc.processes) if context is not None and context._pc is not None else []
-
-    def _invoke_run(self, role: str = "default") -> RunResult:
-        """Rounds of rendezvous, start and watch, until the ranks are done or the agents agree to end."""
-        group = self._worker_group
+        Raises:
+            Ended: the agents agree to end.
+            RendezvousTimeoutError: some node did not come.
+        """
         while True:
-            result, failure = None, None
+            failure = None
             try:
-                self._initialize_workers(group)
-                result, failure = self._watch()
-                if result is not None and self._others_done():
-                    return result
+                self._start()
+                failure = self._watch()
+                if failure is None and self._all_done() and self._others_done():
+                    return max(process.exitcode or 0 for process in self.processes)
             except PeerLost as error:
                 failure = self.autopsy.peer(0, str(error))
-            except (EOFError, ConnectionError) as error:  # the template is gone; the next round starts another
+            except (EOFError, ConnectionError) as error:  # the fork server is gone; the next round starts another
                 failure = self.autopsy.template(error)
-            if failure is not None and (self.asked is not None or FLAG.requested):
+            if failure is not None and self._stop_requested():
                 raise Ended(
                     f"stopped on request; meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands",
                     STOPPED,
@@ -147,62 +94,111 @@ class NodeAgent(LocalElasticAgent):
             if failure is not None:
                 self.rendezvous.failure = failure.to_json()
             self._save_state()
-            self._stop_workers(group)
+            self.end_ranks()
             self._copy_log()  # before the last word on it
+
+    def _start(self) -> None:
+        """Meet the other agents and start the ranks."""
+        info = self.rendezvous.next_rendezvous()
+        if not self.heartbeat_file.exists():
+            raise Ended(
+                f"something removed {self.folder}, the folder of this node's agent, while the job ran. Its ranks "
+                "cannot be started again without it. Set TMPDIR to a folder that nobody cleans up, and run again",
+                FAILED,
+            )
+        store, attempt = info.bootstrap_store_info, int(self.rendezvous.plan["attempt"])
+        assert store is not None
+        agreed = Round(self.rendezvous.round, attempt, store.master_addr, store.master_port)
+        self.autopsy.begin(attempt)
+        for local_rank in range(self.job.ranks_per_node):
+            self.heartbeat.clear(local_rank)
+        if self.memory is not None:
+            self.memory.forget_answers(self.job.ranks_per_node)
+        for local_rank in range(self.job.ranks_per_node):
+            environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.rank_environment
+            process = FORK_SERVER.Process(
+                target=run_rank, args=(environment, self.job, self.run_folder, self.job_file, self.threads)
+            )
+            process.start()
+            self.processes.append(process)
+        self.spawned = time.monotonic()
+        first = self.autopsy.first_rank()
+        record_event(
+            self.run_folder,
+            "ranks",
+            node=self.wiring.node_rank,
+            attempt=attempt,
+            agent=os.getpid(),
+            pids={first + local: process.pid for local, process in enumerate(self.processes)},
+        )
+
+    def end_ranks(self) -> None:
+        """End ranks at once: what they would still do is lost, what is committed is not."""
+        for process in self.processes:
+            end_group(process)
+        end = time.monotonic() + KILL_S
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        self.processes = []
+        remove_leftovers(self.folder)
+
+    def _all_done(self) -> bool:
+        return all(process.exitcode is not None for process in self.processes)
+
+    def _stop_requested(self) -> bool:
+        return self.stop_began is not None or FLAG.requested is not None
 
     def _save_state(self) -> None:
         """Let ranks that live hand over what the next attempt goes on from; one that starts, or is stopped, cannot."""
         if self.memory is None:
             return
-        living = [(index, process) for index, process in enumerate(self._processes()) if process.exitcode is None]
+        living = [(index, process) for index, process in enumerate(self.processes) if process.exitcode is None]
         self.memory.ask([
             (index, process) for index, process in living
-            if self.heartbeat.read(index).phase != "starting" and process_state(process.pid) != "T"
+            if self.heartbeat.read(index).phase != "starting" and process_state(process.pid or 0) != "T"
         ])  # fmt: skip
 
     def _copy_log(self) -> None:
         for tail in self.tails:
             tail.copy()
 
-    def _watch(self) -> tuple[RunResult | None, Failure | None]:
-        """Wait until all ranks are done, or something failed here (a failure) or elsewhere (none).
+    def _watch(self) -> Failure | None:
+        """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None).
 
         Raises:
             PeerLost: node 0 does not answer.
         """
-        processes = self._processes()
+        processes = self.processes
         while True:
             connection.wait([process.sentinel for process in processes if process.exitcode is None], POLL_S)
-            codes = [process.exitcode for process in processes]
             self._copy_log()
             if self.autopsy.failed(processes):
-                return None, self._died(processes)
-            if None not in codes:
-                first = self.autopsy.first_rank()
-                return RunResult(WorkerState.SUCCEEDED, {first + local: code for local, code in enumerate(codes)}), None
+                return self._died(processes)
+            if self._all_done():
+                return None
             news = self.rendezvous.news()
             self._relay_stop(news == "stop")
             hung = self.autopsy.find_hung(processes, self.spawned, alarmed=news == "hung")
             if hung is not None:
                 self.rendezvous.announce(hung.to_json(), STACKS_S)
-                return None, hung
+                return hung
             if news in ("round", "hung"):
-                return None, self._died(processes) if self.autopsy.failed(processes) else None
+                return self._died(processes) if self.autopsy.failed(processes) else None
             lost = self.rendezvous.lost_peer()
             if lost is not None:
-                return None, self.autopsy.peer(*lost)
+                return self.autopsy.peer(*lost)
 
-    def _died(self, processes: list[Any]) -> Failure:
+    def _died(self, processes: list[BaseProcess]) -> Failure:
         """Some rank ended badly: describe the first cause.
 
         Raises:
             Ended: it was ended by a stop request, which a script need not handle.
         """
-        codes = [processes[index].exitcode for index in self.autopsy.failed(processes)]
-        if self.asked is not None or FLAG.requested or -codes[0] in SIGNALS:
+        codes = [processes[index].exitcode or 0 for index in self.autopsy.failed(processes)]
+        if self._stop_requested() or -codes[0] in SIGNALS:
             self._relay_stop(True)
             end = time.monotonic() + 1
-            while time.monotonic() < end and any(process.exitcode is None for process in processes):
+            while time.monotonic() < end and not self._all_done():
                 time.sleep(0.02)
             if all(code < 0 for code in codes):
                 raise Ended("stopped on request; the ranks were ended before they had trained a step", STOPPED)
@@ -224,15 +220,15 @@ class NodeAgent(LocalElasticAgent):
             Ended: the ranks did not stop in time.
         """
         now = time.monotonic()
-        if self.asked is None:
+        if self.stop_began is None:
             if not wanted and FLAG.requested is None:
                 return
-            self.asked = now
+            self.stop_began = now
             self.rendezvous.tell_stop()
-            for process in self._processes():
+            for process in self.processes:
                 if process.exitcode is None:
-                    os.kill(process.pid, signal.SIGTERM)
-        if now - self.asked > self.job.agent.grace_s:
+                    process.terminate()  # SIGTERM
+        if now - self.stop_began > self.job.agent.grace_s:
             raise Ended(
                 f"stopped on request, but the ranks did not finish a step and a save within agent.grace_s="
                 f"{self.job.agent.grace_s:.0f} s; the last checkpoint stands", STOPPED,
@@ -248,31 +244,27 @@ class NodeAgent(LocalElasticAgent):
             time.sleep(0.02)
         return True
 
-    def _exit_barrier(self) -> None:
-        """Replaced by `_others_done`."""
 
-
-def end_group(pid: int) -> None:
+def end_group(process: BaseProcess) -> None:
     """Kill a rank and what it started, such as loader workers."""
+    assert process.pid is not None
     try:
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # gone, or it has not made its group yet
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def supervise(agent: NodeAgent) -> tuple[int, str | None]:
     """Run the agent to its end; return the exit code and, after a failure, its reason."""
     try:
-        result = agent.run()
+        return agent.run(), None
     except Ended as end:
         # srun answers with the highest code of all agents and SIGTERMs the others when one fails: without a vote,
         # 75 here would hide why the first one failed, and requeue the job for ever. A preemption sends USR2 first.
         if end.code == STOPPED and agent.wiring.platform == "slurm" and "SIGUSR2" not in FLAG.seen:
             return FAILED, f"{end} (SIGTERM from Slurm: another agent failed, or the job was cancelled)"
         return end.code, str(end)
-    except SignalException:  # torch's handler, in the moment before ours was back
-        return STOPPED, "stopped on request; the last checkpoint stands"
     except RendezvousTimeoutError as error:
         if agent.rendezvous.failure is None:
             return FAILED, f"peer lost: {error}"
@@ -280,6 +272,5 @@ def supervise(agent: NodeAgent) -> tuple[int, str | None]:
     except OSError as error:
         return FAILED, str(error)
     finally:
+        agent.end_ranks()
         agent.rendezvous.shutdown()
-    codes = {int(value) for value in result.return_values.values()}
-    return max(codes, default=FAILED), None

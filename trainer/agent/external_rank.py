@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.agent.rank_process import exit_code
 from trainer.config.load import merge_job, save_job, to_job
 from trainer.errors import STOPPED, JobError, Stopped
-from trainer.signals import leave_signals
+from trainer.signals import restore_signals
 from trainer.wiring.rank import rank_wiring
 
 
@@ -25,7 +25,7 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
     job = to_job(config)
     wiring = rank_wiring()
     if job.script:
-        leave_signals()
+        restore_signals()
         sys.path.insert(0, str(Path(job.script).resolve().parent))
         sys.argv = [job.script, *map(str, job.script_args)]
         runpy.run_path(job.script, run_name="__main__")

@@ -1,32 +1,43 @@
-"""What the template imports before it serves; importing this module anywhere else makes no sense."""
+"""What the fork server imports before it serves; importing this module anywhere else makes no sense."""
 
-import ctypes
+from __future__ import annotations
+
+import contextlib
 import gc
+import importlib
 import os
 import signal
 
-from trainer.agent import fork_server as template
-from trainer.signals import FLAG
+from trainer.agent.fork_server import KIND
+from trainer.signals import FLAG, set_parent_death_signal
 
-FLAG.install()  # a rank is born with its handlers: no moment at which a stop request kills it
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2): gone with the agent, even in mid-import
-template.PID = os.getpid()
+PID = os.getpid()
+"""Of the fork server, which a rank depends on."""
+REST_S = 2.0
+"""How long after their start the ranks of a script may begin undisturbed."""
 
-import torch.distributed.elastic.multiprocessing.errors  # noqa: E402  with torch itself, 1 s
 
-import trainer.agent.rank_process  # noqa: E402
+def load(*names: str) -> None:
+    """Import modules, without a collector that would look again and again, in vain, through all that they make."""
+    gc.disable()
+    for name in names:
+        with contextlib.suppress(ImportError):  # a rank that needs it will say so
+            importlib.import_module(name)
+    gc.freeze()  # the collector of a rank leaves the shared pages alone
+    gc.enable()
 
-# DDP and the first optimizer step import torch._dynamo, in every rank: 1 s.
-if os.environ[template.KIND] == "task":
-    import torch._dynamo  # noqa: F401
 
-    import trainer.training.rank  # noqa: F401
+FLAG.install()  # a rank is born with these handlers: there is no moment at which a stop request kills it
+kind, _, agent = os.environ[KIND].partition(" ")
+set_parent_death_signal(int(agent), signal.SIGKILL)  # also in the middle of an import
+
+load("torch", "torch.distributed.elastic.multiprocessing.errors", "trainer.agent.rank_process")  # 1 s
+# DDP and the first optimizer step import torch._dynamo, which takes 1 s. The steps of a task wait for it. A script may
+# communicate long before it trains, so its ranks start at once, and torch._dynamo is imported here a moment later, for
+# the ranks that follow a failure. A timer does it while this process waits for requests: the handler of its signal runs
+# in the main thread, so there is still only one.
+if kind == "task":
+    load("torch._dynamo", "trainer.training.rank")
 else:
-    # A script may communicate long before it trains, so it begins at once, with as much of it as was imported by then.
-    template.import_when_idle(
-        ["sympy", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor", "torch.distributed.fsdp"],
-        "torch._dynamo",
-    )
-
-gc.freeze()  # the collector of a rank leaves the shared pages alone
-gc.enable()
+    signal.signal(signal.SIGALRM, lambda *_: load("torch._dynamo"))
+    signal.setitimer(signal.ITIMER_REAL, REST_S)

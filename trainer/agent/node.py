@@ -6,12 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.agent.ahead import Loaded, load
 from trainer.agent.preflight import check_node, network_settings
+from trainer.agent.rank_environment import rank_defaults
 from trainer.agent.restarts import Rounds
 from trainer.checkpoint.memory import Memory, keeps_state
 from trainer.config.job import Job
-from trainer.config.user_code import add_import_paths
+from trainer.config.load import merge_job, read_sections, to_job, to_text
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 from trainer.records import record_event, tell_platform, write_json
 from trainer.reporting.heartbeat import own_folder
@@ -23,7 +23,7 @@ from trainer.wiring.node import Wiring, wire
 
 def explain(path: Path, overrides: list[str]) -> int:
     """Print wiring, settings and problems of this node."""
-    (job, *_), wiring = _wire(path, overrides, load(path, overrides))
+    job, _, wiring = _wire(path, overrides)
     print(wiring.explain())
     for name, (value, reason) in network_settings(wiring).items():
         print(f"{name}={value}  ({reason})")
@@ -33,26 +33,27 @@ def explain(path: Path, overrides: list[str]) -> int:
     return WRONG_JOB if any(problem.fatal for problem in problems) else DONE
 
 
-def _wire(path: Path, overrides: list[str], loaded: Loaded) -> tuple[Loaded, Wiring]:
-    """The job and this node's place in it; a job that says nothing of nodes takes those of its allocation."""
-    job = loaded.job
-    wiring = wire(job.nodes if loaded.says_nodes else None, job.devices_per_node, job.devices)
+def _wire(path: Path, overrides: list[str]) -> tuple[Job, str, Wiring]:
+    """The job, its text, and this node's place in it; a job that does not say `nodes` takes those of its allocation."""
+    config = merge_job(path, overrides)
+    job = to_job(config)
+    says_nodes = "nodes" in read_sections(path) or any(word.startswith("nodes=") for word in overrides)
+    wiring = wire(job.nodes if says_nodes else None, job.devices_per_node, job.devices)
     if wiring.nodes != job.nodes:
-        loaded = load(path, [*overrides, f"nodes={wiring.nodes}"])
-    return loaded, wiring
+        config = merge_job(path, [*overrides, f"nodes={wiring.nodes}"])
+        job = to_job(config)
+    return job, to_text(config), wiring
 
 
-def run_node(path: Path, overrides: list[str], loaded: Loaded) -> int:
-    """Wire, check, fork, watch and report; return the exit code. `loaded`: the job of these words."""
+def run_node(path: Path, overrides: list[str]) -> int:
+    """Wire, check, fork, watch and report; return the exit code."""
     FLAG.install()
-    add_import_paths(path / "job.yaml" if path.is_dir() else path)  # another process may have loaded the job
-    loaded, wiring = _wire(path, overrides, loaded)
-    job = loaded.job
+    job, text, wiring = _wire(path, overrides)
     run = find_run(path, job, wiring.job_id, wiring.platform)
     run.mkdir(parents=True, exist_ok=True)
     (run / "logs").mkdir(exist_ok=True)
     if wiring.node_rank == 0 and not (run / "job.yaml").exists():
-        (run / "job.yaml").write_text(loaded.text)
+        (run / "job.yaml").write_text(text)
     record_event(
         run,
         "wired",
@@ -99,33 +100,12 @@ def _supervise(job: Job, path: Path, run: Path, wiring: Wiring, settings: dict[s
         rounds.start, say,
     )  # fmt: skip
     with own_folder() as folder:
-        environment = rank_environment(job, run, wiring, threads) | settings
+        environment = rank_defaults(run, wiring, threads) | settings
         agent = NodeAgent(job, path, run, wiring, rendezvous, threads, folder, environment, memory)
         code, reason = supervise(agent)
     if wiring.node_rank == 0 and code not in (DONE, STOPPED):
         write_json(run / "failure.json", {"reason": reason, "code": code, "failures": rounds.history})
     return code, reason
-
-
-def rank_environment(job: Job, run: Path, wiring: Wiring, threads: int) -> dict[str, str]:
-    """What ranks get besides torchrun's variables; what the site or the user set already wins."""
-    defaults = {
-        # Warnings go to a file of their own rather than nowhere (NCCL user guide, NCCL_DEBUG_FILE).
-        "NCCL_DEBUG": "WARN",
-        "NCCL_DEBUG_FILE": str(run / "logs" / "nccl-%h-%p.log"),
-        # torch's flight recorder: the last collectives of each rank, dumped when one times out (torch 2.9 names).
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_FR_DUMP_TEMP_FILE": str(run / "logs" / "flight-recorder-"),
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        # Ranks share the cores of the node; more threads than cores only fight.
-        "OMP_NUM_THREADS": str(threads),
-        # torch 2.13 restarts read a dead attempt's addresses from a shared store; ours is fresh, this makes sure.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    values = {name: value for name, value in defaults.items() if name not in os.environ}
-    if wiring.visible_devices is not None:
-        values["CUDA_VISIBLE_DEVICES"] = wiring.visible_devices
-    return values
 
 
 def _final_word(code: int, reason: str | None, run: Path, wiring: Wiring) -> int:

@@ -1,9 +1,11 @@
-"""How a forked rank begins and ends: bound to its agent's life, logging to its file, failing with a record."""
+"""How a forked rank begins and ends: bound to its agent's life, logging to its file, failing with a record.
+
+What a rank is told through its environment is made in `trainer.agent.rank_environment`.
+"""
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import os
 import runpy
@@ -13,38 +15,37 @@ import sys
 import threading
 import time
 import traceback
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
-from trainer.agent import fork_server as template
 from trainer.checkpoint.memory import ASK
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.records import write_json
-from trainer.signals import leave_signals
+from trainer.signals import restore_signals, set_parent_death_signal
 from trainer.wiring.rank import rank_wiring
 
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
 
 
-def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str) -> NoReturn:
-    """The body of one rank process: 0, 75 or an error's code is its exit code."""
-    die_with_template()
+def run_rank(environment: dict[str, str], job: Job, run: Path, job_file: Path, threads: int) -> NoReturn:
+    """The body of one rank process, which gets `environment`; 0, 75 or an error's code is its exit code."""
+    bind_to_fork_server()
     os.setpgid(0, 0)  # the agent ends it with all that it started
+    os.environ.update(environment)
     wiring = rank_wiring()
     rank, attempt = wiring.rank, wiring.attempt
-    _redirect(Path(attempt_logs) / f"rank-{rank}.log")
-    stacks = _open_stacks(Path(run) / "logs" / f"stacks-rank-{rank}.txt")
+    _redirect(run / "logs" / f"rank-{rank}.log")
+    stacks = _open_stacks(run / "logs" / f"stacks-rank-{rank}.txt")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
     recorded: list[BaseException] = []
 
-    def failed(error: BaseException) -> None:
+    def on_failure(error: BaseException) -> None:
         if not recorded and not isinstance(error, Stopped):
             recorded.append(error)
-            _record_failure(Path(run), attempt, rank, error)
+            _record_failure(run, attempt, rank, error)
 
     try:
         import torch
@@ -56,11 +57,11 @@ def run_rank(job: Job, run: str, job_file: str, threads: int, attempt_logs: str)
             signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
             from trainer.training.rank import train
 
-            code = train(job, Path(run), Path(job_file), failed)
+            code = train(job, run, job_file, on_failure)
     except Stopped:
         code = STOPPED
     except BaseException as error:
-        failed(error)
+        on_failure(error)
         code = exit_code(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,15 +75,12 @@ def exit_code(error: BaseException) -> int:
     return WRONG_JOB if isinstance(error, JobError) else FAILED
 
 
-def die_with_template() -> None:
-    """Bind this process to the template, and so to the agent: SIGKILL follows when either is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
-    if os.getppid() != template.PID:
-        os._exit(FAILED)  # it was gone already
-    server: Any = forkserver._forkserver
-    if server._forkserver_alive_fd is not None:  # held open, it would keep the template alive without its agent
-        os.close(server._forkserver_alive_fd)
-        server._forkserver_alive_fd = None
+def bind_to_fork_server() -> None:
+    """Let this process be killed when the fork server is gone, which itself goes with the agent."""
+    from trainer.agent import fork_server_preload  # here: only a fork server may import it
+
+    set_parent_death_signal(fork_server_preload.PID, signal.SIGKILL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the fork server's timer
 
 
 def _redirect(path: Path) -> None:
@@ -104,7 +102,7 @@ def _open_stacks(path: Path) -> IO[str]:
 
 def _run_script(job: Job) -> int:
     """Run the user's script as `python script.py` would, with signals as it expects them; return its exit code."""
-    leave_signals()
+    restore_signals()
     script = str(job.script)
     if not Path(script).is_file():
         raise JobError("script", script, f"no such file on {socket.gethostname()}", f"Working directory: {os.getcwd()}")

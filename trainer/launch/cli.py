@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -107,8 +108,17 @@ def list_(
     print(json.dumps(found) if as_json else control.list_text(found))
 
 
+def open_standard_files() -> None:
+    """Open what was closed: Python has None for it, and the next file that is opened would take its number."""
+    sys.stdin, sys.stdout, sys.stderr = (
+        file or open(os.devnull, mode)  # noqa: SIM115
+        for file, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
+
+
 def main() -> None:
     """Do what the command line says: a mistake of the user is one line and exit code 64."""
+    open_standard_files()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))  # the code of typer.Exit, or nothing
     except JobError as error:

@@ -74,6 +74,10 @@ class Platform(ABC):
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
         raise NotImplementedError
 
+    def nodes(self, run: Path, job: Job) -> Any:
+        """What a supervisor on this machine starts agents on, for platforms that have one."""
+        raise NotImplementedError
+
     @abstractmethod
     def state(self, run: Path, handle: dict[str, Any]) -> State:
         """Where the submission stands."""

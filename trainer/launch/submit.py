@@ -11,7 +11,6 @@ from typing import Any
 
 from trainer.errors import WRONG_JOB, JobError
 from trainer.launch.control import state_of
-from trainer.launch.early import drop_supervisor
 from trainer.launch.follow import follow
 from trainer.launch.platform import Plan, Platform, find_platform
 from trainer.launch.runs import make_run
@@ -93,8 +92,6 @@ def _refusals_recorded(runs: list[Path]) -> Iterator[None]:
 def run(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> int:
     """Submit and follow; a stop request is passed on to the job."""
     platform, plan = _begin(job_path, overrides, on, site)
-    if platform.name != "local":
-        drop_supervisor()
     print(f"run folder: {plan.run}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     handle = _submit(platform, plan, True)

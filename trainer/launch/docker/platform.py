@@ -14,13 +14,13 @@ from trainer.errors import WRONG_JOB, JobError
 from trainer.launch.docker.engine import check_engine, docker, refusal, run_quietly
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.local.gpu_lease import Lease
+from trainer.launch.local.nodes import Nodes
 from trainer.launch.local.platform import Local
-from trainer.launch.local.supervisor import Nodes
 from trainer.launch.platform import Plan, State
 from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.launch.site import read_site
 from trainer.launch.snapshot import take_snapshot
-from trainer.records import write_json
+from trainer.records import read_json, write_json
 from trainer.run.log_tail import last_lines
 from trainer.wiring.devices import INFINIBAND, visible_devices, wanted_devices
 
@@ -184,7 +184,11 @@ class Docker(Local):
         check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         check_command(DockerNodes(plan.run, plan.job, site))
         write_json(plan.run / "plan" / "docker.json", plan.site)
-        return self._supervise(plan, True, follow)
+        return self._supervise(plan, follow)
+
+    def nodes(self, run: Path, job: Job) -> Nodes:
+        """Containers as the site file says that the run was submitted with."""
+        return DockerNodes(run, job, DockerSite(**(read_json(run / "plan" / "docker.json") or {})))
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
         """By the supervisor's end; of a container that did not start, with the engine's reason."""

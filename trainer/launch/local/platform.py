@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.config.job import Job
 from trainer.errors import DONE, STOPPED, JobError
-from trainer.launch.early import take_supervisor
+from trainer.launch.local.nodes import Nodes
 from trainer.launch.platform import Plan, Platform, State
 from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.records import read_json
+from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
 from trainer.wiring.devices import visible_devices, wanted_devices
 
 
@@ -27,24 +31,27 @@ class Local(Platform):
 
     def render(self, plan: Plan) -> str:
         """The supervisor's command line, behind lines that make the folder of a run that nobody submitted."""
-        return "\n".join([*make_run_by_hand(plan.run, plan.config, False), shlex.join(self._command(plan.run))])
+        return "\n".join([*make_run_by_hand(plan.run, plan.config, False), shlex.join(_supervisor(plan.run))])
 
-    def _command(self, run: Path) -> list[str]:
-        return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
+    def nodes(self, run: Path, job: Job) -> Nodes:
+        """What the supervisor starts agents on."""
+        return Nodes(run, job)
 
     def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
         """Start the supervisor, bound to this process when it is followed."""
         wanted_devices(plan.job, visible_devices())
         source = read_json(plan.run / "plan" / "source.json") or {}
         check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
-        return self._supervise(plan, False, follow)
+        return self._supervise(plan, follow)
 
-    def _supervise(self, plan: Plan, docker: bool, follow: bool) -> dict[str, Any]:
+    def _supervise(self, plan: Plan, follow: bool) -> dict[str, Any]:
         with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
             (plan.run / "exit.json").unlink(missing_ok=True)
-            waiting = take_supervisor(ahead=not docker)
-            message = (plan.run, plan.job, docker, os.getpid() if follow else None)
-            process = waiting.tell(message, [log.fileno(), held])
+            process = subprocess.Popen(
+                [*_supervisor(plan.run), f"--platform={self.name}", "--held", str(held)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
+                preexec_fn=functools.partial(_prepare, os.getpid() if follow else None),
+            )  # fmt: skip
         return {"pid": process.pid, "started": _start_time(process.pid)}
 
     def state(self, run: Path, handle: dict[str, Any]) -> State:
@@ -71,6 +78,18 @@ class Local(Platform):
         if not _alive(handle):
             raise JobError("RUN", str(run), "is not running", "`muster status` says how it ended")
         os.kill(int(handle["pid"]), number)
+
+
+def _supervisor(run: Path) -> list[str]:
+    """The supervisor's command line."""
+    return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
+
+
+def _prepare(follower: int | None) -> None:
+    """Before the supervisor's program starts: hold signals until it can handle them, and bind it to its follower."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
+    if follower is not None:
+        set_parent_death_signal(follower, ORPHANED)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The head start of `muster run`: an agent imports torch while the job is still being read."""
+"""`muster run` and `muster submit` as commands: what they start, what they leave, and what they were started with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from muster_runs import HERE, MUSTER, Run, environment, muster, processes_of, wait_for
+from muster_runs import HERE, MUSTER, Run, command_line, environment, muster, processes_of, submitted, wait_for
 
 SOON_S = 3.0
 
@@ -31,11 +31,6 @@ def start(mark: str, *words: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def has_torch(pid: int) -> bool:
-    """Whether a process has loaded torch."""
-    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-
-
 def test_a_refused_job_leaves_nothing(mark: str, tmp_path: Path) -> None:
     process = start(mark, "faulty.yaml", f"runs={tmp_path}", "train.stepz=5")
     _, said = process.communicate(timeout=SOON_S)
@@ -45,21 +40,14 @@ def test_a_refused_job_leaves_nothing(mark: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_torch_is_imported_before_the_job_is_read_and_all_ends_with_the_command(
-    mark: str, tmp_path: Path, number: signal.Signals
-) -> None:
-    job = tmp_path / "job.yaml"
-    os.mkfifo(job)  # reading it waits for ever
-    process = start(mark, job)
-    wait_for("torch", lambda: any(map(has_torch, processes_of(mark))), 20)
-    process.send_signal(number)
-    process.communicate(timeout=SOON_S)
-    assert process.returncode
-    wait_for("the end of what was started", lambda: not processes_of(mark), SOON_S)
+def test_ps_shows_which_run_a_process_belongs_to(tmp_path: Path) -> None:
+    with submitted(tmp_path, "train.steps=1000000", "task_args.step_s=0.01") as run:
+        run.wait("first_step")
+        for pid in (run.status()["handle"]["pid"], *run.agents().values()):
+            assert str(run.folder).encode() in command_line(pid)
 
 
-def test_who_reads_the_output_of_submit_does_not_wait_for_torch(mark: str, tmp_path: Path) -> None:
+def test_who_reads_the_output_of_submit_does_not_wait_for_the_run(mark: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [MUSTER, "submit", "faulty.yaml", f"runs={tmp_path}", "train.steps=500", "task_args.step_s=0.01"], cwd=HERE,
         env=environment(MARK=mark), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -84,7 +72,7 @@ def test_a_command_without_a_standard_file(mark: str, tmp_path: Path, closed: in
     assert Run(run).events("done")
 
 
-def test_what_is_said_before_there_is_a_log_is_in_it(mark: str, tmp_path: Path) -> None:
+def test_what_an_import_prints_is_in_the_log(mark: str, tmp_path: Path) -> None:
     (tmp_path / "pynvml.py").write_text("import sys; print('an old driver', file=sys.stderr); raise ImportError\n")
     words = [MUSTER, "run", "faulty.yaml", f"runs={tmp_path / 'runs'}", "train.steps=3"]
     variables = environment(MARK=mark)

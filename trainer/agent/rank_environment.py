@@ -1,0 +1,73 @@
+"""The variables of a rank: its place, as torchrun would tell it, and defaults for NCCL, torch and OpenMP.
+
+Which variables the network needs on this node is decided in `trainer.agent.preflight`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config.job import Job
+from trainer.wiring.node import Wiring
+
+
+@dataclass(frozen=True)
+class Round:
+    """What all nodes agreed on for the next start of the ranks."""
+
+    number: int
+    """1 for the first start, then 2, 3, ..."""
+    attempt: int
+    master_addr: str
+    master_port: int
+    """Of the store where the ranks find each other; an agent serves it."""
+
+
+def rank_variables(job: Job, wiring: Wiring, local_rank: int, agreed: Round) -> dict[str, str]:
+    """What torchrun sets for a rank, and `MUSTER_ATTEMPT`."""
+    each = job.ranks_per_node
+    rank, world_size = wiring.node_rank * each + local_rank, wiring.nodes * each
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "GROUP_RANK": str(wiring.node_rank),
+        "ROLE_RANK": str(rank),
+        "ROLE_NAME": "default",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(each),
+        "GROUP_WORLD_SIZE": str(wiring.nodes),
+        "ROLE_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": agreed.master_addr,
+        "MASTER_PORT": str(agreed.master_port),
+        "TORCHELASTIC_RUN_ID": wiring.job_id,
+        "TORCHELASTIC_RESTART_COUNT": str(agreed.number - 1),
+        "TORCHELASTIC_MAX_RESTARTS": str(job.agent.restarts),
+        # The ranks, rank 0 too, are clients of the agent's store, which therefore outlives them.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # A rank whose collective failed ends, instead of waiting for ever (torchrun's default too).
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        "MUSTER_ATTEMPT": str(agreed.attempt),
+    }
+
+
+def rank_defaults(run: Path, wiring: Wiring, threads: int) -> dict[str, str]:
+    """Defaults for what runs inside a rank; what the site or the user set already wins."""
+    defaults = {
+        # Warnings go to a file of their own rather than nowhere (NCCL user guide, NCCL_DEBUG_FILE).
+        "NCCL_DEBUG": "WARN",
+        "NCCL_DEBUG_FILE": str(run / "logs" / "nccl-%h-%p.log"),
+        # torch's flight recorder: the last collectives of each rank, dumped when one times out (torch 2.9 names).
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": str(run / "logs" / "flight-recorder-"),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        # Ranks share the cores of the node; more threads than cores only fight.
+        "OMP_NUM_THREADS": str(threads),
+        # torch 2.13 restarts read a dead attempt's addresses from a shared store; ours is fresh, this makes sure.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    values = {name: value for name, value in defaults.items() if name not in os.environ}
+    if wiring.visible_devices is not None:
+        values["CUDA_VISIBLE_DEVICES"] = wiring.visible_devices
+    return values
