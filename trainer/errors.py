@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 DONE = 0
 """The run reached its end."""
 FAILED = 1
@@ -33,6 +36,17 @@ def _rebuild(key: str, message: str) -> JobError:
     ValueError.__init__(error, message)
     error.key = key
     return error
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """A remedy that names the nearest of the `known` words; `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(word), list(known), 1, cutoff)
+    return f"Did you mean {near[0]}?" if near else otherwise
+
+
+def wrong_choice(key: str, value: object, known: Sequence[str], otherwise: str = "Choose one of them") -> JobError:
+    """The error for a value that is not one of the `known` ones."""
+    return JobError(key, value, "must be one of " + ", ".join(known), did_you_mean(value, known, otherwise))
 
 
 class Stopped(SystemExit):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,19 +18,17 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config import values as grammar
 from trainer.config.job import Job
 from trainer.config.rules import check_job
 from trainer.config.user_code import add_import_paths
-from trainer.config.values import (
-    UNREADABLE,
-    expand_path,
-    is_text_type,
-    parse_value,
-    read_yaml,
-    settle,
-    settle_keys,
-)  # fmt: skip
-from trainer.errors import JobError
+from trainer.config.values import UNREADABLE, is_text_type, settle_keys
+from trainer.errors import JobError, did_you_mean, wrong_choice
+
+LIMITS = {
+    "minimum": ("at least", operator.ge), "maximum": ("at most", operator.le),
+    "above": ("more than", operator.gt), "below": ("less than", operator.lt),
+}  # fmt: skip
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -110,7 +109,7 @@ def expand_paths(values: dict[str, Any], kind: type[Any], prefix: str = "") -> d
     paths = {name for name, item in valid_keys(kind) if item.metadata.get("path")}
     return {
         key: expand_paths(value, kind, f"{prefix}{key}.") if isinstance(value, dict)
-        else expand_path(prefix + key, value) if isinstance(value, str) and prefix + key in paths else value
+        else grammar.expand_path(prefix + key, value) if isinstance(value, str) and prefix + key in paths else value
         for key, value in values.items()
     }  # fmt: skip
 
@@ -123,13 +122,13 @@ def _read_yaml(
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), [str(p) for p in sorted(path.parent.glob("*.yaml"))], 1, 0.3)
-        remedy = f"Did you mean {near[0]}?" if near else f"Working directory: {os.getcwd()}"
+        others = map(str, sorted(path.parent.glob("*.yaml")))
+        remedy = did_you_mean(path, others, f"Working directory: {os.getcwd()}", 0.3)
         raise JobError(what, str(path), "no such file", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(what, str(path), f"cannot be read ({error})", "Give a readable UTF-8 YAML file") from None
     try:
-        content = read_yaml(text)
+        content = grammar.read_yaml(text)
     except UNREADABLE as error:
         where = " ".join(str(error).split())
         raise JobError(what, str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
@@ -142,17 +141,13 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `a.b=value` words into nested dictionaries; values follow the grammar of `trainer.config.values`."""
     for word in overrides:
         if "=" not in word or word.startswith(("=", "-")):
-            raise JobError(
-                "argument",
-                word,
-                "is not key=value",
-                "Write for example train.lr=0.1 (options such as --on go before or after, with two dashes)",
-            )
+            remedy = "Write for example train.lr=0.1 (options such as --on go before or after, with two dashes)"
+            raise JobError("argument", word, "is not key=value", remedy)
     merged = OmegaConf.create()
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            value = settle(parse_value(text), _is_text(key)) if text else ""
+            value = grammar.settle(grammar.parse_value(text), _is_text(key)) if text else ""
             OmegaConf.update(merged, key, value, force_add=True)
         except (*UNREADABLE, OmegaConfBaseException) as error:
             raise JobError(key, text, f"cannot be parsed ({_first_line(error)})", "Quote the value") from None
@@ -195,23 +190,14 @@ def _check_kind(key: str, value: Any, source: str) -> None:
 
 def _check_limits(key: str, value: Any, limits: Any) -> None:
     if "choices" in limits and value not in limits["choices"]:
-        near = difflib.get_close_matches(str(value), limits["choices"], 1)
-        raise JobError(
-            key,
-            value,
-            "must be one of " + ", ".join(limits["choices"]),
-            f"Did you mean {near[0]}?" if near else "Choose one of them",
-        )
+        raise wrong_choice(key, value, limits["choices"])
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
         raise JobError(key, value, "must be a finite number", f"It means: {limits['help']}")
-    words = {"minimum": "at least", "maximum": "at most", "above": "more than", "below": "less than"}
-    for name in words.keys() & limits.keys():
-        limit = limits[name]
-        inside = {"minimum": value >= limit, "maximum": value <= limit, "above": value > limit, "below": value < limit}
-        if not inside[name]:
-            raise JobError(key, value, f"must be {words[name]} {limit}", f"It means: {limits['help']}")
+    for name, (words, holds) in LIMITS.items():
+        if name in limits and not holds(value, limits[name]):
+            raise JobError(key, value, f"must be {words} {limits[name]}", f"It means: {limits['help']}")
 
 
 def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -227,16 +213,13 @@ def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, d
 def nearest_key(key: str) -> str | None:
     """The valid key that is spelt most like `key`, also when its section was left out or is wrong."""
     keys = [name for name, _ in valid_keys()]
-    last = key.rpartition(".")[2]
-    same = [name for name in keys if name.rpartition(".")[2] == last]
-    if same:
-        return same[0]
+    by_end = {name.rpartition(".")[2]: name for name in reversed(keys)}
+    end = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, keys, 1, 0.75)
-    if close:
-        return close[0]
-    lasts = {name.rpartition(".")[2]: name for name in reversed(keys)}
-    close = difflib.get_close_matches(last, lasts, 1, 0.6)
-    return lasts[close[0]] if close else None
+    if end in by_end or close:
+        return by_end.get(end) or close[0]
+    ends = difflib.get_close_matches(end, by_end, 1, 0.6)
+    return by_end[ends[0]] if ends else None
 
 
 def _find_field(key: str) -> dataclasses.Field[Any] | None:

@@ -6,7 +6,6 @@ A rule is broken when its condition holds. `problem` and `remedy` may name field
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from trainer.config.job import Ddp, Job
 from trainer.config.user_code import check_symbol
-from trainer.errors import JobError
+from trainer.errors import JobError, wrong_choice
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -180,7 +179,5 @@ def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value in known:
         return
     if ":" not in value:
-        near = difflib.get_close_matches(value, known, 1)
-        remedy = f"Did you mean {near[0]}?" if near else "Or give package.module:callable"
-        raise JobError(key, value, "must be one of " + ", ".join(known), remedy)
+        raise wrong_choice(key, value, known, "Or give package.module:callable")
     check_symbol(key, value, None)

@@ -6,7 +6,6 @@ Nothing of the user's runs on the submitting side.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import os
 import re
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import JobError
+from trainer.errors import JobError, did_you_mean
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
 
@@ -48,12 +47,8 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
         raise JobError(key, value, "is not package.module:Name", "For example trainer.tasks.digits:Digits")
     source = find_source(module)
     if source is None:
-        raise JobError(
-            key,
-            value,
-            f"no module {module}",
-            f"It must be importable from the working directory ({os.getcwd()}) or the job file's folder",
-        )
+        remedy = f"It must be importable from the working directory ({os.getcwd()}) or the job file's folder"
+        raise JobError(key, value, f"no module {module}", remedy)
     if source.suffix != ".py":
         return
     try:
@@ -64,13 +59,8 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
     if name not in found:
         if {name, "*"} & _other_names(tree):  # looked up for real when the ranks import it
             return
-        near = difflib.get_close_matches(name, found, 1)
-        raise JobError(
-            key,
-            value,
-            f"{source.name} defines no {name}",
-            f"Did you mean {module}:{near[0]}?" if near else "It defines: " + ", ".join(found),
-        )
+        remedy = did_you_mean(name, found, "It defines: " + ", ".join(found))
+        raise JobError(key, value, f"{source.name} defines no {name}", remedy)
     item = found[name]
     if arguments is not None and isinstance(item, ast.ClassDef):
         _check_arguments(item, arguments)
@@ -94,13 +84,8 @@ def _check_arguments(item: ast.ClassDef, arguments: dict[str, Any]) -> None:
     names = [argument.arg for argument in (*start.args.args[1:], *start.args.kwonlyargs)]
     for key, value in arguments.items():
         if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            raise JobError(
-                f"task_args.{key}",
-                value,
-                f"{item.name} has no such argument",
-                f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(names) or 'none'}",
-            )
+            remedy = did_you_mean(key, names, f"It takes: {', '.join(names) or 'none'}")
+            raise JobError(f"task_args.{key}", value, f"{item.name} has no such argument", remedy)
 
 
 def find_source(module: str) -> Path | None:
