@@ -59,7 +59,8 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
     if name not in found:
         if {name, "*"} & _other_names(tree):  # looked up for real when the ranks import it
             return
-        remedy = did_you_mean(name, found, "It defines: " + ", ".join(found))
+        whole = [f"{module}:{other}" for other in found]
+        remedy = did_you_mean(value, whole, "It defines: " + ", ".join(found), 0.75)
         raise JobError(key, value, f"{source.name} defines no {name}", remedy)
     item = found[name]
     if arguments is not None and isinstance(item, ast.ClassDef):
