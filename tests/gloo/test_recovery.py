@@ -14,7 +14,7 @@ from ranks import complete, make_job
 from states import difference, read_state
 from stopwatch import Stopwatch
 
-from trainer.agent.shared_memory import SHM
+from trainer.agent.scratch_folder import SHM
 
 ONE_NODE = ["devices_per_node=2"]
 TWO_NODES = ["nodes=2", "devices_per_node=2"]

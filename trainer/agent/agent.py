@@ -23,15 +23,16 @@ from trainer.agent.kv_store import PeerLost
 from trainer.agent.rank_environment import Round, rank_variables
 from trainer.agent.rank_process import run_rank
 from trainer.agent.rendezvous import Ended, NodeRendezvous
-from trainer.agent.shared_memory import remove_leftovers
+from trainer.agent.scratch_folder import remove_leftovers
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED
 from trainer.records import record_event
-from trainer.reporting.heartbeat import HEARTBEAT, VARIABLE, Heartbeat
+from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
 from trainer.run.folder import is_shared
 from trainer.run.log_tail import Tail
 from trainer.signals import FLAG, SIGNALS
+from trainer.wiring import variables
 from trainer.wiring.node import Wiring
 
 POLL_S = 0.1
@@ -57,7 +58,7 @@ class NodeAgent:
         self.rendezvous, self.threads, self.folder, self.memory = rendezvous, threads, folder, memory
         self.heartbeat_file = folder / HEARTBEAT
         self.heartbeat = Heartbeat(self.heartbeat_file, job.ranks_per_node)
-        self.rank_environment = rank_environment | {VARIABLE: str(self.heartbeat_file)}
+        self.rank_environment = rank_environment | {variables.HEARTBEAT: str(self.heartbeat_file)}
         if memory is not None:
             self.rank_environment |= memory.environment()
         first = wiring.node_rank * job.ranks_per_node

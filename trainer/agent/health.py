@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from trainer.reporting.heartbeat import HEARTBEAT, SLOT, Heartbeat, agent_folders
+from trainer.agent.scratch_folder import agent_folders
+from trainer.reporting.heartbeat import HEARTBEAT, SLOT, Heartbeat
 
 FRESH_S = 600.0
 """A rank may be silent this long while it starts or compiles; the agent itself knows the job's tighter limits."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.rank_environment import rank_defaults
 from trainer.agent.restarts import Rounds
+from trainer.agent.scratch_folder import own_folder
 from trainer.checkpoint.memory import Memory, keeps_state
 from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 from trainer.records import record_event, tell_platform, write_json
-from trainer.reporting.heartbeat import own_folder
 from trainer.run.folder import find_run, is_shared
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG

@@ -10,13 +10,11 @@ import resource
 import socket
 from dataclasses import dataclass
 
-from trainer.agent.shared_memory import SHM
+from trainer.agent.scratch_folder import SHM
 from trainer.config.job import Job
 from trainer.wiring.devices import gpu_files, has_infiniband
+from trainer.wiring.hardware import WORKER_SHM_MB
 from trainer.wiring.node import Wiring
-
-WORKER_SHM_MB = 64
-"""What one loader worker may need at once: a few batches in flight; docker's default for a whole container."""
 
 
 @dataclass(frozen=True)

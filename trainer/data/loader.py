@@ -5,6 +5,8 @@ Which samples, and in which order, is decided in `trainer.data.sampler`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trainer.agent.shared_memory import note_worker
 from trainer.config.job import Data
 from trainer.data.rng import COLLATING, derive_seed, seed_generators
 from trainer.data.sampler import Indices
 from trainer.task import Task, floating_to
+from trainer.wiring.variables import heartbeat_file
 
 Keys = tuple[int, Indices]
 """(epoch, indices) of one batch."""
@@ -90,7 +92,10 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
-    note_worker()
+    heartbeat = heartbeat_file()
+    if heartbeat is not None:  # its rank may die without a word: the agent removes what this worker leaves in memory
+        with contextlib.suppress(OSError):
+            heartbeat.with_name(f"worker-{os.getpid()}").touch()
 
 
 def _first(batches: list[Any]) -> Any:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
 import struct
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,30 +67,3 @@ class Pulse:
         """Write a sign of life."""
         if self.heartbeat is not None:
             self.heartbeat.beat(self.local_rank, step, PHASES.index(phase))
-
-
-@contextmanager
-def own_folder() -> Iterator[Path]:
-    """A folder of this agent alone; removed at the end, as are those of agents that were killed."""
-    for stale, alive in agent_folders():
-        if not alive:
-            shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"muster-agent-{os.getpid()}-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def agent_folders() -> list[tuple[Path, bool]]:
-    """The folders of this user's agents on this machine, and whether the agent lives."""
-    found = []
-    for folder in Path(tempfile.gettempdir()).glob("muster-agent-*"):
-        try:
-            mine = folder.stat().st_uid == os.getuid()
-        except OSError:
-            continue
-        pid = folder.name.split("-")[2]
-        if mine and pid.isdecimal():
-            found.append((folder, Path("/proc", pid).exists()))
-    return found

@@ -1,4 +1,4 @@
-"""How many processors this process may use: its affinity, and the limit that a container was given."""
+"""What a process may use of this machine: processors (its affinity, and a container's limit) and shared memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+WORKER_SHM_MB = 64
+"""What one loader worker may need of /dev/shm: a few batches in flight; docker's default for a whole container."""
 
 
 def usable_processors(root: Path = CGROUPS) -> tuple[int, str]:

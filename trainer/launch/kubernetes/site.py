@@ -8,11 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from trainer.agent.preflight import WORKER_SHM_MB
 from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.site import read_site
+from trainer.wiring.hardware import WORKER_SHM_MB
 
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A DNS label (RFC 1123)."""

@@ -1,0 +1,115 @@
+"""An agent's folder: what killed agents and loader workers left is removed, and nothing of anybody who lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.agent.health import check_health
+from trainer.agent.scratch_folder import SHM, agent_folders, folder_prefix, own_folder, remove_leftovers
+from trainer.reporting.heartbeat import HEARTBEAT
+
+MAKE_ONE = """
+import sys
+from trainer.agent.scratch_folder import own_folder
+with own_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+"""The life of an agent, as far as its folder is concerned; it ends with its standard input."""
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files, for this process and those that it starts."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield tmp_path
+    tempfile.tempdir = None
+
+
+def start(*before: str) -> tuple[subprocess.Popen[str], Path]:
+    """An agent in a process of its own, and its folder."""
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", MAKE_ONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_the_folder_goes_with_its_agent(temporary: Path) -> None:
+    process, folder = start()
+    assert folder.is_dir() and folder.parent == temporary
+    process.communicate("")
+    assert not folder.exists()
+
+
+def test_what_a_killed_agent_left_is_removed_by_the_next(temporary: Path) -> None:
+    killed, left = start()
+    living, kept = start()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert left.exists()
+    with own_folder() as folder:
+        assert not left.exists()
+        assert {path for path, alive in agent_folders() if alive} == {kept, folder}
+    living.communicate("")
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a PID namespace")
+def test_agents_of_containers_that_share_a_folder_let_each_other_alone(temporary: Path) -> None:
+    """Neither finds the other's process in /proc."""
+    with own_folder() as folder:
+        inside, other = start("unshare", "--pid", "--fork", "--mount-proc")
+        assert other.is_dir() and folder.is_dir(), "the one inside removed the one outside"
+        with own_folder():
+            assert other.is_dir(), "the one outside removed the one inside"
+        assert other not in [path for path, _ in agent_folders()]
+        inside.communicate("")
+        assert not other.exists()
+
+
+@pytest.mark.parametrize("prefix", ["muster-agent-", "muster-agent-another-host-", "muster-agent-9999999-"])
+def test_folders_of_others_stay(temporary: Path, prefix: str) -> None:
+    """Of another host, another boot, or an older version."""
+    other = temporary / f"{prefix}9999999-abc"
+    other.mkdir()
+    assert not folder_prefix().endswith(prefix)
+    with own_folder():
+        assert other.exists()
+
+
+def test_health_looks_at_living_agents_alone(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed, left = start()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert left.exists() and check_health() == 1
+    with own_folder() as folder:
+        (folder / HEARTBEAT).touch()
+        assert check_health() == 0
+    assert capsys.readouterr().out.splitlines() == ["no agent runs here", "1 agent(s) well"]
+
+
+def test_what_dead_workers_left_in_shared_memory_is_removed(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    for pid in (process.pid, os.getpid()):
+        (tmp_path / f"worker-{pid}").touch()
+    left, used, other = (SHM / f"torch_{pid}_7_{os.getpid()}" for pid in (process.pid, os.getpid(), f"{process.pid}0"))
+    try:
+        for path in (left, used, other):
+            path.write_bytes(b"batch")
+        remove_leftovers(tmp_path)
+        assert [path.exists() for path in (left, used, other)] == [False, True, True]
+        assert [path.name for path in tmp_path.iterdir()] == [f"worker-{os.getpid()}"], "it lives, and is asked again"
+    finally:
+        for path in (left, used, other):
+            path.unlink(missing_ok=True)

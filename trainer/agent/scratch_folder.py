@@ -1,0 +1,66 @@
+"""The folder of one agent, with the heartbeats of its ranks, and what is removed after ranks or agents were killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SHM = Path("/dev/shm")
+
+
+def folder_prefix() -> str:
+    """How the folders of agents begin that this process can look up in /proc; a process id follows.
+
+    Hosts, containers and Slurm's job steps may share a folder for temporary files, but not their process ids.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    processes = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return f"muster-agent-{socket.gethostname()}-{boot}-{processes}-"
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder of this agent alone; removed at the end, as are those of agents that were killed."""
+    for stale, alive in agent_folders():
+        if not alive:
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{folder_prefix()}{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def agent_folders() -> list[tuple[Path, bool]]:
+    """The folders of this user's agents among the processes seen here, and whether the agent lives."""
+    found = []
+    prefix = folder_prefix()
+    for folder in Path(tempfile.gettempdir()).iterdir():
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
+        if folder.name.startswith(prefix) and pid.isdecimal():
+            with contextlib.suppress(OSError):  # another agent has just removed it
+                if folder.stat().st_uid == os.getuid():
+                    found.append((folder, Path("/proc", pid).exists()))
+    return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove shared memory of killed loader workers, which `trainer.data.loader` notes in the agent's folder.
+
+    torch makes a file for a batch and unlinks it a moment later; a worker that is killed in between leaves it. The
+    file's name holds the process id of its maker. Those of workers that live, or are still on their way out, stay.
+    """
+    notes = {note.name.removeprefix("worker-"): note for note in folder.glob("worker-*")}
+    ended = {pid: note for pid, note in notes.items() if not Path("/proc", pid).exists()}
+    for file in SHM.glob("torch_*_*") if ended else ():
+        if file.name.split("_")[1] in ended:
+            with contextlib.suppress(OSError):  # of another user, whose container shares this memory
+                file.unlink()
+    for note in ended.values():
+        note.unlink(missing_ok=True)
