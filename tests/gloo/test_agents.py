@@ -157,8 +157,8 @@ def test_foreign_listeners_on_the_candidate_ports(tmp_path: Path) -> None:
     """One closes, one is silent, one talks; then come the boards of another job and of our own last launch."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
-    ports = candidate_ports(f"{run.folder.name}/1")
-    other, old = Board("another/0"), Board(f"{run.folder.name}/0")
+    ports = candidate_ports(f"{run.job_id}/1")
+    other, old = Board("another/0"), Board(f"{run.job_id}/0")
     with ExitStack() as stack:
         for port, answer in zip(ports, (None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"), strict=False):
             stack.enter_context(listener(port, answer))
@@ -171,7 +171,7 @@ def test_foreign_listeners_on_the_candidate_ports(tmp_path: Path) -> None:
 def test_two_jobs_with_the_same_ports_at_once(tmp_path: Path) -> None:
     """The number of a job decides its ports: two clusters may give the same, or a variable was copied."""
     runs = [Run(tmp_path / name) for name in ("one", "two")]
-    shared = str(candidate_ports("shared")[0])
+    shared = str(candidate_ports(runs[0].job_id)[0])
     started = []
     try:
         for run in runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -45,7 +46,7 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
 
 
 def meet(node: int, bound_s: float, said: list[str]) -> NodeRendezvous:
-    job = JOBS.setdefault(id(said), f"names-{len(JOBS)}")
+    job = JOBS.setdefault(id(said), f"names-{os.getpid()}-{len(JOBS)}")
     KEPT.append(said)
     ports = tuple(candidate_ports(job))
     wiring = Wiring("kubernetes", job, 0, 2, node, (NAME, "digits-1.digits"), NAME, ports, 1, None, 1, None, "", {})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,8 +61,17 @@ def test_killed_ranks_change_nothing(
     stopwatch.check(statistics.median(times), GOAL_S[topology], "the median recovery")
 
 
-def resources(run: Run) -> dict[str, int]:
-    """What the agent and the template hold, and what is left of ranks."""
+def shared_memory(run: Run) -> set[str]:
+    """The files in /dev/shm that the run's processes use now."""
+    maps = ""
+    for pid in run.processes():
+        with suppress(OSError):
+            maps += Path(f"/proc/{pid}/maps").read_text()
+    return set(re.findall(rf"{SHM}/(\S+)$", maps, re.MULTILINE))
+
+
+def resources(run: Run, used: set[str]) -> dict[str, int]:
+    """What the agent and the template hold, and what is left of ranks and in the shared memory that they `used`."""
     agent = run.agents()[0]
     template = run.template(0)
     found = {"zombies": sum(stat(pid)[:1] == ["Z"] for pid in children(agent) + children(template))}
@@ -68,7 +79,7 @@ def resources(run: Run) -> dict[str, int]:
         found[f"{name} threads"] = len(os.listdir(f"/proc/{pid}/task"))
         found[f"{name} files"] = len(os.listdir(f"/proc/{pid}/fd"))
     found["children"] = len(children(agent)) + len(children(template))
-    found["shared memory"] = len(list(SHM.iterdir()))
+    found["shared memory"] = len([path for path in SHM.iterdir() if path.name in used])
     return found
 
 
@@ -80,19 +91,22 @@ def test_restarts_leak_nothing(tmp_path: Path) -> None:
         run.wait("first_step")
         for _ in range(3):
             kill_and_wait(run, 1, 0)
-        before = resources(run)
+        used = shared_memory(run)
+        before = resources(run, used)
         assert before["template threads"] == 1
         for number in range(kills):
             for worker in children(run.ranks()[number % 2]):  # as torch does a moment before it unlinks it again
                 (SHM / f"torch_{worker}_1_1").touch()
+                used.add(f"torch_{worker}_1_1")
+            used |= shared_memory(run)
             kill_and_wait(run, number % 2, 0)
-        assert_soon_no_more(run, before)
+        assert_soon_no_more(run, used, before)
 
 
-def assert_soon_no_more(run: Run, before: dict[str, int]) -> None:
+def assert_soon_no_more(run: Run, used: set[str], before: dict[str, int]) -> None:
     """Within 20 seconds."""
     end = time.monotonic() + 20
-    while (more := {key: value for key, value in resources(run).items() if value > before[key]}) and (
+    while (more := {key: value for key, value in resources(run, used).items() if value > before[key]}) and (
         time.monotonic() < end
     ):
         time.sleep(0.1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from muster_runs import Run
 
 from trainer.records import read_lines
 
@@ -22,8 +23,9 @@ def start(folder: Path, node: int, job: Path | None = None) -> subprocess.Popen[
     """One agent, as a pod without a claim has it."""
     run = folder / f"node-{node}"
     variables = {
-        "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": folder.name, "MUSTER_NODES": "2", "MUSTER_NODE_RANK": str(node),
-        "MUSTER_HOSTNAMES": "127.0.0.1,127.0.0.2", "MUSTER_RUN": str(run), "MUSTER_RUN_SHARED": "0",
+        "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": Run(folder).job_id, "MUSTER_NODES": "2",
+        "MUSTER_NODE_RANK": str(node), "MUSTER_HOSTNAMES": "127.0.0.1,127.0.0.2",
+        "MUSTER_RUN": str(run), "MUSTER_RUN_SHARED": "0",
         "MUSTER_TERMINATION_LOG": str(folder / f"word-{node}"),
     }  # fmt: skip
     with (folder / f"out-{node}").open("ab") as out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -88,6 +89,11 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @property
+    def job_id(self) -> str:
+        """What its agents are told: ports follow from it, and tests at the same time must not meet."""
+        return f"{self.folder.name}-{hashlib.sha256(bytes(self.folder)).hexdigest()[:8]}"
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         """The events of some kinds, in order."""
@@ -198,7 +204,7 @@ def start_agent(run: Run, node: int, nodes: int, *overrides: str, **variables: s
     """One agent, as a template of a platform starts it."""
     run.folder.mkdir(exist_ok=True)
     variables = {
-        "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": run.folder.name, "MUSTER_NODES": str(nodes),
+        "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": run.job_id, "MUSTER_NODES": str(nodes),
         "MUSTER_NODE_RANK": str(node), "MUSTER_HOSTNAMES": ",".join(f"127.0.0.{1 + n}" for n in range(nodes)),
         "MUSTER_RUN": str(run.folder), **variables,
     }  # fmt: skip

@@ -9,13 +9,14 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -120,11 +121,12 @@ def wait(processes: list[Any], timeout_s: float) -> list[int]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that the kernel gives to connections and agents take by themselves."""
+    while True:
+        port = random.randrange(10_000, 20_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def losses(folder: Path) -> list[float]:
