@@ -155,6 +155,4 @@ def test_where_a_log_lies_that_is_not_here(run: Path) -> None:
     (run / "logs/node-0.log").touch()
     done = muster("logs", run, "--rank", "1", "-f")
     assert done.returncode == 64
-    assert (
-        f"There are node-0; it lies where the nodes have their run folder, as {run.name}/logs/rank-1.log" in done.stderr
-    )
+    assert f"There are node-0; the nodes have it in their own run folder, as {run.name}/logs/rank-1.log" in done.stderr

@@ -15,9 +15,9 @@ from paths import MUSTER, ROOT
 
 from trainer.errors import JobError
 from trainer.launch import control
-from trainer.launch import submit as submission
 from trainer.launch.slurm import platform as slurm
 from trainer.launch.slurm.platform import Slurm
+from trainer.launch.submit import render_job, submit_job, submit_sweep
 from trainer.run.summary import resume_command
 
 JOB, CPU = "jobs/digits.yaml", ["device=cpu", "devices_per_node=1"]
@@ -63,22 +63,22 @@ def test_an_answer_is_kept_for_some_seconds(
 ) -> None:
     platform, handle = Slurm(), {"job_id": "7"}
     for _ in range(20):
-        assert platform.state(tmp_path, handle).word == "running"
+        assert platform.status(tmp_path, handle).phase == "running"
     assert len(client.words("squeue")) == 1
     platform.preempt(tmp_path, handle)
-    platform.state(tmp_path, handle)
+    platform.status(tmp_path, handle)
     platform.cancel(tmp_path, handle)
-    platform.state(tmp_path, handle)
+    platform.status(tmp_path, handle)
     assert len(client.words("squeue")) == 3
     monkeypatch.setattr(slurm, "POLL_S", 0)
-    platform.state(tmp_path, handle)
+    platform.status(tmp_path, handle)
     assert len(client.words("squeue")) == 4
-    assert platform.state(tmp_path, {"job_id": "8"}).word == "running"
+    assert platform.status(tmp_path, {"job_id": "8"}).phase == "running"
     assert "--jobs=8" in client.words("squeue")[-1]
 
 
 def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
-    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     for command in (["logs", str(run), "-f"], ["run", JOB, f"runs={runs}", *CPU, "--on", "slurm"]):
         before = len(client.words("squeue"))
         process = subprocess.Popen([MUSTER, *command], stdout=subprocess.DEVNULL)
@@ -94,38 +94,52 @@ def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
 def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("partition: night\n")
-    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", site)
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", site)
     ends(client)
     word, verb, folder = resume_command(run).split()
     assert (Path(word).name, verb, folder) == ("muster", "run", str(run))
-    submission.submit(folder, ["train.epochs=20"], None, None)
+    submit_job(folder, ["train.epochs=20"], None, None)
     assert len(client.words("sbatch")) == 2
     assert all("--partition=night" in words for words in client.words("sbatch"))
-    assert submission.render(folder, [], None, None).splitlines()[-1].startswith("sbatch ")
-    assert "supervisor" in submission.render(folder, [], "local", None)
+    assert render_job(folder, [], None, None).splitlines()[-1].startswith("sbatch ")
+    assert "supervisor" in render_job(folder, [], "local", None)
     with pytest.raises(JobError, match="nowhere"):  # refused elsewhere, it has not moved
-        submission.submit(folder, ["task=null", "script=nowhere.py"], "local", None)
-    submission.submit(folder, ["task=trainer.tasks.digits:Digits", "script=null"], None, None)
+        submit_job(folder, ["task=null", "script=nowhere.py"], "local", None)
+    submit_job(folder, ["task=trainer.tasks.digits:Digits", "script=null"], None, None)
     assert len(client.words("sbatch")) == 3
 
 
 def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path) -> None:
     client.write("sbatch", "echo 'sbatch: error: invalid partition specified: nigth' >&2; exit 1")
     with pytest.raises(JobError, match=r"Slurm refused: .*invalid partition.*slurm/site\.yaml"):
-        submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+        submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     client.write("sbatch", "echo Submitted batch job 8")
     (run,) = runs.iterdir()
-    submission.submit(str(run), [], None, None)
+    submit_job(str(run), [], None, None)
     assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
+
+
+def test_nobody_else_may_write_what_submitit_reads(client: SimpleNamespace, runs: Path) -> None:
+    """Whatever the umask is, and whatever the folder's mode was."""
+    before = os.umask(0)
+    try:
+        run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+        assert (run / "plan").stat().st_mode & 0o777 == 0o700
+        ends(client)
+        (run / "plan").chmod(0o777)
+        submit_job(str(run), [], None, None)
+        assert (run / "plan").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
 def test_a_run_of_another_user_is_not_continued(client: SimpleNamespace, runs: Path) -> None:
-    run = submission.submit(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     ends(client)
     os.chown(run / "plan", 12345, -1)
     with pytest.raises(JobError, match="belongs to another user"):
-        submission.submit(str(run), [], None, None)
+        submit_job(str(run), [], None, None)
 
 
 def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> None:
@@ -143,14 +157,14 @@ def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> 
 def test_no_run_of_a_refused_sweep_is_pending(client: SimpleNamespace, runs: Path, said: str, remedy: str) -> None:
     client.write("sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
     with pytest.raises(JobError, match=remedy):
-        submission.submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "train.lr=0.1,0.01")
+        submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "train.lr=0.1,0.01")
     found = control.list_all(runs)
     assert [(item["state"], said in item["reason"]) for item in found] == [("failed", True)] * 2
 
 
 def test_a_platform_without_arrays_leaves_nothing_behind(runs: Path) -> None:
     with pytest.raises(JobError, match="local has no job arrays"):
-        submission.submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
+        submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
     assert not runs.exists()
 
 
@@ -160,7 +174,7 @@ def test_the_container_of_a_sweep_sees_its_runs(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(f"runtime: {runtime}\nimage: muster.sqsh\nruns: {runs}\n")
-    made = submission.submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")
+    made = submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")
     (sent,) = client.words("sbatch")
     assert f"{runs}:{runs}" in sent
     assert {run.parent for run in made} == {runs}
@@ -171,9 +185,9 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
     """Word for word, but for the script's name, when it is pasted into a shell."""
     runs, site = tmp_path / "my runs", tmp_path / "site.yaml"
     site.write_text(f"fabric: efa\nruns: {runs}\n")
-    run = submission.submit(JOB, CPU, "slurm", site)
+    run = submit_job(JOB, CPU, "slurm", site)
     made = runs / "digits-ID"
-    rendered = submission.render(JOB, CPU, "slurm", site)
+    rendered = render_job(JOB, CPU, "slurm", site)
     by_hand = subprocess.run(["bash", "-e"], input=rendered, text=True, capture_output=True, cwd=tmp_path)
     assert (by_hand.returncode, by_hand.stdout) == (0, "Submitted batch job 7\n"), by_hand.stderr
     ours, theirs = client.words("sbatch")
@@ -188,6 +202,6 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
 def test_a_script_that_the_snapshot_lacks_is_refused(client: SimpleNamespace, runs: Path) -> None:
     words = [*CPU, f"runs={runs}", "task=null"]
     with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or let git"):
-        submission.submit(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
+        submit_job(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
     assert client.words("sbatch") == []
-    submission.submit(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see
+    submit_job(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see

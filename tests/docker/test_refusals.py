@@ -7,7 +7,7 @@ from docker_runs import Runs
 from engine import cache_folder
 
 from trainer.errors import JobError
-from trainer.launch import submit as submission
+from trainer.launch.submit import submit_job
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to make everything
 
@@ -60,7 +60,7 @@ def test_no_gpu_toolkit(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PATH", "DOCKER_HOST", "DOCKER_CONFIG"):
         monkeypatch.setenv(name, runs.environment[name])
     with pytest.raises(JobError, match="NVIDIA container toolkit"):
-        submission.submit("jobs/digits.yaml", ["devices_per_node=1", f"runs={runs.folder}"], "docker", runs.site)
+        submit_job("jobs/digits.yaml", ["devices_per_node=1", f"runs={runs.folder}"], "docker", runs.site)
 
 
 def test_no_gpu_driver_when_the_container_starts(runs: Runs) -> None:

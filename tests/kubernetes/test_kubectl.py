@@ -12,8 +12,8 @@ from kubernetes_runs import RUNNING, ended, finish, handle_of, put_pod, submit
 
 from trainer.errors import JobError
 from trainer.launch import control
-from trainer.launch import submit as submission
 from trainer.launch.kubernetes.platform import Kubernetes
+from trainer.launch.submit import render_job, submit_job
 
 
 def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site: Path) -> None:
@@ -30,7 +30,7 @@ def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site:
     owners = [item["metadata"].get("ownerReferences") for item in cluster.objects.values() if item is not job]
     reference = {"apiVersion": "batch/v1", "kind": "Job", "name": run.name, "uid": job["metadata"]["uid"]}
     assert owners == [[reference]] * 3
-    assert submission.render(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
+    assert render_job(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
 
 
 def test_the_claim_belongs_to_nobody(cluster: Cluster, tmp_path: Path, site: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_jobset_makes_its_own_service(cluster: Cluster, tmp_path: Path, site: 
     assert control.status(str(run))["state"] == "pending"
     job = cluster.objects["jobsets", handle_of(run)["name"]]
     job["status"]["conditions"] = [{"type": "Completed", "status": "True"}]
-    assert Kubernetes().state(run, handle_of(run)).word == "done"
+    assert Kubernetes().status(run, handle_of(run)).phase == "done"
 
 
 def test_without_a_claim_it_says_so(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,7 @@ def test_a_run_is_continued_after_what_was_left_of_it_is_deleted(cluster: Cluste
     finish(cluster, run, "Complete")
     first = cluster.objects["jobs", run.name]["metadata"]["uid"]
     assert control.status(str(run))["state"] == "done"
-    submission.submit(str(run), ["train.epochs=20"], "kubernetes", site)
+    submit_job(str(run), ["train.epochs=20"], "kubernetes", site)
     assert cluster.objects["jobs", run.name]["metadata"]["uid"] != first
     assert "epochs: 20" in cluster.objects["configmaps", run.name]["data"]["job.yaml"]
     assert control.status(str(run))["state"] == "pending"

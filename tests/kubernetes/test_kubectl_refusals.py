@@ -12,14 +12,14 @@ from kubernetes_runs import submit
 
 from trainer.errors import JobError
 from trainer.launch import control
-from trainer.launch import submit as submission
+from trainer.launch.submit import submit_job
 from trainer.records import write_json
 
 
 def test_a_running_run_is_not_submitted_again(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     run = submit(tmp_path, site)
     with pytest.raises(JobError, match="is running"):
-        submission.submit(str(run), [], "kubernetes", site)
+        submit_job(str(run), [], "kubernetes", site)
 
 
 @pytest.mark.parametrize(

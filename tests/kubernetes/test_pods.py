@@ -19,7 +19,7 @@ from fake_job_controller import Pods
 from stopwatch import Stopwatch
 
 from trainer.launch import control
-from trainer.launch import submit as submission
+from trainer.launch.submit import run_job, submit_job
 from trainer.records import read_json, read_lines
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to build the image
@@ -45,7 +45,7 @@ class Runs:
     def submit(self, *overrides: str, devices: int = 1) -> Path:
         """The run folder on this machine; the one on the claim has its name."""
         words = [*JOB, f"devices_per_node={devices}", f"runs={self.folder / 'runs'}", *overrides]
-        return submission.submit("jobs/digits.yaml", words, "kubernetes", self.site)
+        return submit_job("jobs/digits.yaml", words, "kubernetes", self.site)
 
     def wait(self, run: Path, *states: str) -> dict[str, Any]:
         """The status, once it is one of `states`."""
@@ -105,7 +105,7 @@ def undisturbed() -> dict[int, dict[int, float]]:
 @pytest.mark.parametrize("devices", [1, 2], ids=["2x1", "2x2"])
 def test_two_pods_train_and_muster_run_follows(runs: Runs, undisturbed: Any, capfd: Any, devices: int) -> None:
     words = [*JOB, f"devices_per_node={devices}", f"runs={runs.folder / 'runs'}"]
-    assert submission.run("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
+    assert run_job("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
     printed = capfd.readouterr().out
     assert "step 60/60" in printed
     (run,) = (runs.folder / "runs").iterdir()

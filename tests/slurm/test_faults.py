@@ -116,7 +116,7 @@ def train(slurm: Cluster, folder: Path, fault: Strike | str) -> Struck:
     if not isinstance(fault, str):
         fault(slurm, run, hosts)
         if fault is not lose_sight:
-            reason = run.until("a requeue", lambda: state.reason if (state := run.state()).word == "pending" else "")
+            reason = run.until("a requeue", lambda: state.reason if (state := run.state()).phase == "pending" else "")
         go_on.touch()
     status = run.wait_end(180)
     assert status["state"] == "done", run.describe()

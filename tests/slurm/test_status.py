@@ -22,7 +22,7 @@ CODES = {"done": 0, "failed": 1, "wrong": 64}
 BY_ITS_FOLDER = {
     "timed out": ("stopped", "stopped on request with a checkpoint saved"),  # within Slurm's KillWait
     "cancelled": ("cancelled", "stopped on request with a checkpoint saved"),
-    "node failed": ("lost", "Slurm knows the job no more, and its run folder no end"),
+    "node failed": ("lost", "Slurm does not know the job any more, and the run folder holds no end"),
 }
 ONE = ("nodes=1", "devices_per_node=1")
 
@@ -59,7 +59,7 @@ def life(slurm_session: Cluster) -> Iterator[Life]:
         said["runs"] = ask(run)
         with subprocess.Popen([MUSTER, "logs", "-f", run.folder], stdout=subprocess.PIPE, text=True) as follower:
             muster("preempt", run.folder)
-            run.until("a requeue", lambda: run.state().word == "pending")
+            run.until("a requeue", lambda: run.state().phase == "pending")
             said["requeued"] = ask(run)
             (folder / "go on").touch()
             run.wait_end()

@@ -7,7 +7,7 @@ from typing import Any
 
 from fake_api_server import Cluster
 
-from trainer.launch import submit as submission
+from trainer.launch.submit import submit_job
 from trainer.records import read_json
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -16,7 +16,7 @@ RUNNING = {"phase": "Running", "containerStatuses": [{"name": "agent", "state": 
 
 def submit(tmp_path: Path, site: Path | None, *overrides: str) -> Path:
     words = ["nodes=2", "devices_per_node=1", "device=cpu", f"runs={tmp_path / 'my runs'}", *overrides]
-    return submission.submit("jobs/digits.yaml", words, "kubernetes", site)
+    return submit_job("jobs/digits.yaml", words, "kubernetes", site)
 
 
 def handle_of(run: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.launch.platform import State, find_platform
+from trainer.launch.platform import JobStatus, find_platform
 
 ROOT = Path(__file__).resolve().parents[2]
 MUSTER = Path(sys.executable).with_name("muster")
@@ -46,10 +46,10 @@ class Run:
         found: dict[str, Any] = json.loads(muster("status", self.folder, "--json").stdout)
         return found
 
-    def state(self) -> State:
+    def state(self) -> JobStatus:
         """What the platform says, without starting a process for the asking."""
         handle = json.loads((self.folder / "handle.json").read_text())
-        return find_platform(handle["platform"]).state(self.folder, handle)
+        return find_platform(handle["platform"]).status(self.folder, handle)
 
     def step(self) -> int:
         """The last step whose loss was written."""
@@ -70,7 +70,7 @@ class Run:
 
     def wait_end(self, timeout_s: float = 120) -> dict[str, Any]:
         """Wait until it is neither pending nor running, and return its status."""
-        self.until("the end", lambda: self.state().word not in ("pending", "running"), timeout_s)
+        self.until("the end", lambda: not self.state().is_active, timeout_s)
         return self.status()
 
     def weights(self) -> dict[str, torch.Tensor]:

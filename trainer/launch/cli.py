@@ -12,7 +12,7 @@ import typer
 
 from trainer.errors import WRONG_JOB, JobError
 from trainer.launch import control
-from trainer.launch import submit as submission
+from trainer.launch.submit import render_job, run_job, submit_job, submit_sweep
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -35,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 @app.command()
 def run(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
     """Submit a job and follow it to its end; the exit code is the job's."""
-    raise typer.Exit(submission.run(job, overrides or [], on, site))
+    raise typer.Exit(run_job(job, overrides or [], on, site))
 
 
 @app.command()
@@ -45,16 +45,16 @@ def submit(
 ) -> None:  # fmt: skip
     """Submit a job and return; prints its run folder."""
     if sweep is None:
-        print(submission.submit(job, overrides or [], on, site))
+        print(submit_job(job, overrides or [], on, site))
     else:
-        for folder in submission.submit_sweep(job, overrides or [], on, site, sweep):
+        for folder in submit_sweep(job, overrides or [], on, site, sweep):
             print(folder)
 
 
 @app.command()
 def render(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
     """Print exactly what `submit` would hand to the platform; submit nothing."""
-    print(submission.render(job, overrides or [], on, site))
+    print(render_job(job, overrides or [], on, site))
 
 
 @app.command()

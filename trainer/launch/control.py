@@ -1,4 +1,4 @@
-"""What can be asked of a run that is there: its state, its logs, to stop, to come back. Apart from parsing."""
+"""What can be asked of a run: its status, its logs, to stop, to come back. Parsing the arguments is in `cli`."""
 
 from __future__ import annotations
 
@@ -8,39 +8,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import JobError
-from trainer.launch.platform import Platform, State, find_platform
+from trainer.errors import DONE, STOPPED, JobError
+from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.runs import last_event, list_runs
 from trainer.records import read_json, read_lines, record_event, write_json
 from trainer.run.folder import open_run
 from trainer.run.log_tail import Tail
 
 
-def state_of(run: Path) -> tuple[dict[str, Any] | None, Callable[[], State]]:
-    """The handle of a run, and how to ask for its state: again of the same platform, which may keep an answer."""
+def status_of(run: Path) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
+    """The handle of a run, and a function that asks for its status; its platform may use an answer again."""
     handle = read_json(run / "handle.json")
     if handle is None:
         return None, lambda: _by_events(run)
-    return handle, partial(find_platform(handle["platform"]).state, run, handle)
+    return handle, partial(find_platform(handle["platform"]).status, run, handle)
 
 
-def _submitted(run: Path) -> tuple[Platform, dict[str, Any]]:
+def _submitted(run: Path) -> tuple[AnyPlatform, dict[str, Any]]:
     """The platform and the handle of a run that has not ended."""
     handle = read_json(run / "handle.json")
     if handle is None:
-        raise JobError("RUN", str(run), "was not submitted by muster", "It has no handle.json")
+        raise JobError(
+            "RUN",
+            str(run),
+            "was not submitted by muster",
+            "Stop it with its platform's own tools",
+        )
     platform = find_platform(handle["platform"])
-    word = platform.state(run, handle).word
-    if word in ("done", "failed", "stopped", "cancelled"):  # of a lost one the platform itself knows more
-        raise JobError("RUN", str(run), f"is not running: it is {word}", "`muster run` continues it")
+    now = platform.status(run, handle)
+    if not now.is_active and now.phase != Phase.LOST:  # the platform itself explains what became of a lost one
+        raise JobError("RUN", str(run), f"is not running: it is {now.phase}", "`muster run` continues it")
     return platform, handle
 
 
 def status(run_path: str) -> dict[str, Any]:
     """Everything that is known about a run."""
     run = open_run(run_path)
-    handle, ask = state_of(run)
-    state = ask()
+    handle, ask = status_of(run)
+    now = ask()
     events = read_lines(run / "events.jsonl")
     training = last_event(events, "training") or {}
     metrics = read_lines(run / "metrics.jsonl")
@@ -48,45 +53,45 @@ def status(run_path: str) -> dict[str, Any]:
     attempts = last_event(events, "attempt", "restart") or {}
     failure = read_json(run / "failure.json") or {}
     ended = last_event(events, "ended") or {}
-    running = state.word in ("running", "pending", "done")
+    good = now.is_active or now.phase == Phase.DONE
     skip = ("kind", "step", "attempt", "time")
     return {
-        "run": str(run), "platform": handle["platform"] if handle else None, "state": state.word,
-        "reason": state.reason or ("" if running else failure.get("reason") or ended.get("reason") or ""),
-        "code": state.code, "step": _newest_step(events, metrics), "steps": training.get("steps"),
+        "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
+        "reason": now.reason or ("" if good else failure.get("reason") or ended.get("reason") or ""),
+        "code": now.code, "step": _newest_step(events, metrics), "steps": training.get("steps"),
         "attempt": attempts.get("attempt"), "handle": handle,
         "metrics": {k: v for k, v in evaluated[-1].items() if k not in skip} if evaluated else {},
     }  # fmt: skip
 
 
 def _newest_step(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> int | None:
-    """The last step that anything tells of, since the training last began: a restart goes back."""
+    """The last known step since the training last began; a restart goes back."""
     begun = (last_event(events, "training") or {}).get("time", 0)
-    told = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
-    return max((line["step"] for line in told if line["time"] >= begun), default=None)
+    lines = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
+    return max((line["step"] for line in lines if line["time"] >= begun), default=None)
 
 
-def _by_events(run: Path) -> State:
-    """The state of a run that no `muster submit` started, from what its ranks wrote."""
+def _by_events(run: Path) -> JobStatus:
+    """The status of a run that `muster submit` did not start, from what its ranks wrote."""
     event = last_event(read_lines(run / "events.jsonl"), "done", "ended", "training")
     if event is None:
-        return State("pending")
+        return JobStatus(Phase.PENDING)
     if event["event"] == "done":
-        return State("done", code=0)
+        return JobStatus(Phase.DONE, code=DONE)
     if event["event"] == "training":
-        return State("running", "by its own records: no platform was asked")
-    return State("stopped" if event["code"] == 75 else "failed", event["reason"], event["code"])
+        return JobStatus(Phase.RUNNING, "according to its own records; no platform was asked")
+    return JobStatus(Phase.STOPPED if event["code"] == STOPPED else Phase.FAILED, event["reason"], event["code"])
 
 
-def status_text(found: dict[str, Any]) -> str:
+def status_text(status: dict[str, Any]) -> str:
     """A status for people."""
-    lines = [f"{found['state']}: {found['run']}"]
-    if found["steps"]:
-        lines.append(f"step {found['step']} of {found['steps']}, attempt {found['attempt']}")
-    if found["metrics"]:
-        lines.append("  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
-    if found["reason"]:
-        lines.append(found["reason"])
+    lines = [f"{status['state']}: {status['run']}"]
+    if status["steps"]:
+        lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
+    if status["metrics"]:
+        lines.append("  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items()))
+    if status["reason"]:
+        lines.append(status["reason"])
     return "\n".join(lines)
 
 
@@ -94,17 +99,17 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
     run = open_run(run_path)
     folder = run / "logs"
-    _, ask = state_of(run)
+    _, ask = status_of(run)
     pattern = "node-*.log" if rank is None else f"rank-{rank}.log"
     tails: dict[Path, Tail] = {}
     while True:
-        word = ask().word  # in any case: where nodes write on a side of their own, this copies their logs here
+        now = ask()  # in any case: on Kubernetes this copies the pods' logs here
         for path in sorted(folder.glob(pattern)) or sorted(folder.glob("rank-*.log" if rank is None else pattern)):
             if path not in tails:
                 tails[path] = Tail(path)
                 tails[path].offset = 0
             tails[path].copy()
-        if not following or word not in ("pending", "running"):
+        if not following or not now.is_active:
             break
         time.sleep(0.2)
     if rank is not None and not tails:
@@ -112,11 +117,11 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
 
 
 def _no_log(run: Path, rank: int) -> JobError:
-    """Say where a rank's log lies instead: its run folder may be on the nodes' side, where alone events are then."""
+    """Say where a rank's log is: the nodes may have a run folder of their own, which then has the events too."""
     here = sorted(path.stem for path in (run / "logs").glob("*-*.log"))
     remedy = f"There are {', '.join(here) or 'none yet'}"
     if any(name.startswith("node-") for name in here) and not last_event(read_lines(run / "events.jsonl"), "wired"):
-        remedy += f"; it lies where the nodes have their run folder, as {run.name}/logs/rank-{rank}.log"
+        remedy += f"; the nodes have it in their own run folder, as {run.name}/logs/rank-{rank}.log"
     return JobError("--rank", rank, "has no log here", remedy)
 
 
@@ -142,12 +147,12 @@ def list_all(runs: Path) -> list[dict[str, Any]]:
     return [status(str(run)) for run in list_runs(runs)]
 
 
-def list_text(found: list[dict[str, Any]]) -> str:
+def list_text(statuses: list[dict[str, Any]]) -> str:
     """A table for people."""
-    if not found:
+    if not statuses:
         return "no runs"
     return "\n".join(
         f"{item['state']:10} {item['platform'] or '-':10} "
         f"step {item['step'] or 0}/{item['steps'] or '?':<8} {item['run']}"
-        for item in found
+        for item in statuses
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.launch.platform import State
+from trainer.launch.platform import JobStatus, Phase
 from trainer.records import read_json, read_lines
 from trainer.run.summary import plain_table, resume_command
 
@@ -41,19 +41,19 @@ class Reader:
         return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
 
 
-def follow(run: Path, state: Callable[[], State], stop: Callable[[], None]) -> int:
+def follow(run: Path, status: Callable[[], JobStatus], stop: Callable[[], None]) -> int:
     """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code."""
     show: Any = Bar() if sys.stdout.isatty() else Lines()
     events, metrics = Reader(run / "events.jsonl"), Reader(run / "metrics.jsonl")
     with show:
         while True:
             try:
-                now = state()
+                now = status()
                 for event in events.new():
                     show.event(event)
                 for line in metrics.new():
                     show.metrics(line)
-                if now.word not in ("pending", "running"):
+                if not now.is_active:
                     break
                 time.sleep(POLL_S)
             except KeyboardInterrupt:
@@ -63,16 +63,16 @@ def follow(run: Path, state: Callable[[], State], stop: Callable[[], None]) -> i
     return now.code if now.code is not None else 1
 
 
-def end(run: Path, state: State) -> None:
+def end(run: Path, status: JobStatus) -> None:
     """Print the table, or why there is none."""
-    if state.word == "done":
+    if status.phase == Phase.DONE:
         # Not wrapped: its last line is to be pasted. Where the nodes keep the run folder there is no table here.
         print("\n" + (plain_table(run) or f"continue with  {resume_command(run)}"))
         return
     failure = read_json(run / "failure.json")
     ended = [event for event in read_lines(run / "events.jsonl") if event["event"] == "ended"]
-    reason = (failure or {}).get("reason") or (ended[-1]["reason"] if ended else state.reason) or state.word
-    print(f"{state.word.upper()}: {reason}", file=sys.stderr)
+    reason = (failure or {}).get("reason") or (ended[-1]["reason"] if ended else status.reason) or status.phase
+    print(f"{status.phase.upper()}: {reason}", file=sys.stderr)
     print(f"Continue with: {resume_command(run)}", file=sys.stderr)
 
 

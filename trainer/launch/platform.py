@@ -1,17 +1,21 @@
-"""What a platform must be able to do, and the registry: a new platform is one module, one template folder, one line."""
+"""What a platform must be able to do, and the registry.
+
+A new platform is a package, a template folder and a line of the registry.
+"""
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from trainer.config.job import Job
 from trainer.errors import JobError
 
-if TYPE_CHECKING:  # not for the verbs that only read
+if TYPE_CHECKING:  # the verbs that only read start faster without it
     from omegaconf import DictConfig
 
 REGISTRY = {
@@ -21,65 +25,93 @@ REGISTRY = {
     "kubernetes": "trainer.launch.kubernetes.platform:Kubernetes",
 }
 
+SiteT = TypeVar("SiteT")
+RequestT = TypeVar("RequestT")
+
 
 @dataclass(frozen=True)
-class Plan:
-    """One job, ready to be rendered or submitted."""
+class Plan(Generic[SiteT]):
+    """One job, ready to become a request to its platform."""
 
     job: Job
     config: DictConfig
     run: Path
     """The run folder; for a rendering, where it would be."""
-    site: dict[str, Any] = field(default_factory=dict)
+    site: SiteT
     site_file: Path | None = None
     """Where `site` was read; None: the platform's own file."""
 
 
+class Phase(str, Enum):
+    """Where a submission stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    """Stopped on request with a checkpoint; nothing continues it by itself."""
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    """The platform does not know it any more, and the run folder holds no end."""
+
+    __str__ = str.__str__
+
+
 @dataclass(frozen=True)
-class State:
+class JobStatus:
     """What the platform says about a submission."""
 
-    word: str
-    """pending, running, stopped, done, failed, cancelled or lost."""
+    phase: Phase
     reason: str = ""
     code: int | None = None
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.phase in (Phase.PENDING, Phase.RUNNING)
 
-class Platform(ABC):
-    """One way to run a job."""
+
+class Platform(ABC, Generic[SiteT, RequestT]):
+    """One way to run a job. `build` makes the request once; `render` prints it and `submit` sends it."""
 
     name: str
-    arrays = False
+    has_arrays = False
     """Whether it has `submit_sweep`."""
 
-    def load_site(self, path: Path | None) -> dict[str, Any]:
-        """Read the site file; platforms without one accept none.
+    @abstractmethod
+    def load_site(self, path: Path | None) -> SiteT:
+        """Read and check the site file; None: the platform's own.
 
         Raises:
             JobError: unknown key or wrong value.
         """
-        if path is not None:
-            raise JobError("--site", str(path), f"{self.name} has no site file", "Remove it")
-        return {}
+
+    def runs_folder(self, site: SiteT) -> str | None:
+        """Where the site wants run folders to be; None: where the job says."""
+        return None
 
     @abstractmethod
-    def render(self, plan: Plan) -> str:
-        """Exactly what `submit` would hand to the platform's own tool."""
+    def build(self, plan: Plan[SiteT]) -> RequestT:
+        """What the platform's own tool takes for this plan. Starts and changes nothing."""
 
     @abstractmethod
-    def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
-        """Submit and return the handle that is kept in `handle.json`; `follow`: the caller waits for the end."""
+    def render(self, request: RequestT) -> str:
+        """The request as text that can be pasted or piped into the platform's own tool."""
 
-    def submit_sweep(self, plan: Plan, runs: list[Path]) -> list[dict[str, Any]]:
+    @abstractmethod
+    def submit(self, plan: Plan[SiteT], request: RequestT, follow: bool) -> dict[str, Any]:
+        """Send the request of `plan`; return the handle that is kept in `handle.json`.
+
+        `follow`: the caller waits for the end.
+        """
+
+    def submit_sweep(self, plan: Plan[SiteT], runs: list[Path]) -> list[dict[str, Any]]:
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
         raise NotImplementedError
 
-    def nodes(self, run: Path, job: Job) -> Any:
-        """What a supervisor on this machine starts agents on, for platforms that have one."""
-        raise NotImplementedError
-
     @abstractmethod
-    def state(self, run: Path, handle: dict[str, Any]) -> State:
+    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
         """Where the submission stands."""
 
     @abstractmethod
@@ -91,14 +123,18 @@ class Platform(ABC):
         """Stop it as the platform's preemption would, and let it come back."""
 
 
-def find_platform(name: str) -> Platform:
+AnyPlatform = Platform[Any, Any]
+AnyPlan = Plan[Any]
+
+
+def find_platform(name: str) -> AnyPlatform:
     """The platform of that name.
 
     Raises:
         JobError: there is none.
     """
     if name not in REGISTRY:
-        raise JobError("--on", name, "is none of " + ", ".join(REGISTRY), "Choose one of them")
+        raise JobError("--on", name, "must be one of " + ", ".join(REGISTRY), "Choose one of them")
     module, _, symbol = REGISTRY[name].partition(":")
     platform = getattr(importlib.import_module(module), symbol)()
     assert isinstance(platform, Platform)

@@ -1,9 +1,10 @@
-"""Site files: where a platform's own facts stand. Read, and refused, as strictly as jobs."""
+"""Site files: where the facts about a cluster or machine are. They are read and checked as strictly as job files."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,12 @@ from trainer.config.load import read_sections
 from trainer.errors import JobError
 
 Site = TypeVar("Site")
+Rule = tuple[bool, str, object, str, str]
+"""Whether something is wrong, and if so: key, value, problem, remedy."""
 
 
 def template(folder: str, name: str) -> Path:
-    """A template file: the working directory's own before the one that came with this package.
+    """A template file: that of the working directory, else the one that came with this package.
 
     Raises:
         JobError: neither exists.
@@ -27,7 +30,18 @@ def template(folder: str, name: str) -> Path:
         path = root / folder / name
         if path.is_file():
             return path
-    raise JobError(f"{folder}/{name}", str(Path.cwd()), "is not here", "Run from a checkout, which has the templates")
+    raise JobError(f"{folder}/{name}", str(Path.cwd()), "there is no such file", "Run from a checkout of Muster")
+
+
+def check_rules(rules: Iterable[Rule]) -> None:
+    """Refuse what the first rule that applies says.
+
+    Raises:
+        JobError: a rule applies.
+    """
+    for wrong, key, value, problem, remedy in rules:
+        if wrong:
+            raise JobError(key, value, problem, remedy)
 
 
 def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
@@ -42,12 +56,8 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise JobError(
-                key,
-                value,
-                f"unknown key in {path}",
-                f"Did you mean {near[0]}?" if near else "Known keys: " + ", ".join(known),
-            )
+            remedy = f"Did you mean {near[0]}?" if near else "Known keys: " + ", ".join(known)
+            raise JobError(key, value, f"unknown key in {path}", remedy)
     try:
         merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:

@@ -1,4 +1,4 @@
-"""How a job becomes a run on its platform: what `muster run`, `submit` and `render` do, apart from parsing."""
+"""How a job becomes a run on its platform: `muster run`, `submit` and `render`, apart from parsing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import WRONG_JOB, JobError
-from trainer.launch.control import state_of
+from trainer.launch.control import status_of
 from trainer.launch.follow import follow
-from trainer.launch.platform import Plan, Platform, find_platform
+from trainer.launch.platform import AnyPlan, AnyPlatform, Plan, find_platform
 from trainer.launch.runs import make_run
+from trainer.launch.site import check_rules
 from trainer.records import read_json, record_event, write_json
 from trainer.run.folder import open_run
 
@@ -26,8 +27,8 @@ def _find_run(job_path: str) -> Path | None:
     return None
 
 
-def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[Platform, Plan]:
-    """The job on its platform, which of a run is the one that it was submitted to; a new run has no folder yet."""
+def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
+    """The job on its platform; for a run, the platform that it was submitted to. A new run has no folder yet."""
     from trainer.config.load import merge_job, to_job
 
     run = _find_run(job_path)
@@ -39,21 +40,22 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     job = to_job(config)
     platform = find_platform(on)
     facts = platform.load_site(site)
-    if run is None and facts.get("runs") and not any(word.startswith("runs=") for word in overrides):
-        config.runs = job.runs = facts["runs"]
+    runs = platform.runs_folder(facts)
+    if run is None and runs and not any(word.startswith("runs=") for word in overrides):
+        config.runs = job.runs = runs
     return platform, Plan(job, config, run or Path(job.runs).resolve() / f"{job.name}-ID", facts, site)
 
 
-def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[Platform, Plan]:
-    """As `_plan`, with the run folder made, or with that of a run that ended made ready to go on."""
+def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
+    """As `_plan`, and make the run folder, or prepare the folder of a run that ended for its continuation."""
     from trainer.config.load import save_job
 
     platform, plan = _plan(job_path, overrides, on, site)
     run = _find_run(job_path)
     if run is None:
         return platform, replace(plan, run=make_run(plan.job, plan.config, Path(job_path).resolve().parent))
-    handle, ask = state_of(run)
-    if handle and ask().word in ("pending", "running"):
+    handle, ask = status_of(run)
+    if handle and ask().is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
     save_job(plan.config, run / "job.yaml")
     for stale in ("failure.json", "result.json"):
@@ -61,7 +63,7 @@ def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path |
     return platform, plan
 
 
-def _remember(platform: Platform, plan: Plan, run: Path) -> dict[str, Any]:
+def _remember(platform: AnyPlatform, plan: AnyPlan, run: Path) -> dict[str, Any]:
     """The part of a handle that is known before: where a run goes on, also one that the platform refuses at first."""
     (run / "plan").mkdir(exist_ok=True)
     place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
@@ -69,18 +71,18 @@ def _remember(platform: Platform, plan: Plan, run: Path) -> dict[str, Any]:
     return place
 
 
-def _submit(platform: Platform, plan: Plan, following: bool) -> dict[str, Any]:
-    place = _remember(platform, plan, plan.run)
-    (plan.run / "plan" / f"{platform.name}.txt").write_text(platform.render(plan) + "\n")
-    with _refusals_recorded([plan.run]):
-        handle = {**place, **platform.submit(plan, following)}
+def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
+    place, request = _remember(platform, plan, plan.run), platform.build(plan)
+    (plan.run / "plan" / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
+    with _record_refusal([plan.run]):
+        handle = {**place, **platform.submit(plan, request, following)}
     write_json(plan.run / "handle.json", handle)
     return handle
 
 
 @contextmanager
-def _refusals_recorded(runs: list[Path]) -> Iterator[None]:
-    """Let runs that the platform refuses say so: they would be pending for ever."""
+def _record_refusal(runs: list[Path]) -> Iterator[None]:
+    """Record in the runs that the platform refuses them; otherwise they would be pending forever."""
     try:
         yield
     except JobError as error:
@@ -89,8 +91,8 @@ def _refusals_recorded(runs: list[Path]) -> Iterator[None]:
         raise
 
 
-def run(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> int:
-    """Submit and follow; a stop request is passed on to the job."""
+def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> int:
+    """Submit and follow; pass a stop request on to the job. Return the job's exit code."""
     platform, plan = _begin(job_path, overrides, on, site)
     print(f"run folder: {plan.run}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -99,10 +101,10 @@ def run(job_path: str, overrides: Sequence[str], on: str | None, site: Path | No
     def stop() -> None:
         platform.cancel(plan.run, handle)
 
-    return follow(plan.run, lambda: platform.state(plan.run, handle), stop)
+    return follow(plan.run, lambda: platform.status(plan.run, handle), stop)
 
 
-def submit(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> Path:
+def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> Path:
     """Submit; return the run folder."""
     platform, plan = _begin(job_path, overrides, on, site)
     _submit(platform, plan, False)
@@ -113,30 +115,37 @@ def submit_sweep(job_path: str, overrides: Sequence[str], on: str | None, site: 
     """Submit one run for each value of `key=value,value`; return the run folders."""
     key, _, text = sweep.partition("=")
     values = [value for value in text.split(",") if value]
-    if not key or not values:
-        raise JobError("--sweep", sweep, "is not key=value,value", "For example --sweep train.lr=0.1,0.01")
-    if _find_run(job_path):
-        raise JobError("JOB", job_path, "is a run, which would go on", "Give the job file that it was made from")
+    check_rules(
+        [
+            (
+                not key or not values,
+                "--sweep",
+                sweep,
+                "is not key=value,value",
+                "For example --sweep train.lr=0.1,0.01",
+            ),
+            (_find_run(job_path) is not None, "JOB", job_path, "is a run", "Give the job file that it was made from"),
+        ]
+    )
     plans = [_plan(job_path, [*overrides, f"{key}={value}"], on, site) for value in values]
     platform, first = plans[0]
-    if not platform.arrays:
-        raise JobError(
-            "--sweep", sweep, f"{platform.name} has no job arrays", "Use --on slurm, or submit the jobs one by one"
-        )
+    if not platform.has_arrays:
+        problem, remedy = f"{platform.name} has no job arrays", "Use --on slurm, or submit the jobs one by one"
+        raise JobError("--sweep", sweep, problem, remedy)
     beside = Path(job_path).resolve().parent
     runs = [make_run(plan.job, plan.config, beside) for _, plan in plans]
     folder = make_run(replace(first.job, name=f"{first.job.name}-sweep"), first.config, beside)
-    (folder / "job.yaml").unlink()  # a sweep is no run
+    (folder / "job.yaml").unlink()  # a sweep is not a run
     write_json(folder / "sweep.json", {"sweep": sweep, "runs": [str(run) for run in runs]})
     places = [_remember(platform, first, run) for run in runs]
-    with _refusals_recorded(runs):
+    with _record_refusal(runs):
         handles = platform.submit_sweep(replace(first, run=folder), runs)
     for run, place, handle in zip(runs, places, handles, strict=True):
         write_json(run / "handle.json", {**place, **handle})
     return runs
 
 
-def render(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> str:
+def render_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> str:
     """What would be submitted."""
     platform, plan = _plan(job_path, overrides, on, site)
-    return platform.render(plan)
+    return platform.render(platform.build(plan))

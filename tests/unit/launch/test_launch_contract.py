@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from manifest_rules import container, job_spec, only
 from trainer.config.job import Job
 from trainer.config.load import load_job, merge_job, save_job, to_job
 from trainer.launch.local.gpu_lease import Lease
-from trainer.launch.local.supervisor import Nodes
+from trainer.launch.local.nodes import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
 from trainer.wiring.node import Wiring, wire
 
@@ -140,8 +140,9 @@ def launch(platform_name: str, folder: Path, *overrides: str, **site: Any) -> li
     run = folder / "digits-0123-456789-abcd"
     run.mkdir(exist_ok=True)
     save_job(config, run / "job.yaml")
-    plan = Plan(to_job(config), config, run, platform.load_site(None) | site)
-    return READERS[platform_name](plan, platform.render(plan))
+    facts = platform.load_site(None)
+    plan = Plan(to_job(config), config, run, replace(facts, **site) if site else facts)
+    return READERS[platform_name](plan, platform.render(platform.build(plan)))
 
 
 def wire_node(found: Launch, monkeypatch: pytest.MonkeyPatch) -> Wiring:

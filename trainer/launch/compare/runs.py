@@ -23,10 +23,10 @@ from trainer.config.job import Ddp, Job
 from trainer.config.load import merge_job, to_job, valid_keys
 from trainer.errors import DONE, FAILED, JobError
 from trainer.launch import control
-from trainer.launch import submit as submission
 from trainer.launch.compare.verdict import MODES, summarize, text
 from trainer.launch.platform import find_platform
 from trainer.launch.runs import last_event, make_run
+from trainer.launch.submit import submit_job
 from trainer.records import read_json, read_lines, write_json
 from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.hardware import usable_processors
@@ -178,10 +178,10 @@ def complete(job_path: str, words: Sequence[str], what: str) -> Path:
     Raises:
         RunEnded: it did not get to its end.
     """
-    run, platform = submission.submit(job_path, words, "local", None), find_platform("local")
+    run, platform = submit_job(job_path, words, "local", None), find_platform("local")
     handle = read_json(run / "handle.json") or {}
     try:
-        while platform.state(run, handle).word in ("pending", "running"):
+        while platform.status(run, handle).is_active:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         with contextlib.suppress(JobError):

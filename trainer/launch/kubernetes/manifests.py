@@ -27,24 +27,24 @@ TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
 """Mappings whose values the API takes as strings only."""
 
 
-def render_manifests(plan: Plan) -> str:
-    """All manifests of a plan, in the order in which they are applied, as one YAML stream."""
-    return "---\n".join(_dump(document) for document in make_manifests(plan))
+def render_manifests(manifests: list[dict[str, Any]]) -> str:
+    """Manifests as one YAML stream."""
+    return "---\n".join(_dump(document) for document in manifests).rstrip("\n")
 
 
-def make_manifests(plan: Plan) -> list[dict[str, Any]]:
+def make_manifests(plan: Plan[KubernetesSite]) -> list[dict[str, Any]]:
     """The manifests of a plan: policy, claim, job file and Service before the Job that needs them.
 
     Raises:
         JobError: the site cannot hold the job, or a template names what does not exist.
     """
-    site = KubernetesSite(**plan.site)
+    site = plan.site
     check_fit(site, plan.job)
     names = ["networkpolicy", "configmap", "jobset"] if site.kind == "jobset" else [
         "networkpolicy", "configmap", "service", "job"]  # fmt: skip
     if site.claim_size is not None:
         names.insert(1, "claim")
-    documents = _resolve(["pod", *names], _values(plan, site))
+    documents = _resolve(["pod", *names], _values(plan))
     _add_extras(documents["pod"]["template"]["spec"], site)
     for name in names:
         if name == "networkpolicy":
@@ -55,7 +55,7 @@ def make_manifests(plan: Plan) -> list[dict[str, Any]]:
     return [_as_text(documents[name]) for name in names]
 
 
-def object_name(plan: Plan) -> str:
+def object_name(plan: Plan[KubernetesSite]) -> str:
     """The name of the plan's objects: its run folder's as a DNS label, with room for what is appended to it.
 
     By hand, where there is no run folder yet, the job's name alone: the same objects every time.
@@ -71,21 +71,21 @@ def object_name(plan: Plan) -> str:
     return name
 
 
-def run_name(plan: Plan) -> str:
+def run_name(plan: Plan[KubernetesSite]) -> str:
     """The run folder's name on the claim."""
     return plan.run.name.removesuffix("-ID")  # what `muster render` puts where `submit` puts a time
 
 
-def host_names(plan: Plan) -> list[str]:
+def host_names(plan: Plan[KubernetesSite]) -> list[str]:
     """The pods' host names in the order of their node rank."""
     name = object_name(plan)
-    stem = f"{name}-node-0" if plan.site["kind"] == "jobset" else name
+    stem = f"{name}-node-0" if plan.site.kind == "jobset" else name
     return [f"{stem}-{index}.{name}" for index in range(plan.job.nodes)]
 
 
-def _values(plan: Plan, site: KubernetesSite) -> dict[str, Any]:
+def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
     """What templates may name: the job, the site, and what follows from both; null leaves a key out."""
-    job = plan.job
+    job, site = plan.job, plan.site
     resources = {"cpu": site.cpu, "memory": site.memory, **site.resources}
     if site.gpu is not None and job.device != "cpu":
         resources[site.gpu] = str(job.devices_per_node)

@@ -1,4 +1,4 @@
-"""Where a submission stands, from the objects that the cluster has: state, exit code, and why in words."""
+"""Where a submission stands, from the objects in the cluster: phase, exit code, and the reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
-from trainer.launch.platform import State
+from trainer.launch.platform import JobStatus, Phase
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 """The annotation that holds a pod's index, and so its node rank."""
@@ -61,32 +61,32 @@ def _why_waiting(conditions: dict[str, Any], waiting: dict[str, Any], phase: str
     return f"{waiting.get('reason', 'starting')}: {waiting.get('message', '')}".strip(": ")
 
 
-def read_state(owner: dict[str, Any], pods: list[Pod], warnings: list[str]) -> State:
-    """The state of a Job or JobSet; `warnings`: what its events say, for the time before there are pods."""
+def read_status(owner: dict[str, Any], pods: list[Pod], warnings: list[str]) -> JobStatus:
+    """The status of a Job or JobSet; `warnings`: what its events say, used while there are no pods."""
     conditions = {
         each["type"]: each for each in owner.get("status", {}).get("conditions", []) if each["status"] == "True"
     }
     done = conditions.get("Complete") or conditions.get("Completed")
     if done:
-        return State("done", _last_word([pod for pod in pods if pod.code == DONE]), DONE)
+        return JobStatus(Phase.DONE, _last_message([pod for pod in pods if pod.code == DONE]), DONE)
     if "Failed" in conditions:
         return _read_failure(conditions["Failed"], pods)
     if owner["metadata"].get("deletionTimestamp"):
-        return State("running", "being deleted: its pods save and stop")
+        return JobStatus(Phase.RUNNING, "being deleted: its pods save and stop")
     if owner["spec"].get("suspend"):
         queue = owner["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
-        return State("pending", f"suspended: waits in queue {queue}" if queue else "suspended")
+        return JobStatus(Phase.PENDING, f"suspended: waits in queue {queue}" if queue else "suspended")
     newest = newest_pods(pods)
     late = [f"{pod.name} waits: {pod.waiting}" for pod in newest.values() if pod.waiting]
     gone = [pod for pod in newest.values() if pod.phase == "Failed"]
     lost = [f"{pod.name} is gone ({_why_gone(pod)}) and will be replaced" for pod in gone]
     running = any(pod.phase in ("Running", "Succeeded") for pod in newest.values())
     reason = "; ".join([*late, *lost] or ([] if newest else warnings[-1:]))
-    return State("running" if running else "pending", reason)
+    return JobStatus(Phase.RUNNING if running else Phase.PENDING, reason)
 
 
 def newest_pods(pods: list[Pod]) -> dict[int, Pod]:
-    """Of each node the pod that was made last: replaced ones stay until their Job is deleted."""
+    """Each node's newest pod: replaced pods remain until their Job is deleted."""
     return {pod.node: pod for pod in sorted(pods, key=lambda pod: pod.created)}
 
 
@@ -96,18 +96,20 @@ def _why_gone(pod: Pod) -> str:
     return "stopped on request" if pod.code == STOPPED else f"exit code {pod.code}"
 
 
-def _read_failure(condition: dict[str, Any], pods: list[Pod]) -> State:
+def _read_failure(condition: dict[str, Any], pods: list[Pod]) -> JobStatus:
     reason = condition.get("reason", "")
     if reason == "DeadlineExceeded":
-        return State("stopped", "stopped at the site's time_limit_min; it continues from its checkpoint", STOPPED)
+        return JobStatus(
+            Phase.STOPPED, "stopped at the site's time_limit_min; it continues from its checkpoint", STOPPED
+        )
     bad = [pod for pod in pods if pod.code not in (None, DONE, STOPPED)]
     newest = max(bad, key=lambda pod: pod.finished, default=None)
     code = next((pod.code for pod in bad if pod.code == WRONG_JOB), newest.code if newest else FAILED)
-    word = _last_word([pod for pod in bad if pod.code == code] or pods)
-    return State("failed", " ".join(filter(None, (word, f"({condition.get('message', reason)})"))), code)
+    message = _last_message([pod for pod in bad if pod.code == code] or pods)
+    return JobStatus(Phase.FAILED, f"{message} ({condition.get('message', reason)})".lstrip(), code)
 
 
-def _last_word(pods: list[Pod]) -> str:
+def _last_message(pods: list[Pod]) -> str:
     """The newest termination message of node 0, which plans the attempts; else of the first node that left one."""
-    told = newest_pods([pod for pod in pods if pod.message])
-    return told[min(told)].message if told else ""
+    messages = newest_pods([pod for pod in pods if pod.message])
+    return messages[min(messages)].message if messages else ""

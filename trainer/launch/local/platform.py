@@ -9,62 +9,61 @@ import shlex
 import signal
 import subprocess
 import sys
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.local.nodes import Nodes
-from trainer.launch.platform import Plan, Platform, State
+from trainer.launch.platform import JobStatus, Phase, Plan, Platform, RequestT, SiteT
 from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.records import read_json
 from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
 from trainer.wiring.devices import visible_devices, wanted_devices
 
 
-class Local(Platform):
-    """Processes on this machine, under one supervisor process."""
+@dataclass(frozen=True)
+class LocalRequest:
+    """The supervisor's command line."""
 
-    name = "local"
+    run_folder: list[str]
+    """Shell lines that make the run folder, where nobody submitted the run."""
+    argv: list[str]
 
-    def render(self, plan: Plan) -> str:
-        """The supervisor's command line, behind lines that make the folder of a run that nobody submitted."""
-        return "\n".join([*make_run_by_hand(plan.run, plan.config, False), shlex.join(_supervisor(plan.run))])
 
+class Supervised(Platform[SiteT, RequestT]):
+    """A platform of this machine: a supervisor process keeps the nodes of each run going."""
+
+    @abstractmethod
     def nodes(self, run: Path, job: Job) -> Nodes:
-        """What the supervisor starts agents on."""
-        return Nodes(run, job)
+        """What the supervisor of a submitted run starts."""
 
-    def submit(self, plan: Plan, follow: bool) -> dict[str, Any]:
-        """Start the supervisor, bound to this process when it is followed."""
-        wanted_devices(plan.job, visible_devices())
-        source = read_json(plan.run / "plan" / "source.json") or {}
-        check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
-        return self._supervise(plan, follow)
-
-    def _supervise(self, plan: Plan, follow: bool) -> dict[str, Any]:
+    def supervise(self, plan: Plan[SiteT], follow: bool) -> dict[str, Any]:
+        """Start the supervisor; with `follow` it ends when this process does."""
         with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
             (plan.run / "exit.json").unlink(missing_ok=True)
             process = subprocess.Popen(
-                [*_supervisor(plan.run), f"--platform={self.name}", "--held", str(held)],
+                [*supervisor_argv(plan.run), f"--platform={self.name}", "--held", str(held)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
                 preexec_fn=functools.partial(_prepare, os.getpid() if follow else None),
             )  # fmt: skip
         return {"pid": process.pid, "started": _start_time(process.pid)}
 
-    def state(self, run: Path, handle: dict[str, Any]) -> State:
+    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
-        alive = _alive(handle)  # first: it may write exit.json and end between two looks
+        alive = _alive(handle)  # first: it may write exit.json and end between the two checks
         ended = read_json(run / "exit.json")
         if ended is not None:
             code = int(ended["code"])
-            word = {DONE: "done", STOPPED: "stopped"}.get(code, "failed")
-            return State("cancelled" if handle.get("cancelled") and word == "stopped" else word, code=code)
+            phase = {DONE: Phase.DONE, STOPPED: Phase.STOPPED}.get(code, Phase.FAILED)
+            return JobStatus(Phase.CANCELLED if handle.get("cancelled") and code == STOPPED else phase, code=code)
         if alive:
-            return State("running")
-        return State("lost", "its supervisor is gone: killed, or the machine was restarted")
+            return JobStatus(Phase.RUNNING)
+        return JobStatus(Phase.LOST, "its supervisor is gone: it was killed, or the machine restarted")
 
     def cancel(self, run: Path, handle: dict[str, Any]) -> None:
         """Ask the supervisor to end: the ranks save first."""
@@ -80,7 +79,7 @@ class Local(Platform):
         os.kill(int(handle["pid"]), number)
 
 
-def _supervisor(run: Path) -> list[str]:
+def supervisor_argv(run: Path) -> list[str]:
     """The supervisor's command line."""
     return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
 
@@ -90,6 +89,40 @@ def _prepare(follower: int | None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)
     if follower is not None:
         set_parent_death_signal(follower, ORPHANED)
+
+
+class Local(Supervised[None, LocalRequest]):
+    """Processes on this machine."""
+
+    name = "local"
+
+    def load_site(self, path: Path | None) -> None:
+        """There is none.
+
+        Raises:
+            JobError: one was given.
+        """
+        if path is not None:
+            raise JobError("--site", str(path), "the local platform has no site file", "Remove it")
+
+    def build(self, plan: Plan[None]) -> LocalRequest:
+        """The supervisor's command line."""
+        return LocalRequest(make_run_by_hand(plan.run, plan.config, False), supervisor_argv(plan.run))
+
+    def render(self, request: LocalRequest) -> str:
+        """The command line, after lines that make the run folder."""
+        return "\n".join([*request.run_folder, shlex.join(request.argv)])
+
+    def submit(self, plan: Plan[None], request: LocalRequest, follow: bool) -> dict[str, Any]:
+        """Start the supervisor."""
+        wanted_devices(plan.job, visible_devices())
+        source = read_json(plan.run / "plan" / "source.json") or {}
+        check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
+        return self.supervise(plan, follow)
+
+    def nodes(self, run: Path, job: Job) -> Nodes:
+        """Processes."""
+        return Nodes(run, job)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.launch.local.gpu_lease import Lease, try_lease
 from trainer.launch.local.nodes import Nodes
+from trainer.launch.local.platform import Supervised
 from trainer.launch.platform import find_platform
 from trainer.records import read_json, record_event, write_json
 from trainer.run.folder import steps_committed
@@ -185,8 +186,9 @@ def supervise(run: Path, platform: str, held: Sequence[int]) -> int:
 
     try:
         job = load_job(run / "job.yaml")
-        nodes = find_platform(platform).nodes(run, job)
-        assert isinstance(nodes, Nodes)
+        supervised = find_platform(platform)
+        assert isinstance(supervised, Supervised)
+        nodes = supervised.nodes(run, job)
         nodes.prepare()
         try:
             code = Supervisor(run, job, nodes, held).main()

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
-from trainer.launch import submit as submission
 from trainer.launch.kubernetes.manifests import make_manifests, object_name, render_manifests
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
+from trainer.launch.submit import render_job
 
 ROOT = Path(__file__).parents[4]
 EXAMPLES = sorted((ROOT / "k8s/examples").glob("*.yaml"))
@@ -33,7 +33,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_plan(*overrides: str, run: str = "digits-ID", **site: Any) -> Plan:
     config = merge_job(ROOT / "jobs/digits.yaml", ["nodes=2", "devices_per_node=1", *overrides])
-    return Plan(to_job(config), config, Path("/somewhere", run), asdict(KubernetesSite(**site)))
+    return Plan(to_job(config), config, Path("/somewhere", run), KubernetesSite(**site))
 
 
 def load(text: str) -> list[Manifest]:
@@ -51,7 +51,7 @@ def test_an_example_is_what_its_first_line_prints(path: Path) -> None:
     assert (muster, verb) == ("muster", "render")
     site = Path(words[words.index("--site") + 1]) if "--site" in words else None
     overrides = [word for word in words if "=" in word]
-    rendered = submission.render(job_file, overrides, "kubernetes", site) + "\n"
+    rendered = render_job(job_file, overrides, "kubernetes", site) + "\n"
     assert rendered == rest, f"stale: {first.removeprefix('# ')}, below its own first line, makes it anew"
 
 
@@ -73,7 +73,7 @@ def test_the_schemas_take_every_site_key() -> None:
         runtime_class="nvidia", annotations={"sidecar.istio.io/inject": "false"}, env={"A": "1"}, secrets=["tracker"],
         fabric="efa", egress=[{"ports": [{"port": 443, "protocol": "TCP"}]}],
     )  # fmt: skip
-    documents = make_manifests(Plan(make_plan().job, make_plan().config, Path("digits-ID"), asdict(site)))
+    documents = make_manifests(Plan(make_plan().job, make_plan().config, Path("digits-ID"), site))
     for document in documents:
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)
@@ -114,7 +114,7 @@ def test_an_example_means_what_it_should(path: Path) -> None:
 
 def test_the_job_of_the_pods_is_the_job() -> None:
     plan = make_plan("train.lr=0.5", "seed=7")
-    documents = load(render_manifests(plan))
+    documents = load(render_manifests(make_manifests(plan)))
     config = only(documents, "ConfigMap")["data"]["job.yaml"]
     assert (job(documents)["train"]["lr"], job(documents)["seed"], job(documents)["nodes"]) == (0.5, 7, 2)
     path = ROOT / "jobs/digits.yaml"
@@ -127,7 +127,7 @@ def test_values_of_the_job_arrive_as_they_are(text: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("SECRET", "hush")
     plan = make_plan()
     plan.config.script_args = [text if text.startswith("${oc") else text.replace("${", r"\${")]
-    rendered = render_manifests(plan)
+    rendered = render_manifests(make_manifests(plan))
     assert "hush" not in rendered
     sent = OmegaConf.create(only(load(rendered), "ConfigMap")["data"]["job.yaml"])
     assert OmegaConf.to_container(sent)["script_args"] == OmegaConf.to_container(plan.config)["script_args"]
@@ -137,7 +137,7 @@ def test_values_of_the_job_arrive_as_they_are(text: str, monkeypatch: pytest.Mon
     "value", ["1", "1e3", "0x1F", "on", "true", "null", "~", "1:30", "", "a: b", "- a", "#", "4Gi"]
 )
 def test_variables_are_strings_for_every_yaml_reader(value: str) -> None:
-    text = render_manifests(make_plan(env={"OWN": value}))
+    text = render_manifests(make_manifests(make_plan(env={"OWN": value})))
     assert variables(load(text))["OWN"] == value
     (line,) = [line for at, line in enumerate(text.splitlines()) if text.splitlines()[at - 1].endswith("name: OWN")]
     # kubectl's reader takes 1e3 for a number and on for a boolean; Python's does not agree about all of them.
@@ -186,7 +186,7 @@ def test_gpus_are_asked_for_by_the_sites_name() -> None:
 @pytest.mark.parametrize(
     ("overrides", "site", "words"),
     [
-        (["device=cuda"], {}, ["device='cuda'", "no resource", "nvidia.com/gpu"]),
+        (["device=cuda"], {}, ["device='cuda'", "no GPU resource", "nvidia.com/gpu"]),
         (["data.workers=20"], {"shm": "1Gi"}, ["shm='1Gi'", "1280Mi", "Raise shm"]),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.launch import submit as submission
+from trainer.launch.submit import render_job, submit_job
 
 ROOT = Path(__file__).parents[4]
 RUN = "/big/digits-ID"
@@ -31,7 +31,7 @@ def command_line(folder: Path, text: str) -> list[str]:
     site = folder / "site.yaml"
     site.write_text(text)
     words = ["nodes=2", "devices_per_node=4", "train.batch_size=64", "runs=/big"]
-    return shlex.split(submission.render("jobs/digits.yaml", words, "slurm", site).splitlines()[-1])
+    return shlex.split(render_job("jobs/digits.yaml", words, "slurm", site).splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,6 @@ def test_run_folders_are_made_where_the_site_says(tmp_path: Path, monkeypatch: p
     site.write_text(f"runs: {tmp_path / 'project space'}\n")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(JobError, match="no sbatch"):  # the folder is made first: what was rendered is kept in it
-        submission.submit("jobs/digits.yaml", [], "slurm", site)
+        submit_job("jobs/digits.yaml", [], "slurm", site)
     (run,) = (tmp_path / "project space").iterdir()
     assert f"--chdir={run}/code" in shlex.split((run / "plan/slurm.txt").read_text().splitlines()[-1])
