@@ -38,6 +38,7 @@ def test_a_refusal_is_one_error_with_a_remedy(
         submit(tmp_path, site)
     assert message in str(caught.value)
     assert remedy in str(caught.value)
+    assert cluster.objects == {}  # nothing was made of what goes before the Job
 
 
 def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:

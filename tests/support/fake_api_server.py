@@ -162,11 +162,14 @@ class Handler(BaseHTTPRequestHandler):
     def write(self, method: str) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length) or "null")
-        plural, name, _ = route(urlsplit(self.path).path)
-        self.cluster.requests.append(f"{method} {plural} {name or body['metadata']['name']}")
+        url = urlsplit(self.path)
+        plural, name, _ = route(url.path)
+        self.cluster.requests.append(f"{method} {plural} {name or body['metadata']['name']} {url.query}")
         refusal = self.cluster.refusal(method, plural, body)
         if refusal is not None:
             return self.status(*refusal)
+        if parse_qs(url.query).get("dryRun") == ["All"]:
+            return self.answer(200, body)
         with self.cluster.change:
             value = self.cluster.objects.get((plural, name))
             if method == "POST":
