@@ -19,6 +19,7 @@ from trainer.parallel.modes import make_parallel
 from trainer.parallel.step import Step
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
+from trainer.run.folder import RunFolder
 from trainer.tasks.bytelm import ByteLM
 from trainer.training.loop import Trainer
 from trainer.training.optimizer import autocast
@@ -72,7 +73,7 @@ def make_trainer(job: Job, task: ByteLM, run: Path) -> Trainer:
     torch.manual_seed(0)
     model = task.model().to(parallel.device)
     parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
-    report = Report(job, run, 0, parallel, Pulse(0))
+    report = Report(job, RunFolder(run), 0, parallel, Pulse(0))
     return Trainer(job, task, parallel, report, model, lambda: False, task.train_dataset(), task.eval_dataset())
 
 

@@ -23,10 +23,12 @@ from turns import Thread
 
 from trainer.config.job import Job, Train
 from trainer.config.rules import check_job
-from trainer.parallel.modes import Parallel, make_parallel
+from trainer.parallel.base import Parallel
+from trainer.parallel.modes import make_parallel
 from trainer.parallel.step import Step
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
+from trainer.run.folder import RunFolder
 from trainer.signals import FLAG
 from trainer.tasks.digits import Digits
 from trainer.training.loop import Trainer
@@ -123,7 +125,7 @@ def muster(case: Case) -> Iterator[None]:
     job = make_job(case.world_size, case.batch_size)
     parallel, model = copy.copy(case.parallel), case.make_model()
     parallel.wrap(Step(model, case.task, autocast(job.train.precision, parallel.device)))
-    report = Report(job, case.folder, 0, parallel, Pulse(parallel.local_rank))
+    report = Report(job, RunFolder(case.folder), 0, parallel, Pulse(parallel.local_rank))
     trainer = Trainer(
         job, case.task, parallel, report, model, lambda: FLAG.requested is not None, case.data,
         case.task.eval_dataset(),

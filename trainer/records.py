@@ -1,11 +1,10 @@
-"""What a run writes down: events, metrics, TensorBoard scalars, samples, the result. Append only, one line each."""
+"""Files of JSON: lines that several processes append to, and objects that are replaced as a whole."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,68 +67,6 @@ def tell_platform(text: str) -> None:
     if path:
         with contextlib.suppress(OSError):
             path.write_bytes(text.encode()[:4000])
-
-
-class Metrics:
-    """The scalars of rank 0: `metrics.jsonl`, and TensorBoard's event files when asked for."""
-
-    def __init__(self, run: Path, attempt: int, step: int, tensorboard: bool) -> None:
-        """`step`: steps done before; TensorBoard drops what a dead attempt wrote beyond it."""
-        self.file = (run / "metrics.jsonl").open("a", buffering=1)
-        self.attempt, self.step = attempt, step
-        self.folder = run / "tensorboard" if tensorboard else None
-        self.board: Any = None
-
-    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Write the values of one step; `kind` is train or evaluation."""
-        line = {"kind": kind, "step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        if self.folder is None:
-            return
-        if self.board is None:  # here, not at import: it costs 0.1 s that the first step need not wait for
-            self.board = Board(self.folder, self.step)
-        self.board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
-
-    def close(self) -> None:
-        """No more events."""
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-class Board:
-    """TensorBoard's event file: one event for all scalars of a step, written here.
-
-    torch's SummaryWriter makes one for each, and hands them to a thread that competes for the interpreter: 140
-    microseconds of a 2 ms step.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        """`step`: steps done before."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.event, self.summary = Event, Summary
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self.file = (folder / name).open("wb", buffering=0)  # a write for each event: a kill loses none
-        self.records = RecordWriter(self.file)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if step:  # what a dead attempt wrote from here on is dropped
-            self._write(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The scalars of a step."""
-        scalars = [self.summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(self.event(wall_time=time.time(), step=step, summary=self.summary(value=scalars)))
-
-    def _write(self, event: Any) -> None:
-        self.records.write(event.SerializeToString())
-
-    def close(self) -> None:
-        """No more events."""
-        self.file.close()
 
 
 def _plain(value: Any) -> Any:

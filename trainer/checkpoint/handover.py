@@ -21,7 +21,7 @@ from trainer.checkpoint.buffer_notes import BufferNotes
 from trainer.checkpoint.files import Hashing, dump
 from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, STATE, Memory, keeps_state
 from trainer.config.job import Job
-from trainer.parallel.modes import Parallel
+from trainer.parallel.base import Parallel
 
 UPDATE_S = 1.0
 """For an update that is going on when the rank is asked."""

@@ -20,9 +20,8 @@ from trainer.config.job import Job
 from trainer.config.load import read_sections
 from trainer.data.sampler import Position
 from trainer.errors import JobError
-from trainer.parallel.modes import Parallel
+from trainer.parallel.base import Parallel
 from trainer.reporting.rank_report import Report
-from trainer.run.folder import steps_committed
 
 
 class State:
@@ -35,8 +34,8 @@ class State:
         """Remember the objects; `report` knows the run folder and the attempt."""
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.average, self.position, self.parallel, self.report = average, position, parallel, report
-        self.root = report.run / "checkpoints"
-        self.config = read_sections(report.run / "job.yaml") if (report.run / "job.yaml").exists() else {}
+        self.root = report.run.checkpoints
+        self.config = read_sections(report.run.job) if report.run.job.exists() else {}
         """As it was given: interpolations stay as written, so it holds no secret."""
         self.writer = Writer(job.checkpoint.asynchronous)
         self.handover = Handover(job, parallel, model, report.attempt)
@@ -125,12 +124,12 @@ class State:
 
     def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
         saved = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
-        self.report.event("checkpoint", step=step, folder=str(saved.folder.relative_to(self.report.run)))
+        self.report.event("checkpoint", step=step, folder=str(saved.folder.relative_to(self.report.run.path)))
         checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 
     def resume(self) -> None:
         """Continue from what survivors handed over or the newest whole checkpoint, or start: from weights, or anew."""
-        kept = self.handover.recall(steps_committed(self.report.run))
+        kept = self.handover.recall(self.report.run.steps_committed())
         if kept is not None:
             self._restore(kept, kept["model"], "the survivors' memory")
             if self.parallel.rank == 0:

@@ -1,10 +1,11 @@
-"""DataParallel without GPUs: the same four steps with threads, so that the mode runs and is tested anywhere.
+"""DataParallel without GPUs. It does the same four steps in threads, so that the mode runs and is tested anywhere.
 
-`torch.nn.DataParallel` passes through on a CPU; on GPUs it is used itself (`trainer.parallel.modes`).
+`torch.nn.DataParallel` does nothing on a CPU. On GPUs it is used itself (`trainer.parallel.modes`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 class ThreadReplicas(nn.Module):
     """Replicate the module, scatter the batch along dimension 0, apply in threads, gather the outputs.
 
-    Uneven chunks are exact, because outputs are per sample. Gradients of the replicas add up in the original.
-    Layers that draw random numbers share one generator, in the order in which the threads reach it.
+    Chunks of different sizes are exact, because outputs are per sample. The gradients of all replicas add up in the
+    original. Layers that draw random numbers share one generator, in the order in which the threads reach it.
     """
 
     def __init__(self, module: nn.Module, replicas: int) -> None:
@@ -30,19 +31,19 @@ class ThreadReplicas(nn.Module):
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """Compute the module's outputs for the whole batch, in the order of its samples."""
         chunks = scatter(batch, self.replicas)
-        copies = [self.module, *(replicate(self.module) for _ in chunks[1:])]
+        replicas = [self.module, *(replicate(self.module) for _ in chunks[1:])]
         grad = torch.is_grad_enabled()
 
-        def apply(copy: nn.Module, chunk: Any) -> Any:
+        def apply(replica: nn.Module, chunk: Any) -> Any:
             with torch.set_grad_enabled(grad):
-                return copy(chunk, evaluate)
+                return replica(chunk, evaluate)
 
-        work = [self.threads.submit(apply, copy, chunk) for copy, chunk in zip(copies, chunks, strict=True)]
+        work = [self.threads.submit(apply, replica, chunk) for replica, chunk in zip(replicas, chunks, strict=True)]
         return gather([item.result() for item in work])
 
 
 def scatter(batch: Any, parts: int) -> list[Any]:
-    """Cut the tensors of a batch as `torch.chunk` does: at most `parts` pieces; each gets all that is no tensor."""
+    """Cut the tensors of a batch as `torch.chunk` does, into at most `parts`; everything else goes into each part."""
     if isinstance(batch, Tensor):
         return list(batch.chunk(parts))
     if isinstance(batch, Mapping) and batch:
@@ -63,21 +64,14 @@ def gather(outputs: list[Any]) -> Any:
     return torch.cat(outputs)
 
 
-def replicate(module: nn.Module, seen: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a module so that its parameters are differentiable copies of the original's (tied ones stay tied)."""
-    seen = {} if seen is None else seen
-    if id(module) in seen:
-        return seen[id(module)]  # type: ignore[no-any-return]
-    copy = module._replicate_for_data_parallel()
-    seen[id(module)] = copy
-    for name, child in module._modules.items():
-        copy._modules[name] = None if child is None else replicate(child, seen)
-    for name, parameter in module._parameters.items():
-        if parameter is None:  # a layer without bias
-            copy._parameters[name] = None
-            continue
-        tensor = seen.setdefault(id(parameter), parameter.clone())
-        setattr(copy, name, tensor)  # a plain attribute: a clone is no leaf, so no nn.Parameter
-    for name, buffer in module._buffers.items():
-        copy._buffers[name] = None if buffer is None else buffer.clone()
-    return copy  # type: ignore[no-any-return]
+def replicate(module: nn.Module) -> nn.Module:
+    """Copy the modules and their buffers. All replicas compute with the original's parameters.
+
+    Of other attributes the replica gets the same objects, as with `torch.nn.DataParallel`. Those that are dicts are
+    copied, because torch keeps submodules, parameters and buffers in dicts.
+    """
+    kept: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for part in module.modules():
+        kept |= {id(value): value for value in vars(part).values() if not isinstance(value, dict)}
+    buffers = {id(buffer): buffer.clone() for buffer in module.buffers()}
+    return copy.deepcopy(module, kept | buffers)  # a deep copy takes from this dict what it finds there

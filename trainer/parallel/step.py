@@ -15,26 +15,20 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Step(nn.Module):
-    """What is replicated or wrapped: the model with the task's loss inside, so that only per-sample values leave it."""
+    """The model with the task's loss inside. Modes replicate or wrap it, and only per-sample values leave it."""
 
     def __init__(
         self, model: nn.Module, task: Task, autocast: Callable[[], Any] | None, compile: bool = False
     ) -> None:  # fmt: skip
-        """`autocast`: makes a context for the forward pass; entered here because each replica is a thread."""
+        """`autocast` makes the context of a forward pass. It is entered here because each replica is a thread."""
         super().__init__()
         self.model = model
         self.task = task
         self.autocast = autocast
-        self.vote: nn.Parameter | None = None
-        """What ranks agree by: see `Distributed.wrap`."""
-        self.shows_vote = False
         self.apply_model = torch.compile(apply_model) if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
-        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics.
-
-        With `shows_vote` the losses and the vote, which then is in the outputs' graph.
-        """
+        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
         if self.autocast is None:
             output, losses = self._compute(batch)
         else:
@@ -51,9 +45,6 @@ class Step(nn.Module):
             losses = losses.float()  # a sum of them would keep three digits
         if evaluate:
             return {"loss": losses, **self._metrics(output, batch, len(losses))}
-        if self.shows_vote:
-            assert self.vote is not None
-            return losses, self.vote.view_as(self.vote)
         return losses
 
     def _compute(self, batch: Any) -> tuple[Any, Tensor]:
@@ -74,5 +65,5 @@ class Step(nn.Module):
 
 
 def apply_model(model: nn.Module, inputs: Any) -> Any:
-    """What is compiled: `model.compile()` silently leaves models alone whose class is torch's, such as Sequential."""
+    """What is compiled. `model.compile()` silently does nothing for torch's own classes, such as Sequential."""
     return model(inputs)

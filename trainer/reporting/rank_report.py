@@ -1,4 +1,7 @@
-"""What a rank tells: heartbeat, metrics, progress lines, profile, and the result at the end."""
+"""What a rank reports: heartbeats, metrics, events, progress lines, samples, and the result at the end.
+
+The sinks of metrics are in `trainer.reporting.metrics`, heartbeats in `trainer.reporting.heartbeat`.
+"""
 
 from __future__ import annotations
 
@@ -7,95 +10,101 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from trainer.config.job import Job
 from trainer.data.sampler import MicroBatch, Position
-from trainer.parallel.modes import Late, Parallel
-from trainer.records import Metrics, record_event, write_json
+from trainer.parallel.base import DeferredScalars, Parallel
+from trainer.records import write_json
 from trainer.reporting.heartbeat import Pulse
+from trainer.reporting.metrics import Sink, make_sinks
+from trainer.reporting.profile import Profile
+from trainer.run.folder import RunFolder
 
 
 class Report:
-    """One rank's side of the run folder; rank 0 writes what all share."""
+    """What one rank writes into the run folder. Rank 0 writes what all ranks share."""
 
-    def __init__(self, job: Job, run: Path, attempt: int, parallel: Parallel, pulse: Pulse) -> None:
-        """Nothing is opened before the training starts."""
+    def __init__(self, job: Job, run: RunFolder, attempt: int, parallel: Parallel, pulse: Pulse) -> None:
+        """Open no file before the training starts."""
         self.job, self.run, self.attempt, self.parallel, self.pulse = job, run, attempt, parallel, pulse
-        self.first = parallel.rank == 0
-        self.metrics: Metrics | None = None
-        self.losses: list[Late | float] = []
-        self.count = self.total = 0
-        self.seconds = 0.0
-        self.window = 0
-        self.profiler: Any = None
-        self.samples_file: Any = None
+        self.is_first = parallel.rank == 0
+        self.sinks: list[Sink] = []
+        self.profile = Profile(job.log.profile_steps, run.profile / f"rank{parallel.rank}.json")
+        self.samples_file: TextIO | None = None
+        self.samples_done = 0
+        """In this attempt."""
+        self.paused_s = 0.0
+        """Spent on evaluations and saves."""
+        self.losses: list[DeferredScalars | float] = []
+        """Of the steps since metrics were last written."""
+        self.samples_since = 0
+        """Samples of those steps."""
 
     def start(self, position: Position, steps: int, steps_per_epoch: int) -> None:
-        """The loop begins at `position` of `steps`."""
-        self.steps, self.steps_per_epoch = steps, steps_per_epoch
-        if self.first:
-            self.metrics = Metrics(self.run, self.attempt, position.step, self.job.log.tensorboard)
-            self.event(
-                "training",
-                step=position.step,
-                steps=steps,
-                steps_per_epoch=steps_per_epoch,
-                device=str(self.parallel.device),
-                world_size=self.parallel.world_size,
-                parallel=self.job.parallel,
-            )
+        """The loop begins at `position` and is to do `steps` in all."""
+        self.first_step, self.steps, self.steps_per_epoch = position.step + 1, steps, steps_per_epoch
+        if self.is_first:
+            self.sinks = make_sinks(self.run, self.attempt, position.step, self.job.log.tensorboard)
+        self.event(
+            "training", step=position.step, steps=steps, steps_per_epoch=steps_per_epoch,
+            device=str(self.parallel.device), world_size=self.parallel.world_size, parallel=self.job.parallel,
+        )  # fmt: skip
         if self.job.log.samples:
-            self.samples_file = (self.run / f"samples-rank{self.parallel.rank}.jsonl").open("a", buffering=1)
-        self._profile(position.step)
-        self.started = self.mark = time.perf_counter()
-        self.pulse.beat(position.step, "training")
+            self.samples_file = self.run.samples(self.parallel.rank).open("a", buffering=1)
+        self.profile.step(position.step)
+        self.started = self.written = time.perf_counter()
+        self.phase("training", position)
 
-    def step(self, position: Position, loss: Late | float, rate: float, samples: int) -> None:
+    def step(self, position: Position, loss: DeferredScalars | float, rate: float, samples: int) -> None:
         """A step is done; `loss` is the mean over its global batch."""
-        self.pulse.beat(position.step, "training")
-        self.total += samples
-        if self.job.log.profile_steps:
-            self._profile(position.step)
-        if self.metrics is None:
+        step = position.step
+        self.pulse.beat(step, "training")
+        self.samples_done += samples
+        self.profile.step(step)
+        if not self.is_first:
             return
-        if position.step - 1 == self.metrics.step:
-            self.event("first_step", step=position.step)
+        if step == self.first_step:
+            self.event("first_step", step=step)
         self.losses.append(loss)
-        self.window += samples
-        if position.step % self.job.log.every_steps and position.step != self.steps:
-            return
+        self.samples_since += samples
+        if step % self.job.log.every_steps == 0 or step == self.steps:
+            self._write_training(step, rate)
+
+    def _write_training(self, step: int, rate: float) -> None:
+        """Write the metrics of the steps since the last time."""
         now = time.perf_counter()
-        values = [float(value) for value in self.losses]
-        speed = self.window / max(now - self.mark, 1e-9)
-        self.metrics.write(position.step, "train", {
-            "loss": values[-1], "mean_loss": sum(values) / len(values), "lr": rate, "samples_per_s": speed,
+        losses = [float(loss) for loss in self.losses]
+        speed = self.samples_since / max(now - self.written, 1e-9)
+        self._write(step, "train", {
+            "loss": losses[-1], "mean_loss": sum(losses) / len(losses), "lr": rate, "samples_per_s": speed,
         })  # fmt: skip
         self.losses.clear()
-        self.mark, self.window = now, 0
+        self.written, self.samples_since = now, 0
+
+    def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(step, kind, values)
 
     def evaluation(self, position: Position, values: Mapping[str, float]) -> None:
         """An evaluation is done."""
-        if self.metrics is None:
-            return
-        self.metrics.write(position.step, "evaluation", values)
+        self._write(position.step, "evaluation", values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         epoch = -(-position.step // self.steps_per_epoch)
         self.say(f"step {position.step}/{self.steps}  epoch {epoch}  {shown}")
 
     def phase(self, name: str, position: Position) -> None:
-        """Tell the agent what this rank is busy with."""
+        """Tell the agent what this rank is doing."""
         self.pulse.beat(position.step, name)
         self.position = position
 
     def pause(self, seconds: float) -> None:
-        """Leave the time of an evaluation or a save out of the training speed."""
-        self.mark += seconds
-        self.seconds += seconds
-        self.pulse.beat(self.position.step, "training")
+        """An evaluation or a save is over. Its time does not count for the speed of the training."""
+        self.written += seconds
+        self.paused_s += seconds
+        self.phase("training", self.position)
 
     def samples(self, position: Position, micros: Sequence[tuple[MicroBatch, Any]]) -> None:
         """Record which samples this rank's part of the step consumed."""
@@ -104,29 +113,29 @@ class Report:
             line = {"attempt": self.attempt, "epoch": position.epoch, "step": position.step, "samples": numbers}
             self.samples_file.write(json.dumps(line) + "\n")
 
-    def event(self, event: str, **facts: Any) -> None:
-        """Append to events.jsonl; rank 0 speaks for all, others only of what is theirs."""
-        if self.first or facts.get("rank") is not None:
-            record_event(self.run, event, attempt=self.attempt, **facts)
+    def event(self, event: str, **fields: Any) -> None:
+        """Record an event. Other ranks than the first record only what concerns themselves, by a field `rank`."""
+        if self.is_first or fields.get("rank") is not None:
+            self.run.record(event, attempt=self.attempt, **fields)
 
-    def warn(self, text: str, event: str, **facts: Any) -> None:
-        """Say something loudly, and record it."""
+    def warn(self, text: str, event: str, **fields: Any) -> None:
+        """Print a warning and record it."""
         print(f"WARNING: {text}", file=sys.stderr, flush=True)
-        self.event(event, **facts)
+        self.event(event, **fields)
 
     def say(self, text: str) -> None:
-        """Print a line to this rank's log."""
-        if self.first:
+        """Print a line to the first rank's log."""
+        if self.is_first:
             print(text, flush=True)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
-        """The run is done: memory of all ranks, the result, the last event."""
+        """The run is done: write the result and the last event."""
         memory = [line for lines in self.parallel.gather_objects(self._memory()) for line in lines]
-        if not self.first:
+        if not self.is_first:
             return
         elapsed = time.perf_counter() - self.started
-        speed = self.total / max(elapsed - self.seconds, 1e-9)
-        write_json(self.run / "result.json", {
+        speed = self.samples_done / max(elapsed - self.paused_s, 1e-9)
+        write_json(self.run.result, {
             "metrics": dict(metrics), "steps": self.steps, "samples_per_s": speed, "train_s": elapsed,
             "device": self.parallel.device.type, "world_size": self.parallel.world_size,
             "parallel": self.job.parallel, "peak_memory_mb": memory,
@@ -134,39 +143,18 @@ class Report:
         self.event("done", step=self.steps, **metrics)
 
     def _memory(self) -> list[dict[str, Any]]:
-        """Peak memory, MiB, of each device that this rank used."""
+        """The peak memory, in MiB, of each device that this rank used."""
+        if self.parallel.cuda:
+            peaks = {str(device): torch.cuda.max_memory_allocated(device) / 2**20 for device in self.parallel.devices}
+        else:
+            peaks = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         rank = self.parallel.rank
-        if not self.parallel.cuda:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            return [{"rank": rank, "device": "cpu", "peak_mb": round(peak, 1)}]
-        return [
-            {"rank": rank, "device": str(device), "peak_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)}
-            for device in self.parallel.devices
-        ]
-
-    def _profile(self, done: int) -> None:
-        """Trace the steps that the job names, of which the first is 1, for chrome://tracing or Perfetto."""
-        if not self.job.log.profile_steps:
-            return
-        first, last = self.job.log.profile_steps
-        if self.profiler is None and first <= done + 1 <= last:
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
-        elif self.profiler is not None and done >= last:
-            self._write_profile()
-
-    def _write_profile(self) -> None:
-        self.profiler.stop()
-        folder = self.run / "profile"
-        folder.mkdir(exist_ok=True)
-        self.profiler.export_chrome_trace(str(folder / f"rank{self.parallel.rank}.json"))
-        self.profiler = None
+        return [{"rank": rank, "device": device, "peak_mb": round(peak, 1)} for device, peak in peaks.items()]
 
     def close(self) -> None:
-        """Flush what is open."""
-        if self.profiler is not None:  # the run ended before the last step to trace
-            self._write_profile()
-        if self.metrics is not None:
-            self.metrics.close()
+        """Write and close what is open."""
+        self.profile.close()
+        for sink in self.sinks:
+            sink.close()
         if self.samples_file is not None:
             self.samples_file.close()

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.data.loader import Loader, ToDevice
 from trainer.data.sampler import evaluation_batches
 from trainer.errors import JobError
-from trainer.parallel.modes import Parallel
+from trainer.parallel.base import Parallel
 from trainer.task import Task
 
 

@@ -17,7 +17,7 @@ from trainer.data.loader import Loader, ToDevice
 from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
 from trainer.data.sampler import MicroBatch, Order, Position
 from trainer.errors import JobError, Stopped
-from trainer.parallel.modes import Late, Parallel
+from trainer.parallel.base import DeferredScalars, Parallel
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.cadence import Due
@@ -172,10 +172,10 @@ class Trainer:
         """Seed all generators for what is computed at the current position, so none is ever saved."""
         seed_generators(derive_seed(self.job.seed, self.position.step, number, stream), self.parallel.devices)
 
-    def update(self, mean: Late | float, micros: list[tuple[MicroBatch, Any]]) -> None:
+    def update(self, mean: DeferredScalars | float, micros: list[tuple[MicroBatch, Any]]) -> None:
         """Apply the gradients unless the loss is not finite; every rank decides alike."""
         train = self.job.train
-        if isinstance(mean, Late) and train.on_nan == "halt":
+        if isinstance(mean, DeferredScalars) and train.on_nan == "halt":
             self.check_late()  # on a GPU, look at a loss one step late rather than wait for it at every step
             self.late = mean, self.position.step + 1, [micro for micro, _ in micros]
         elif not math.isfinite(mean):
@@ -200,7 +200,7 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    late: tuple[Late, int, list[MicroBatch]] | None = None
+    late: tuple[DeferredScalars, int, list[MicroBatch]] | None = None
 
     def check_late(self) -> None:
         """Look at the loss that nobody looked at yet: before weights are saved, and after each further step."""

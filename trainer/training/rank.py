@@ -16,6 +16,7 @@ from trainer.parallel.step import Step
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
 from trainer.run.attempts import check_current
+from trainer.run.folder import RunFolder
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG
 from trainer.task import make_task
@@ -52,7 +53,7 @@ def train(
         run = Path(parallel.share(str(choose_run(job, wiring))))
     run.mkdir(parents=True, exist_ok=True)
     check_current(run, wiring.attempt)
-    report = Report(job, run, wiring.attempt, parallel, pulse)
+    report = Report(job, RunFolder(run), wiring.attempt, parallel, pulse)
     try:
         task = make_task(job.task, job.task_args)
         seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank

@@ -21,6 +21,7 @@ INFINIBAND = Path("/sys/class/infiniband")
 class DeviceWishes(Protocol):
     """What a job says about devices: these fields of `trainer.config.job.Job`."""
 
+    parallel: str
     device: str
     devices: list[int] | None
     devices_per_node: int
@@ -111,6 +112,15 @@ def use_cuda(job: DeviceWishes) -> bool:
         remedy = "Ask for fewer, or set device=cpu. nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible"
         raise JobError(key, getattr(job, key), f"this node shows {count} usable GPUs", remedy)
     return False
+
+
+def rank_gpus(job: DeviceWishes, local_rank: int) -> list[int]:
+    """The GPUs that a rank computes on, as CUDA numbers those that it sees: all of its node under dp, else one."""
+    import torch
+
+    if job.parallel == "dp":
+        return list(range(job.devices_per_node))
+    return [local_rank if torch.cuda.device_count() > 1 else 0]
 
 
 def sees_its_own(environ: Mapping[str, str] = os.environ) -> bool:

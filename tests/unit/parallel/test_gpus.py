@@ -8,8 +8,8 @@ import torch
 from trainer.agent.diagnosis import HERE, Frame, only_waits
 from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.parallel import modes as parallel
-from trainer.parallel.modes import Parallel
+from trainer.parallel import base
+from trainer.parallel.base import Parallel
 from trainer.wiring.devices import use_cuda
 from trainer.wiring.rank import RankWiring
 
@@ -49,7 +49,7 @@ def test_whether_it_computes_on_them(
 
 @pytest.mark.parametrize(("found", "index"), [(1, 0), (4, 3)])
 def test_which_one_is_its_own(monkeypatch: pytest.MonkeyPatch, found: int, index: int) -> None:
-    monkeypatch.setattr(parallel, "use_cuda", lambda job: True)
+    monkeypatch.setattr(base, "use_cuda", lambda job: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     rank = Parallel(Job(task="a:B", parallel="ddp", devices_per_node=4), RankWiring(3, 4, 3))

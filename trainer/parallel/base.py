@@ -1,0 +1,152 @@
+"""What the training loop asks of a mode, with the answers of a single process.
+
+The modes themselves are in `trainer.parallel.modes` (single, dp) and `trainer.parallel.ddp`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.job import Job
+from trainer.parallel.step import Step
+from trainer.wiring.devices import rank_gpus, use_cuda
+from trainer.wiring.rank import RankWiring
+
+
+class DeferredScalars:
+    """Numbers that a GPU is still computing. They are copied to the CPU in the background.
+
+    Reading them waits only for the work that was queued before the copy. `Tensor.item()` would wait for everything
+    that is queued, which one step later includes the next forward and backward pass.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """`values`: on a GPU, of shape (n,); the first of them is a loss."""
+        self.values = values.to("cpu", non_blocking=True)  # torch uses page-locked memory for such a copy
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def read(self) -> list[float]:
+        """Wait for the numbers and return them."""
+        self.copied.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
+
+    def __float__(self) -> float:
+        """The loss."""
+        return self.read()[0]
+
+
+class Parallel:
+    """How a rank computes a step, and how it exchanges values with the other ranks; here there are none."""
+
+    module: nn.Module
+    """The wrapped step."""
+    warms_up = False
+    """Whether `warm_up` must be called before the first step."""
+    steps = 0
+    """How many steps are done. The loop sets it when it resumes."""
+    _loss: Tensor | None = None
+    """This rank's part of the global mean loss of the current step, so far."""
+    _stop = False
+    """Whether this rank was asked to stop."""
+
+    def __init__(self, job: Job, wiring: RankWiring) -> None:
+        """Choose the devices of this rank."""
+        self.job = job
+        self.rank, self.world_size = wiring.rank, wiring.world_size
+        self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
+        self.cuda = use_cuda(job)
+        self.devices = [torch.device("cpu")]
+        """All that this rank computes on. Results are on the first."""
+        if self.cuda:
+            self.devices = [torch.device("cuda", index) for index in rank_gpus(job, self.local_rank)]
+            torch.cuda.set_device(self.devices[0])
+        self.device = self.devices[0]
+
+    def wrap(self, step: Step) -> None:
+        """Take the module that computes the losses of a step. Call this once, before any step."""
+        self.step = step
+        self.module = step
+
+    def warm_up(self, batch: Any) -> None:
+        """Compute a backward pass of zeros, so that the mode can arrange what only a step can arrange."""
+
+    def losses(self, batch: Any) -> Tensor:
+        """The losses of this rank's batch, one for each sample, on the first device."""
+        losses: Tensor = self.module(batch)
+        return losses
+
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Losses and metrics, one for each sample, of a batch that this rank alone computes."""
+        result: dict[str, Tensor] = self.module(batch, True)
+        return result
+
+    def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
+        """Add the gradients of a micro-batch, and remember what `agree` tells the other ranks.
+
+        Args:
+            losses: of each sample.
+            weight: their sum times this is the rank's part of the global mean loss.
+            scaler: multiplies the loss before the backward pass (fp16).
+            stop: whether this rank was asked to stop.
+        """
+        loss = self._note(losses, weight, stop)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def _note(self, losses: Tensor, weight: float, stop: bool) -> Tensor:
+        """Add a micro-batch to this rank's loss and stop request; return its loss."""
+        loss = losses.sum() * weight
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        self._stop = self._stop or stop
+        return loss
+
+    def _forget(self) -> None:
+        """Begin a new step."""
+        self._loss, self._stop = None, False
+
+    def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
+        """End a step's backward passes: its global mean loss, and whether any rank was asked to stop.
+
+        Ranks on GPUs learn of a stop one step late, because no rank waits for its GPU.
+
+        Args:
+            due: the step ends an epoch, or an evaluation or a checkpoint follows it.
+        """
+        loss, stop = self._loss, self._stop
+        assert loss is not None
+        self._forget()
+        return DeferredScalars(loss.view(1)) if self.cuda else loss.item(), stop
+
+    def accumulating(self, more: bool) -> AbstractContextManager[None]:
+        """Surround the forward and backward pass of a micro-batch; `more` of them may follow before the update."""
+        return nullcontext()
+
+    def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
+        """Do what the mode does after an update; return whether all ranks hold the same weights now."""
+        return True
+
+    def share_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0's model, such as batch statistics: a checkpoint holds those."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small picklable values of all ranks."""
+        return [value]
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        """The value of rank `source`, on all ranks."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def close(self) -> None:
+        """Leave the group."""
