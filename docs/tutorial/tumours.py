@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 
-from trainer.task import Task
+from muster import Task
 
 
 class Tumours(Task):
