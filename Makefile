@@ -14,6 +14,9 @@ export JOB SITE MUSTER_VENV IMAGE
 BIN := $(MUSTER_VENV)/bin
 SITE_OPTION = $(if $(SITE),--site "$$SITE")
 RENDER = "$(BIN)/muster" render "$$JOB" --on kubernetes $(SITE_OPTION) $(ARGS)
+# Most tests wait for processes that they started, so there are more workers than processors.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
+PYTEST = "$(BIN)/pytest" --numprocesses=$(WORKERS) --dist=loadgroup
 SCRIPTS = $(wildcard .ci/* slurm/*.sh slurm/*.sbatch docker/*.sh k8s/*.sh bench/*.sh tests/*/*.sh)
 
 SHELL := /bin/bash
@@ -63,30 +66,30 @@ k8s-delete: setup ## Stop JOB and remove its objects
 ##@ Develop
 
 test: setup-dev ## Run every test that can run here; the others skip and say why
-	@"$(BIN)/pytest" $(ARGS)
+	@$(PYTEST) $(ARGS)
 
-test-unit: setup-dev ## Run the quick tests: no sockets, no ranks
-	@"$(BIN)/pytest" tests/unit $(ARGS)
+test-unit: setup-dev ## Run the quick tests: functions and classes, without ranks
+	@$(PYTEST) tests/unit $(ARGS)
 
-test-cli: setup-dev ## Run the tests of `muster`, `make` and set-up as they are typed
-	@"$(BIN)/pytest" tests/cli $(ARGS)
+test-cli: setup-dev ## Run the tests of commands as they are typed: muster, make and set-up
+	@$(PYTEST) tests/cli $(ARGS)
 
 test-gloo: setup-dev ## Run the tests with real ranks on CPU
-	@"$(BIN)/pytest" tests/gloo $(ARGS)
+	@$(PYTEST) tests/gloo $(ARGS)
 
-test-slurm: setup-dev ## Run the tests on a real Slurm
+test-slurm: setup-dev ## Run the tests on a real Slurm; as root, install what it needs first
 	@MUSTER_INSTALL=1 "$(BIN)/pytest" tests/slurm $(ARGS)
 
 test-docker: setup-dev ## Run the tests on a real container engine
 	@"$(BIN)/pytest" tests/docker $(ARGS)
 
 test-kubernetes: setup-dev ## Run the tests with the real kubectl, and with pods as real containers
-	@"$(BIN)/pytest" tests/kubernetes $(ARGS)
+	@$(PYTEST) tests/kubernetes $(ARGS)
 
 test-gpu: setup-dev ## Run the tests that need an NVIDIA GPU
 	@"$(BIN)/pytest" tests/gpu $(ARGS)
 
-test-speed: setup-dev ## Run the tests whose answer is a time, one after the other, on a machine that does nothing else
+test-speed: setup-dev ## Check limits on time, on a machine that does nothing else
 	@"$(BIN)/pytest" -m speed $(ARGS)
 
 test-full: setup-dev ## Kill, stop and restart as often as a release asks for: half an hour
