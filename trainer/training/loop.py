@@ -23,7 +23,8 @@ from trainer.task import Task
 from trainer.training.cadence import Due
 from trainer.training.determinism import any_kernels, missing_kernels_named
 from trainer.training.evaluation import check_count, evaluate
-from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, make_step, set_rate
+from trainer.training.fast_path import make_step
+from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, set_rate
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -53,7 +54,7 @@ class Trainer:
         self.due = Due(job, self.order, self.steps)
         self.optimizer = make_optimizer(model, train)
         # A trace shall show the update by its name.
-        self.step = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
+        self.update_weights = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
         self.rate = make_schedule(train, self.steps)
         self.scaler = make_scaler(train.precision, device)
         self.average = make_average(model, train.ema_decay)
@@ -187,7 +188,7 @@ class Trainer:
         if train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
         if self.scaler is None:
-            self.step()
+            self.update_weights()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -196,7 +197,7 @@ class Trainer:
             self.average.update_parameters(self.state.model)
 
     def drop_gradients(self) -> None:
-        """What `Optimizer.zero_grad` does, without its 20 microseconds of wrappers."""
+        """As `Optimizer.zero_grad`, which records itself for a profiler: 3 % of a step of 3 ms."""
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks as after_all
-from torch.optim.optimizer import _global_optimizer_pre_hooks as before_all
 from torch.optim.swa_utils import AveragedModel
 
 from trainer.config.job import Train
@@ -57,25 +55,6 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise JobError("train.optimizer", train.optimizer, "made no torch.optim.Optimizer", "Return one")
     return optimizer
-
-
-def make_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """What to call for an update: `optimizer.step`, or what is inside its wrappers when nothing uses them.
-
-    torch wraps the step of its own optimizers for hooks, traces and its compiler: 20 to 40 microseconds on a CPU.
-    """
-    kind: Any = type(optimizer)
-    own: Any = optimizer
-    hooks = [own._optimizer_step_pre_hooks, own._optimizer_step_post_hooks, before_all, after_all]
-    wrapped: Any = getattr(getattr(kind.step, "__wrapped__", None), "__wrapped__", None)
-    if kind not in OPTIMIZERS.values() or wrapped is None or "step" in vars(optimizer) or any(hooks):
-        return optimizer.step
-
-    def step() -> None:
-        with torch.no_grad():
-            wrapped(optimizer)
-
-    return step
 
 
 def make_schedule(train: Train, steps: int) -> Callable[[int], float]:

@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer.config.job import Train
 from trainer.errors import JobError
-from trainer.training.optimizer import OPTIMIZERS, make_optimizer, make_scaler, make_schedule, make_step, set_rate
+from trainer.training.optimizer import make_optimizer, make_scaler, make_schedule, set_rate
 
 
 @pytest.mark.parametrize("schedule, expected", [
@@ -54,50 +53,6 @@ def test_a_group_scales_its_rate() -> None:
     optimizer = torch.optim.SGD([{"params": [weight], "lr_scale": 0.1}], lr=1)
     set_rate(optimizer, 3.0)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
-
-
-def train_a_bit(train: Train, bare: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    optimizer = make_optimizer(model, train)
-    step = make_step(optimizer) if bare else optimizer.step
-    for _ in range(4):
-        model(torch.rand(5, 3)).square().mean().backward()
-        step()
-        assert torch.is_grad_enabled()
-    return model, optimizer
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_without_wrappers_is_the_same_step(name: str) -> None:
-    train = Train(optimizer=name, optimizer_args={"momentum": 0.9} if name == "sgd" else {}, weight_decay=0.1)
-    (model, optimizer), (expected, reference) = train_a_bit(train, bare=True), train_a_bit(train, bare=False)
-    assert make_step(optimizer) != optimizer.step, "this torch wraps its step in another way"
-    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(found, wanted)
-    states = optimizer.state_dict()["state"], reference.state_dict()["state"]
-    for index, state in states[1].items():
-        assert all(torch.equal(states[0][index][key], value) for key, value in state.items())
-
-
-def test_a_step_with_hooks_or_of_a_users_optimizer_keeps_its_wrappers() -> None:
-    class Own(torch.optim.SGD):
-        steps = 0
-
-        def step(self, closure: object = None) -> None:  # type: ignore[override]
-            self.steps += 1
-
-    own = Own([nn.Parameter(torch.ones(1))])
-    make_step(own)()
-    assert own.steps == 1
-    seen: list[str] = []
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
-    optimizer.register_step_post_hook(lambda *_: seen.append("own"))
-    make_step(optimizer)()
-    handle = register_optimizer_step_pre_hook(lambda *_: seen.append("all"))
-    make_step(torch.optim.SGD([nn.Parameter(torch.ones(1))]))()
-    handle.remove()
-    assert seen == ["own", "all"]
 
 
 @pytest.mark.parametrize("train, key, problem", [
