@@ -93,7 +93,7 @@ def make_task(value: str, arguments: Mapping[str, Any]) -> Task:
     except TypeError as error:
         raise JobError("task_args", dict(arguments), str(error), f"See the arguments of {value}") from error
     if not isinstance(task, Task):
-        raise JobError("task", value, "is not a trainer.task.Task", "Subclass trainer.task.Task")
+        raise JobError("task", value, "is not a subclass of muster.Task", "Write class YourTask(muster.Task)")
     return task
 
 

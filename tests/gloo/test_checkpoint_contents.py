@@ -112,7 +112,7 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path, keys: list[str], score
 def test_a_best_metric_that_does_not_exist_is_named(tmp_path: Path) -> None:
     run = train(tmp_path, make_job(*MODES["ddp"], "checkpoint.best=acuracy"))
     assert 64 in run.codes
-    assert "checkpoint.best='acuracy': is no metric of this task" in run.output(0)
+    assert "checkpoint.best='acuracy': is not a metric of this task" in run.output(0)
     assert "loss, accuracy" in run.output(0)
 
 

@@ -35,7 +35,7 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
             raise JobError(
                 "parallel",
                 job.parallel,
-                f"is one process, but {wiring.world_size} ranks were started",
+                f"uses one process, but the launcher started {wiring.world_size} ranks",
                 "Use parallel=ddp, or start one process",
             )
     elif job.world_size != wiring.world_size:

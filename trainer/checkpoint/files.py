@@ -194,7 +194,12 @@ def load_weights(path: Path) -> dict[str, Any]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
-        raise JobError("checkpoint.load", str(path), f"holds a {type(state).__name__}", "Give a state dict")
+        raise JobError(
+            "checkpoint.load",
+            str(path),
+            f"contains a {type(state).__name__}, not a state dict",
+            "Save one with torch.save(model.state_dict(), path)",
+        )
     return unwrapped(state)
 
 

@@ -114,7 +114,10 @@ class State:
         facts, best = self.job.checkpoint, self.best
         if facts.best and self.metrics and facts.best not in self.metrics:
             raise JobError(
-                "checkpoint.best", facts.best, "is no metric of this task", f"The metrics are {', '.join(self.metrics)}"
+                "checkpoint.best",
+                facts.best,
+                "is not a metric of this task",
+                f"The metrics are {', '.join(self.metrics)}",
             )
         value = self.metrics.get(facts.best or "", math.nan) if self.measured_at == self.position.step else math.nan
         if not math.isnan(value) and (

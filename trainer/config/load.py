@@ -53,7 +53,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         if "devices" not in given:
             written.pop("devices", None)
     config = OmegaConf.structured(Job)
-    for source, values in ((str(path), written), ("command line", given)):
+    for source, values in ((str(path), written), ("the command line", given)):
         for key, value in _leaves(values):
             _check_key(key, value, source)
             _check_kind(key, value, source)
@@ -62,7 +62,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         except OmegaConfBaseException as error:
             key = str(getattr(error, "full_key", None) or "?")
             value = _get(values, key)
-            raise JobError(key, value, _first_line(error), f"It is given by {source}; {_expected(key)}") from None
+            raise JobError(key, value, _first_line(error), f"It is set in {source}; {_expected(key)}") from None
     if not (given.get("name") or written.get("name")):
         config.name = path.resolve().parent.name if path.name == "job.yaml" else path.stem
     assert isinstance(config, DictConfig)
@@ -185,7 +185,7 @@ def _check_kind(key: str, value: Any, source: str) -> None:
     elif isinstance(value, int) and value.bit_length() > 64:
         problem = "is too large a number"
     if problem:
-        raise JobError(key, value, problem, f"It is given by {source}; {_expected(key)}")
+        raise JobError(key, value, problem, f"It is set in {source}; {_expected(key)}")
 
 
 def _check_limits(key: str, value: Any, limits: Any) -> None:

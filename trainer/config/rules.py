@@ -33,9 +33,9 @@ WHAT_TO_RUN = (
     Rule("name", lambda job: not NAME.fullmatch(job.name), "cannot be part of a folder's and a host's name",
          "Use 1 to 63 letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"),
     Rule("script", lambda job: job.task and job.script, "contradicts task={job.task!r}", "Keep one of the two"),
-    Rule("task", lambda job: not job.task and not job.script, "the job says nothing to run",
+    Rule("task", lambda job: not job.task and not job.script, "the job does not say what to run",
          "Set task: package.module:Class, or script: train.py"),
-    Rule("parallel", lambda job: job.script and job.parallel not in ("auto", "ddp"), "a script decides that itself",
+    Rule("parallel", lambda job: job.script and job.parallel not in ("auto", "ddp"), "the script decides that itself",
          "Remove the key from the job"),
     Rule("script_args", lambda job: job.script_args and not job.script, "would be ignored: there is no script",
          "Use task_args for a task"),
@@ -66,7 +66,7 @@ TRAINING = (
     Rule("ddp.static_graph", lambda job: job.ddp.static_graph and job.ddp.find_unused_parameters,
          "contradicts ddp.find_unused_parameters=true", "Keep one of them"),
     Rule("train.on_nan", lambda job: job.ddp.compression == "powersgd" and job.train.on_nan == "skip",
-         "PowerSGD adds the errors of a step to the next one: one NaN would stay",
+         "PowerSGD carries the errors of a step into the next one, so a NaN would stay",
          "Set train.on_nan=halt, or another ddp.compression"),
     Rule("ddp.sync_start", lambda job: job.ddp.sync_start and job.ddp.sync_every == 1,
          "would be ignored: gradients are averaged at every step", "Set ddp.sync_every above 1"),
@@ -75,7 +75,7 @@ TRAINING = (
          "would be ignored", "Set ddp.compression=powersgd"),
     Rule("ddp.compression",
          lambda job: job.train.precision == "float64" and job.ddp.compression in ("bf16", "fp16"),
-         "throws float64's digits away", "Set it to none"),
+         "discards the extra digits of float64", "Set it to none"),
     Rule("train.precision", lambda job: job.train.precision == "fp16" and job.device == "cpu",
          "needs a GPU: CPU kernels lack it", "Use bf16 or float32"),
     Rule("ddp.sync_batchnorm", lambda job: job.ddp.sync_batchnorm and job.device == "cpu",
@@ -96,11 +96,11 @@ LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on the
     Rule("ddp.static_graph", lambda job: job.ddp.static_graph,
          "torch's reducer asserts in the steps of post-local SGD", "Set it to false, or ddp.sync_every=1"),
     Rule("train.on_nan", lambda job: job.train.on_nan == "skip",
-         "ranks cannot agree on each step of post-local SGD", "Set train.on_nan=halt, or ddp.sync_every=1"),
+         "with post-local SGD the ranks do not agree on every step", "Set train.on_nan=halt, or ddp.sync_every=1"),
     Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
-         "each rank of post-local SGD would average other weights", "Remove it, or ddp.sync_every=1"),
+         "with post-local SGD each rank would average different weights", "Remove it, or ddp.sync_every=1"),
     Rule("train.precision", lambda job: job.train.precision == "fp16",
-         "the loss scales of ranks would part under post-local SGD", "Use bf16, or ddp.sync_every=1"),
+         "with post-local SGD the loss scales of the ranks would diverge", "Use bf16, or ddp.sync_every=1"),
 )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def check_batch(job: Job) -> None:
     """Refuse a global batch that does not divide, naming the nearest sizes that do."""
     batch, parts = job.train.batch_size, job.world_size * job.train.accumulate
     if job.parallel == "dp" and batch // parts < job.devices_per_node:
-        problem = f"is too small: {job.devices_per_node} devices of a micro-batch would not all get a sample"
+        problem = f"is too small: {job.devices_per_node} devices would not all get a sample of each micro-batch"
         remedy = f"Use at least {job.devices_per_node * parts}, or fewer devices"
         raise JobError("train.batch_size", batch, problem, remedy)
     if batch % parts:

@@ -143,8 +143,10 @@ def expand_path(key: str, path: str) -> str:
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise JobError(key, path, "names no home folder", "Write the folder out, or ./~ for one that is called so")
+        raise JobError(
+            key, path, "is not the home folder of any user", "Write the whole path, or ./~ for a folder of that name"
+        )
     for name in VARIABLE.findall(expanded):
         if name not in os.environ:
-            raise JobError(key, path, f"${name} is not set", "Set it, or write the folder out")
+            raise JobError(key, path, f"${name} is not set", "Set it, or write the whole path")
     return VARIABLE.sub(lambda match: os.environ[match[1]], expanded)

@@ -20,5 +20,5 @@ def fabric_environment(name: str) -> dict[str, str]:
         return {}
     profiles = read_sections(FILE)
     if name not in profiles:
-        raise JobError("fabric", name, "is no network profile", "Choose one of none, " + ", ".join(profiles))
+        raise JobError("fabric", name, "is not a network profile", "Choose one of none, " + ", ".join(profiles))
     return {variable: str(line["value"]) for variable, line in profiles[name].items()}

@@ -79,7 +79,7 @@ def check_files(job: Job, run: Path, folder: Path, everywhere: bool) -> None:
     begun = steps_committed(run) >= 0  # then no other weights are loaded
     for key, value in (("script", job.script), ("checkpoint.load", None if begun else job.checkpoint.load)):
         if value and (everywhere or not os.path.isabs(value)) and not (folder / value).exists():
-            ignored = "" if everywhere else ", or let git not ignore it: then it is copied there"
+            ignored = "" if everywhere else ", or remove it from .gitignore, so that it is copied there"
             raise JobError(key, value, f"is not in {folder}", f"Give its absolute path{ignored}")
 
 

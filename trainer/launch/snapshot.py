@@ -33,7 +33,7 @@ def take_snapshot(source: Path, run: Path) -> Path:
             "code",
             str(source),
             f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {largest}",
-            "List data in .gitignore: it is not copied then",
+            "Add data to .gitignore, so that it is not copied",
         )
     digest = hashlib.sha256()
     for name in files:

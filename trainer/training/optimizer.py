@@ -31,7 +31,10 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise JobError(
-            "task", type(model).__name__, "the model has no parameter to train", "Leave requires_grad on for some"
+            "task",
+            type(model).__name__,
+            "the model has no parameter to train",
+            "Set requires_grad on at least one parameter",
         )
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
@@ -53,7 +56,7 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     except (TypeError, ValueError) as error:
         raise JobError("train.optimizer_args", arguments, str(error), f"See {train.optimizer}'s arguments") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise JobError("train.optimizer", train.optimizer, "made no torch.optim.Optimizer", "Return one")
+        raise JobError("train.optimizer", train.optimizer, "did not return a torch.optim.Optimizer", "Return one")
     return optimizer
 
 

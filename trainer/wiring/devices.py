@@ -62,7 +62,9 @@ def wanted_devices(job: DeviceWishes, visible: list[str]) -> list[str] | int:
         return 0
     if job.devices is not None and visible:
         if not set(map(str, job.devices)) <= set(visible):
-            raise JobError("devices", job.devices, f"this machine shows {', '.join(visible)}", "Choose among those")
+            raise JobError(
+                "devices", job.devices, f"this machine has the devices {', '.join(visible)}", "Choose among those"
+            )
         return list(map(str, job.devices))
     count = job.nodes * job.devices_per_node
     if count <= len(visible):
@@ -110,7 +112,7 @@ def use_cuda(job: DeviceWishes) -> bool:
     if job.device == "cuda" or (job.devices is not None and count):
         key = "devices_per_node" if job.devices is None else "devices"
         remedy = "Ask for fewer, or set device=cpu. nvidia-smi and CUDA_VISIBLE_DEVICES say what is visible"
-        raise JobError(key, getattr(job, key), f"this node shows {count} usable GPUs", remedy)
+        raise JobError(key, getattr(job, key), f"this node has {count} usable GPUs", remedy)
     return False
 
 

@@ -109,7 +109,7 @@ COMBINATIONS = [
     (["ddp.sync_every=2", "train.precision=fp16", *DDP], "train.precision='fp16'", "sync_every=1"),
     (["ddp.sync_start=5", *DDP], "ddp.sync_start=5", "would be ignored"),
     (["ddp.powersgd_rank=4", *DDP], "ddp.powersgd_rank=4", "compression=powersgd"),
-    (["ddp.compression=powersgd", "train.on_nan=skip", *DDP], "train.on_nan='skip'", "one NaN would stay"),
+    (["ddp.compression=powersgd", "train.on_nan=skip", *DDP], "train.on_nan='skip'", "a NaN would stay"),
     (["ddp.compression=fp16", "train.precision=float64", *DDP], "ddp.compression='fp16'", "float64"),
     (["parallel=dp", "train.compile=true", *DDP], "train.compile=True", "parallel=ddp"),
     (["device=cpu", "train.precision=fp16"], "train.precision='fp16'", "needs a GPU", "bf16"),
@@ -118,8 +118,8 @@ COMBINATIONS = [
     (["train.optimizer_args.lr=1"], "train.optimizer_args.lr=1", "set twice", "train.lr"),
     (["script=train.py"], "script='train.py'", "contradicts task="),
     (["script_args=[x]"], "script_args=['x']", "there is no script"),
-    (["task=null"], "task=None", "nothing to run"),
-    (["task=null", "script=t.py", "parallel=dp"], "parallel='dp'", "a script decides that itself"),
+    (["task=null"], "task=None", "what to run"),
+    (["task=null", "script=t.py", "parallel=dp"], "parallel='dp'", "the script decides that itself"),
 ]  # fmt: skip
 NAMES = [
     (["task=trainer.tasks.digits"], "task='trainer.tasks.digits'", "is not package.module:Name"),
@@ -171,7 +171,7 @@ def test_command_line(job_file: Path, case: tuple[Any, ...]) -> None:
     ("task: trainer.tasks.digits:Digits\npartition: gpu", ["partition='gpu'", "unknown key"]),
     ("task: trainer.tasks.digits:Digits\ntrain: {batch_size: 'x'}", ["train.batch_size='x'"]),
     ("script: train.py\nscript_args: {marks: x}", ["script_args={'marks': 'x'}", "is a mapping, not a list"]),
-    ("", ["task=None", "nothing to run"]),
+    ("", ["task=None", "what to run"]),
 ])  # fmt: skip
 def test_job_file(tmp_path: Path, text: str, expected: list[str]) -> None:
     file = tmp_path / "mine.yaml"

@@ -41,7 +41,7 @@ def test_whether_it_computes_on_them(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     job = Job(task="a:B", parallel="ddp", devices_per_node=4, device=device)
     if expected is None:
-        with pytest.raises(JobError, match=f"shows {found} usable GPUs"):
+        with pytest.raises(JobError, match=f"has {found} usable GPUs"):
             use_cuda(job)
     else:
         assert use_cuda(job) == expected

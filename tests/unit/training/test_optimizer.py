@@ -60,7 +60,7 @@ def test_a_group_scales_its_rate() -> None:
     (Train(optimizer="sgd", optimizer_args={"momentum": -1}), "train.optimizer_args", "momentum"),
     (Train(optimizer="torch.optim:Nothing"), "train.optimizer", "has no Nothing"),
     (Train(optimizer="nowhere:Nothing"), "train.optimizer", "no module nowhere"),
-    (Train(optimizer="unittest.mock:Mock"), "train.optimizer", "made no torch.optim.Optimizer"),
+    (Train(optimizer="unittest.mock:Mock"), "train.optimizer", "did not return a torch.optim.Optimizer"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_named(train: Train, key: str, problem: str) -> None:
     with pytest.raises(JobError, match=problem) as caught:

@@ -94,7 +94,7 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     """
     path = Path(job_path)
     if path.is_dir() or (path.name == "job.yaml" and (path.parent / "events.jsonl").exists()):
-        raise JobError("JOB", job_path, "is a run, which would go on", "Give the job file that it was made from")
+        raise JobError("JOB", job_path, "is a run, not a job file", "Give the job file that it was made from")
     common = [
         f"train.steps={total}", "train.epochs=null", f"evaluation.every_epochs={NEVER}", "evaluation.every_steps=null",
         "checkpoint.every_steps=null", "checkpoint.keep_last=1", "checkpoint.best=null", "checkpoint.best_mode=max",
@@ -104,7 +104,9 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     for word in overrides:
         key, _, value = word.partition("=")
         if key in own:
-            raise JobError(key, value, "compare sets it itself", "Remove it; --steps says how many steps are timed")
+            raise JobError(
+                key, value, "compare sets this key itself", "Remove it; --steps says how many steps are timed"
+            )
     job = to_job(merge_job(job_path, [*overrides, "parallel=ddp"]))
     if job.script:
         raise JobError("script", job.script, "a script has no modes: it decides that itself", "Give a job with a task")

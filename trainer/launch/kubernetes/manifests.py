@@ -134,7 +134,7 @@ def _resolve(names: list[str], values: dict[str, Any]) -> dict[str, Any]:
             f"k8s/{name}.yaml",
             key,
             " ".join(str(error).split("\n")[0].split()),
-            "A template may name job.*, site.* and what its neighbours name",
+            "A template may use job.*, site.* and the names that the other templates use",
         ) from None
     assert isinstance(resolved, dict)
     return {name: _without_null(resolved["k8s"][name]) for name in names}

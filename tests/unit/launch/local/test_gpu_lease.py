@@ -172,7 +172,7 @@ def test_what_a_job_wants(keys: dict[str, object], visible: list[str], expected:
     ("keys", "message"),
     [
         ({"devices_per_node": 8, "device": "cuda"}, r"devices_per_node=8: 8 GPUs are needed .* shows 4"),
-        ({"devices_per_node": 1, "devices": [7]}, r"devices=\[7\]: this machine shows 0, 1, 2, 3"),
+        ({"devices_per_node": 1, "devices": [7]}, r"devices=\[7\]: this machine has the devices 0, 1, 2, 3"),
     ],
 )
 def test_what_a_machine_cannot_give_is_refused(keys: dict[str, object], message: str) -> None:

@@ -82,7 +82,7 @@ def test_variables_of_fabric_and_setup_go_with_the_job(tmp_path: Path) -> None:
 
 
 def test_an_unknown_fabric_is_refused_by_its_key(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"fabric='token-ring': is no network profile.*none, infiniband"):
+    with pytest.raises(JobError, match=r"fabric='token-ring': is not a network profile.*none, infiniband"):
         command_line(tmp_path, "fabric: token-ring")
 
 
