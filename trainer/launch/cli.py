@@ -33,9 +33,14 @@ Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 @app.command()
-def run(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
+def run(
+    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None,
+    all_ranks: Annotated[
+        bool, typer.Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")
+    ] = False,
+) -> None:  # fmt: skip
     """Submit a job and follow it to its end; the exit code is the job's."""
-    raise typer.Exit(run_job(job, overrides or [], on, site))
+    raise typer.Exit(run_job(job, overrides or [], on, site, all_ranks))
 
 
 @app.command()

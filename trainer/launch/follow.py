@@ -1,4 +1,7 @@
-"""Following a run from its folder: a live bar in a terminal, plain lines elsewhere, the table at the end."""
+"""Following a run from its folder: what a script prints; of a task a bar in a terminal, plain lines elsewhere.
+
+At the end there is a table, or the reason why there is none.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.config.job import Job
+from trainer.errors import FAILED
 from trainer.launch.platform import JobStatus, Phase
 from trainer.records import read_json, read_lines
+from trainer.run.folder import RunFolder
+from trainer.run.log_tail import Tail
 from trainer.run.summary import plain_table, resume_command
 
 POLL_S = 0.1
@@ -18,41 +25,30 @@ BESIDE = 45
 """Columns for bar, counts, time and gaps: what is said beside them gets the rest of the terminal."""
 
 
-class Reader:
-    """New whole lines of a JSON lines file since the last look."""
+def follow(
+    run: Path, job: Job, status: Callable[[], JobStatus], stop: Callable[[], None], all_ranks: bool = False
+) -> int:
+    """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code.
 
-    def __init__(self, path: Path) -> None:
-        """Begin at the file's present end."""
-        self.path = path
-        self.offset = path.stat().st_size if path.exists() else 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """What was appended."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole, _, _ = data.rpartition(b"\n")
-        if not whole:
-            return []
-        self.offset += len(whole) + 1
-        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
-
-
-def follow(run: Path, status: Callable[[], JobStatus], stop: Callable[[], None]) -> int:
-    """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code."""
-    show: Any = Bar() if sys.stdout.isatty() else Lines()
-    events, metrics = Reader(run / "events.jsonl"), Reader(run / "metrics.jsonl")
+    Of a script, what rank 0 prints is shown as under torchrun; `all_ranks`: what every rank prints.
+    """
+    folder = RunFolder(run)
+    show = Bar() if sys.stdout.isatty() and not job.script else Lines()
+    events, metrics = Tail(folder.events), Tail(folder.metrics)
+    ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
+    output = {rank: Tail(folder.rank_log(rank)) for rank in ranks}
     with show:
         while True:
             try:
                 now = status()
-                for event in events.new():
+                for event in _read_json(events):
                     show.event(event)
-                for line in metrics.new():
+                for line in _read_json(metrics):
                     show.metrics(line)
+                if all_ranks:
+                    show.output(output, not now.is_active)
+                elif output:
+                    output[0].copy()
                 if not now.is_active:
                     break
                 time.sleep(POLL_S)
@@ -60,7 +56,11 @@ def follow(run: Path, status: Callable[[], JobStatus], stop: Callable[[], None])
                 show.say("stopping: one step, one checkpoint (Ctrl-C again to end at once)")
                 stop()
     end(run, now)
-    return now.code if now.code is not None else 1
+    return now.code if now.code is not None else FAILED
+
+
+def _read_json(tail: Tail) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in tail.lines() if line.startswith("{")]
 
 
 def end(run: Path, status: JobStatus) -> None:
@@ -94,6 +94,12 @@ class Lines:
     def say(self, text: str) -> None:
         """One line."""
         print(text, flush=True)
+
+    def output(self, logs: dict[int, Tail], ended: bool) -> None:
+        """What ranks printed, line by line; that of rank 0 as it is."""
+        for rank, log in logs.items():
+            for line in log.lines(ended):
+                self.say(f"[rank {rank}] {line}" if rank else line)
 
     def event(self, event: dict[str, Any]) -> None:
         """Say what matters to a person."""

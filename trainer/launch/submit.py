@@ -91,7 +91,7 @@ def _record_refusal(runs: list[Path]) -> Iterator[None]:
         raise
 
 
-def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> int:
+def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, all_ranks: bool = False) -> int:
     """Submit and follow; pass a stop request on to the job. Return the job's exit code."""
     platform, plan = _begin(job_path, overrides, on, site)
     print(f"run folder: {plan.run}", flush=True)
@@ -101,7 +101,7 @@ def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path 
     def stop() -> None:
         platform.cancel(plan.run, handle)
 
-    return follow(plan.run, lambda: platform.status(plan.run, handle), stop)
+    return follow(plan.run, plan.job, lambda: platform.status(plan.run, handle), stop, all_ranks)
 
 
 def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> Path:

@@ -1,4 +1,4 @@
-"""Copying what is appended to a log to this process's output, so that `docker logs` and a terminal show rank 0."""
+"""Following files that others append to: logs, and files of JSON lines."""
 
 from __future__ import annotations
 
@@ -9,26 +9,39 @@ from pathlib import Path
 
 
 class Tail:
-    """Follows one file from its present end."""
+    """What is appended to one file, from its present end on."""
 
     def __init__(self, path: Path) -> None:
         """The file need not exist yet."""
         self.path = path
         self.offset = size(path)
 
-    def copy(self) -> None:
-        """Write what is new to standard output."""
+    def read(self) -> bytes:
+        """All that is new."""
         try:
             if self.path.stat().st_size == self.offset:
-                return
+                return b""
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 new = file.read()
         except FileNotFoundError:
-            return
+            return b""
         self.offset += len(new)
-        with contextlib.suppress(OSError):  # nobody reads our output any more: the log has it
-            os.write(sys.stdout.fileno(), new)
+        return new
+
+    def lines(self, ended: bool = False) -> list[str]:
+        """The new lines. One that is still being written comes later, unless the file has `ended`."""
+        new = self.read()
+        whole = len(new) if ended else new.rfind(b"\n") + 1
+        self.offset -= len(new) - whole
+        return new[:whole].decode(errors="replace").removesuffix("\n").split("\n") if whole else []
+
+    def copy(self) -> None:
+        """Write all that is new to standard output."""
+        new = self.read()
+        with contextlib.suppress(OSError):  # nobody reads our output any more: the file still has it
+            while new:
+                new = new[os.write(sys.stdout.fileno(), new) :]
 
 
 def size(path: Path) -> int:
