@@ -36,6 +36,7 @@ def test_help_names_every_verb() -> None:
     done = muster("--help")
     assert done.returncode == 0
     assert [verb for verb in VERBS if verb not in done.stdout] == []
+    assert "..." not in done.stdout.partition("Commands:")[2]  # no sentence is cut
 
 
 @pytest.mark.speed

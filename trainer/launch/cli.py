@@ -19,17 +19,17 @@ app = typer.Typer(
     help="Run one PyTorch training job as processes or containers here, on Slurm or on Kubernetes.",
 )  # fmt: skip
 
-JobFile = Annotated[
-    str, typer.Argument(help="A job file, or the folder of a run, which is continued.", show_default=False)
-]
+JobFile = Annotated[str, typer.Argument(help="A job file, or the folder of a run to continue.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.lr=0.1.")]
 On = Annotated[
     str | None,
-    typer.Option("--on", help="Platform: local, docker, slurm or kubernetes; default: that of the run, else local."),
+    typer.Option("--on", help="local, docker, slurm or kubernetes; default: where the run was submitted, or local."),
 ]
-Site = Annotated[Path | None, typer.Option("--site", help="Site file; default: that of the run, else the platform's.")]
+Site = Annotated[
+    Path | None, typer.Option("--site", help="Site file; default: the one of the run, or of the platform.")
+]
 RunFolder = Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 @app.command()
@@ -39,16 +39,19 @@ def run(
         bool, typer.Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")
     ] = False,
 ) -> None:  # fmt: skip
-    """Submit a job and follow it to its end; the exit code is the job's."""
+    """Submit a job and follow it to its end.
+
+    The exit code is that of the job. Ctrl-C stops the job, which saves a checkpoint first.
+    """
     raise typer.Exit(run_job(job, overrides or [], on, site, all_ranks))
 
 
 @app.command()
 def submit(
     job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None,
-    sweep: Annotated[str | None, typer.Option("--sweep", help="key=value,value: one array, a run for each.")] = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="key=value,value: submit a run for each value.")] = None,
 ) -> None:  # fmt: skip
-    """Submit a job and return; prints its run folder."""
+    """Submit a job, print its run folder and return."""
     if sweep is None:
         print(submit_job(job, overrides or [], on, site))
     else:
@@ -58,13 +61,13 @@ def submit(
 
 @app.command()
 def render(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None) -> None:
-    """Print exactly what `submit` would hand to the platform; submit nothing."""
+    """Print exactly what `submit` would hand to the platform."""
     print(render_job(job, overrides or [], on, site))
 
 
 @app.command()
 def status(run: RunFolder, as_json: Json = False) -> None:
-    """Say where a run stands and, when it failed, why."""
+    """Say where a run stands and, if it failed, why."""
     found = control.status(run)
     print(json.dumps(found) if as_json else control.status_text(found))
 
@@ -72,8 +75,10 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 @app.command()
 def logs(
     run: RunFolder,
-    rank: Annotated[int | None, typer.Option("--rank", help="One rank's log; default: all that there is.")] = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Print the log of one rank; default: of all nodes.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing as the log grows.")] = False,
 ) -> None:
     """Print the logs of a run."""
     control.logs(run, rank, follow)
@@ -81,7 +86,7 @@ def logs(
 
 @app.command()
 def cancel(run: RunFolder) -> None:
-    """Stop a run for good; it saves a checkpoint first."""
+    """Save a checkpoint and stop a run for good."""
     control.cancel(run)
 
 
@@ -98,7 +103,7 @@ def compare(
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each mode, in turn.")] = 3,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Run a job as single, DP and DDP here for a few steps; say which mode to use and why."""
+    """Measure single, DP and DDP on a job here, and say which to use."""
     from trainer.launch.compare import runs as compare  # here: no other verb shall wait for it
 
     raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json))
