@@ -27,7 +27,8 @@ from measure import show, spread, table
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainer.config.job import Data
-from trainer.data.loader import Loader, ToDevice
+from trainer.data.device_mover import DeviceMover
+from trainer.data.loader import Loader
 from trainer.data.sampler import Order, Position
 from trainer.task import Task
 from trainer.tasks.digits import Digits
@@ -100,7 +101,7 @@ def make_ours(case: Case, count: int) -> tuple[Epoch, Loader]:
     """As `Trainer.epoch` does it on one rank; the loader must be closed."""
     loader = Loader(case.ours(case.task, count), case.task, Data(workers=case.workers), 0, pin=False)
     order = Order(count, case.batch_size, 1, 0, 1, 0)
-    mover = ToDevice(torch.device("cpu"), None, False, Data().prefetch)
+    mover = DeviceMover(torch.device("cpu"), None, False, Data().prefetch)
 
     def epoch(number: int) -> Iterator[Any]:
         plan = list(order.epoch(Position(epoch=number)))

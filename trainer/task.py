@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -95,20 +94,3 @@ def make_task(value: str, arguments: Mapping[str, Any]) -> Task:
     if not isinstance(task, Task):
         raise JobError("task", value, "is not a subclass of muster.Task", "Write class YourTask(muster.Task)")
     return task
-
-
-def floating_to(batch: Any, device: torch.device, dtype: torch.dtype | None, channels_last: bool) -> Any:
-    """Move a batch (tensor, or tuple, list or dict of such) to `device`; floating tensors become `dtype`."""
-    if isinstance(batch, Tensor):
-        wanted = dtype if dtype is not None and batch.is_floating_point() else batch.dtype
-        batch = batch.to(device, wanted, non_blocking=True)
-        if channels_last and batch.dim() == 4:
-            batch = batch.contiguous(memory_format=torch.channels_last)
-        return batch
-    if isinstance(batch, dict):
-        return {key: floating_to(value, device, dtype, channels_last) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(floating_to(value, device, dtype, channels_last) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(floating_to(value, device, dtype, channels_last) for value in batch)
-    return batch

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainer.config.job import Data
+from trainer.data.nested import map_tensors
 from trainer.data.rng import COLLATING, derive_seed, seed_generators
 from trainer.data.sampler import Indices
-from trainer.task import Task, floating_to
+from trainer.task import Task
 from trainer.wiring.variables import heartbeat_file
 
 Keys = tuple[int, Indices]
@@ -130,7 +130,7 @@ class Loader:
             self.keys = keys
             return iter(self.workers)
         batches = map(self.batches.__getitem__, keys)
-        return map(_pinned, batches) if self.pin else batches
+        return (map_tensors(batch, Tensor.pin_memory) for batch in batches) if self.pin else batches
 
     def close(self) -> None:
         """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever."""
@@ -149,64 +149,3 @@ class _Keys:
 
     def __iter__(self) -> Iterator[list[Any]]:
         return ([keys] for keys in self.loader.keys)
-
-
-def _pinned(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.pin_memory()
-    if isinstance(batch, dict):
-        return {key: _pinned(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_pinned(value) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_pinned(value) for value in batch)
-    return batch
-
-
-class ToDevice:
-    """Move batches to the device; to a GPU ahead of use, on a stream of its own, so that copies overlap."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype | None, channels_last: bool, ahead: int) -> None:
-        """`dtype`: of floating tensors, None to keep theirs; `ahead`: batches in flight to a GPU."""
-        self.device, self.dtype, self.channels_last, self.ahead = device, dtype, channels_last, ahead
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def move(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Each batch on the device."""
-        if self.stream is not None:
-            return self._move_ahead(batches, self.stream)
-        if self.dtype is None and not self.channels_last:
-            return batches
-        return (floating_to(batch, self.device, self.dtype, self.channels_last) for batch in batches)
-
-    def _move_ahead(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
-        waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
-        for batch in batches:
-            with torch.cuda.stream(stream):
-                moved = floating_to(batch, self.device, self.dtype, self.channels_last)
-                event = torch.cuda.Event()
-                event.record(stream)
-            waiting.append((moved, event))
-            if len(waiting) > self.ahead:
-                yield self._take(waiting)
-        while waiting:
-            yield self._take(waiting)
-
-    def _take(self, waiting: deque[tuple[Any, torch.cuda.Event]]) -> Any:
-        batch, event = waiting.popleft()
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(event)
-        _record(batch, current)
-        return batch
-
-
-def _record(batch: Any, stream: torch.cuda.Stream) -> None:
-    """Tell the allocator that `stream` uses the batch, so that its memory is not reused too early."""
-    if isinstance(batch, Tensor):
-        batch.record_stream(stream)
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            _record(value, stream)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            _record(value, stream)

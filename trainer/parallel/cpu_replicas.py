@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.data.nested import map_tensors
+
 
 class ThreadReplicas(nn.Module):
     """Replicate the module, scatter the batch along dimension 0, apply in threads, gather the outputs.
@@ -44,17 +46,15 @@ class ThreadReplicas(nn.Module):
 
 def scatter(batch: Any, parts: int) -> list[Any]:
     """Cut the tensors of a batch as `torch.chunk` does, into at most `parts`; everything else goes into each part."""
-    if isinstance(batch, Tensor):
-        return list(batch.chunk(parts))
-    if isinstance(batch, Mapping) and batch:
-        columns = (scatter(value, parts) for value in batch.values())
-        return [dict(zip(batch, piece, strict=True)) for piece in zip(*columns, strict=False)]
-    if isinstance(batch, (tuple, list)) and batch:
-        pieces = zip(*(scatter(value, parts) for value in batch), strict=False)
-        if hasattr(batch, "_fields"):
-            return [type(batch)(*piece) for piece in pieces]
-        return [type(batch)(piece) for piece in pieces]
-    return [batch] * parts
+    columns: list[tuple[Tensor, ...]] = []
+    map_tensors(batch, lambda tensor: columns.append(tensor.chunk(parts)))
+    pieces = zip(*columns, strict=False) if columns else [()] * parts
+
+    def put(piece: tuple[Tensor, ...]) -> Any:
+        tensors = iter(piece)  # the walk meets the tensors in the same order again
+        return map_tensors(batch, lambda _: next(tensors))
+
+    return [put(piece) for piece in pieces]
 
 
 def gather(outputs: list[Any]) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.loader import Loader, ToDevice
+from trainer.data.device_mover import DeviceMover
+from trainer.data.loader import Loader
 from trainer.data.sampler import evaluation_batches
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
@@ -17,7 +18,7 @@ from trainer.task import Task
 
 
 def evaluate(
-    parallel: Parallel, task: Task, loader: Loader, mover: ToDevice, count: int, batch_size: int,
+    parallel: Parallel, task: Task, loader: Loader, mover: DeviceMover, count: int, batch_size: int,
     stop: Callable[[], bool], seed: Callable[[int], None],
 ) -> dict[str, float] | None:  # fmt: skip
     """Evaluate the wrapped model on all `count` samples; None when the ranks agreed to stop on the way.

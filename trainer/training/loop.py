@@ -13,7 +13,8 @@ import torch
 
 from trainer.checkpoint.training_state import State
 from trainer.config.job import Job
-from trainer.data.loader import Loader, ToDevice
+from trainer.data.device_mover import DeviceMover
+from trainer.data.loader import Loader
 from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
 from trainer.data.sampler import MicroBatch, Order, Position
 from trainer.errors import JobError, Stopped
@@ -62,7 +63,7 @@ class Trainer:
         pin = device.type == "cuda"
         self.loader = Loader(train_data, task, job.data, job.seed, pin)
         self.eval_loader = Loader(eval_data, task, job.data, job.seed, pin)
-        self.mover = ToDevice(
+        self.mover = DeviceMover(
             device, torch.float64 if train.precision == "float64" else None, train.channels_last, job.data.prefetch
         )
         self.position = Position()
