@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commits import commit_until_killed, payload, value_of
 from ranks import start
 
 from trainer.checkpoint import files as checkpoint
-from trainer.checkpoint.files import committed, newest_good, prune, sweep
+from trainer.checkpoint.files import PAYLOAD, committed, newest_good, prune, sweep
 from trainer.run.attempts import StaleAttempt, claim
 
 OLD, NEW = 1.0, 2.0
@@ -103,3 +106,30 @@ def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
     with pytest.raises(StaleAttempt, match=r"attempt 4 .* replaced by attempt 5"):
         checkpoint.commit(root, 2, payload(NEW), {}, 4)
     assert [path.name for path in root.iterdir()] == ["step-000000001"]
+
+
+def test_all_is_on_the_disk_before_it_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power failure leaves a checkpoint that has its name and not its contents, or the reverse."""
+    done: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def record_fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        size = path.stat().st_size if path.is_file() else 0
+        done.append(("fsync", path.name if path.is_dir() else f"{path.name} {size}"))
+        fsync(handle)
+
+    def record_rename(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(arguments[0]).startswith(str(tmp_path)):
+            done.append(("rename", f"{Path(arguments[0]).name} {Path(arguments[1]).name}"))
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    sys.addaudithook(record_rename)
+    root = tmp_path / "checkpoints"
+    saved = checkpoint.commit(root, 7, payload(NEW), {}, 0)
+    pending = f".pending-step-000000007-{os.getpid()}"
+    whole = {name: f"{name} {(saved.folder / name).stat().st_size}" for name in (*PAYLOAD, "manifest.json")}
+    assert done == [
+        *(("fsync", whole[name]) for name in (*PAYLOAD, "manifest.json")),
+        ("fsync", pending), ("rename", f"{pending} step-000000007"), ("fsync", "checkpoints"),
+    ]  # fmt: skip

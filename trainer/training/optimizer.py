@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
@@ -111,26 +111,35 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     return torch.amp.GradScaler("cuda")
 
 
-class Average(AveragedModel):
-    """torch's, without the copy of its counter to the GPU, for which each step would wait."""
+class WeightAverage(AveragedModel):
+    """An exponential moving average of the weights; buffers are copied, so that they fit the newest weights.
+
+    torch's own update copies its counter to the GPU, for which each step would wait.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """`decay`: the weight of the average in each update."""
+        """`decay`: the share of the average that each update keeps; the first update takes the weights as they are."""
         super().__init__(model)
-        self.decay = decay
+        self.mix = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Copy the first weights, then move towards each; buffers are copied."""
-        weight = 1 - self.decay if self.n_averaged else 1.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
-        for kept, new in zip(self.module.buffers(), model.buffers(), strict=True):
-            kept.copy_(new)
+        """Move towards the weights of `model`."""
+        averages, weights = list(self.module.parameters()), list(model.parameters())
+        if self.n_averaged:
+            self.mix(averages, weights, self.n_averaged)
+        else:
+            copy_tensors(averages, weights)
+        copy_tensors(self.module.buffers(), model.buffers())
         self.n_averaged += 1
 
 
-def make_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """The exponential moving average of the weights, buffers copied along."""
-    if decay is None:
-        return None
-    return Average(model, decay)
+def copy_tensors(kept: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+    """Give tensors new values."""
+    for old, value in zip(kept, new, strict=True):
+        old.copy_(value)
+
+
+def make_average(model: nn.Module, decay: float | None) -> WeightAverage | None:
+    """The average that the job asks for, if it does."""
+    return None if decay is None else WeightAverage(model, decay)
