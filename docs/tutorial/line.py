@@ -13,6 +13,7 @@ parser.add_argument("--save", type=Path, required=True)
 options = parser.parse_args()
 
 dist.init_process_group("gloo")
+print(f"rank {dist.get_rank()} of {dist.get_world_size()} is ready", flush=True)
 torch.manual_seed(dist.get_rank())
 model = torch.nn.Linear(1, 1)
 step = 0
