@@ -120,6 +120,7 @@ def kill_a_rank(shell: Shell, block: Block) -> None:
         shell.type(stop.replace("digits-", f"{shell.project}/runs/digits-"))
         resume = run.wait("resume")
         assert resume["folder"] == "memory" and resume["step"] > 0
+        run.wait("ranks", 2)
         assert before.isdisjoint(run.ranks().values())
     finally:
         os.killpg(training.pid, signal.SIGKILL)
