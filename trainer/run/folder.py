@@ -23,11 +23,63 @@ JOB = "job.yaml"
 CHECKPOINT = "step-"
 
 
+class Entry:
+    """A file or folder that a run folder has one of."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder. Making the object touches no disk."""
 
     path: Path
+
+    # What was asked for.
+    job = Entry(JOB)
+    """The merged job. Interpolations stay as written."""
+    plan = Entry("plan")
+    """A folder: what was submitted, and what submitit keeps."""
+    source = Entry("plan/source.json")
+    """The working directory and the job file's folder at submission."""
+    platform = Entry("plan/platform.json")
+    """The platform and the site file; known before the platform has accepted the job."""
+    code = Entry("code")
+    """A folder: the snapshot of the user's code."""
+    handle = Entry("handle.json")
+    """The platform, and its name for the job."""
+    sweep = Entry("sweep.json")
+    """The runs of a sweep; only in the folder of one."""
+
+    # What happened.
+    events = Entry("events.jsonl")
+    """A line for each event: see `trainer.run.events`."""
+    metrics = Entry("metrics.jsonl")
+    """A line for each logged training step and each evaluation."""
+    tensorboard = Entry("tensorboard")
+    """A folder: the same values for TensorBoard."""
+    profile = Entry("profile")
+    """A folder: profiler traces."""
+    checkpoints = Entry("checkpoints")
+    """A folder: `step-*`, each committed by its rename."""
+    attempts = Entry("attempts")
+    """A folder: a file for each attempt, of which the newest owns the run."""
+    failures = Entry("failures")
+    """A folder: what each failed rank says of its exception."""
+    result = Entry("result.json")
+    """The last evaluation, speed and memory of a run that is done."""
+    failure = Entry("failure.json")
+    """Why the run failed."""
+    exit = Entry("exit.json")
+    """The exit code that a local or Docker run ended with."""
+    lock = Entry(".lock")
+    """Held by the supervisor of a local or Docker run while it lives."""
+    logs = Entry("logs")
+    """A folder: logs of nodes, ranks and the supervisor."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -39,103 +91,6 @@ class RunFolder:
     def name(self) -> str:
         """`<job>-<id>`."""
         return self.path.name
-
-    # What was asked for.
-    @property
-    def job(self) -> Path:
-        """The merged job. Interpolations stay as written."""
-        return self.path / JOB
-
-    @property
-    def plan(self) -> Path:
-        """A folder: what was submitted, and what submitit keeps."""
-        return self.path / "plan"
-
-    @property
-    def source(self) -> Path:
-        """The working directory and the job file's folder at submission."""
-        return self.plan / "source.json"
-
-    @property
-    def platform(self) -> Path:
-        """The platform and the site file; known before the platform has accepted the job."""
-        return self.plan / "platform.json"
-
-    @property
-    def code(self) -> Path:
-        """A folder: the snapshot of the user's code."""
-        return self.path / "code"
-
-    @property
-    def handle(self) -> Path:
-        """The platform, and its name for the job."""
-        return self.path / "handle.json"
-
-    @property
-    def sweep(self) -> Path:
-        """The runs of a sweep; only in the folder of one."""
-        return self.path / "sweep.json"
-
-    # What happened.
-    @property
-    def events(self) -> Path:
-        """A line for each event: see `trainer.run.events`."""
-        return self.path / "events.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """A line for each logged training step and each evaluation."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """A folder: the same values for TensorBoard."""
-        return self.path / "tensorboard"
-
-    @property
-    def profile(self) -> Path:
-        """A folder: profiler traces."""
-        return self.path / "profile"
-
-    @property
-    def checkpoints(self) -> Path:
-        """A folder: `step-*`, each committed by its rename."""
-        return self.path / "checkpoints"
-
-    @property
-    def attempts(self) -> Path:
-        """A folder: a file for each attempt, of which the newest owns the run."""
-        return self.path / "attempts"
-
-    @property
-    def failures(self) -> Path:
-        """A folder: what each failed rank says of its exception."""
-        return self.path / "failures"
-
-    @property
-    def result(self) -> Path:
-        """The last evaluation, speed and memory of a run that is done."""
-        return self.path / "result.json"
-
-    @property
-    def failure(self) -> Path:
-        """Why the run failed."""
-        return self.path / "failure.json"
-
-    @property
-    def exit(self) -> Path:
-        """The exit code that a local or Docker run ended with."""
-        return self.path / "exit.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the supervisor of a local or Docker run while it lives."""
-        return self.path / ".lock"
-
-    @property
-    def logs(self) -> Path:
-        """A folder: logs of nodes, ranks and the supervisor."""
-        return self.path / "logs"
 
     def rank_log(self, rank: int) -> Path:
         """Everything that a rank printed, in all attempts."""
