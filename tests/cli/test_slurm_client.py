@@ -18,6 +18,7 @@ from trainer.launch import control
 from trainer.launch.slurm import platform as slurm
 from trainer.launch.slurm.platform import Slurm
 from trainer.launch.submit import render_job, submit_job, submit_sweep
+from trainer.run.folder import RunFolder
 from trainer.run.summary import resume_command
 
 JOB, CPU = "jobs/digits.yaml", ["device=cpu", "devices_per_node=1"]
@@ -61,24 +62,24 @@ def ends(client: SimpleNamespace) -> None:
 def test_an_answer_is_kept_for_some_seconds(
     client: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    platform, handle = Slurm(), {"job_id": "7"}
+    platform, run, handle = Slurm(), RunFolder(tmp_path), {"job_id": "7"}
     for _ in range(20):
-        assert platform.status(tmp_path, handle).phase == "running"
+        assert platform.status(run, handle).phase == "running"
     assert len(client.words("squeue")) == 1
-    platform.preempt(tmp_path, handle)
-    platform.status(tmp_path, handle)
-    platform.cancel(tmp_path, handle)
-    platform.status(tmp_path, handle)
+    platform.preempt(run, handle)
+    platform.status(run, handle)
+    platform.cancel(run, handle)
+    platform.status(run, handle)
     assert len(client.words("squeue")) == 3
     monkeypatch.setattr(slurm, "POLL_S", 0)
-    platform.status(tmp_path, handle)
+    platform.status(run, handle)
     assert len(client.words("squeue")) == 4
-    assert platform.status(tmp_path, {"job_id": "8"}).phase == "running"
+    assert platform.status(run, {"job_id": "8"}).phase == "running"
     assert "--jobs=8" in client.words("squeue")[-1]
 
 
 def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
-    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None).path
     for command in (["logs", str(run), "-f"], ["run", JOB, f"runs={runs}", *CPU, "--on", "slurm"]):
         before = len(client.words("squeue"))
         process = subprocess.Popen([MUSTER, *command], stdout=subprocess.DEVNULL)
@@ -94,7 +95,7 @@ def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
 def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("partition: night\n")
-    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", site)
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", site).path
     ends(client)
     word, verb, folder = resume_command(run).split()
     assert (Path(word).name, verb, folder) == ("muster", "run", str(run))
@@ -123,7 +124,7 @@ def test_nobody_else_may_write_what_submitit_reads(client: SimpleNamespace, runs
     """Whatever the umask is, and whatever the folder's mode was."""
     before = os.umask(0)
     try:
-        run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+        run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None).path
         assert (run / "plan").stat().st_mode & 0o777 == 0o700
         ends(client)
         (run / "plan").chmod(0o777)
@@ -135,7 +136,7 @@ def test_nobody_else_may_write_what_submitit_reads(client: SimpleNamespace, runs
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
 def test_a_run_of_another_user_is_not_continued(client: SimpleNamespace, runs: Path) -> None:
-    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None).path
     ends(client)
     os.chown(run / "plan", 12345, -1)
     with pytest.raises(JobError, match="belongs to another user"):
@@ -174,7 +175,7 @@ def test_the_container_of_a_sweep_sees_its_runs(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(f"runtime: {runtime}\nimage: muster.sqsh\nruns: {runs}\n")
-    made = submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")
+    made = [run.path for run in submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")]
     (sent,) = client.words("sbatch")
     assert f"{runs}:{runs}" in sent
     assert {run.parent for run in made} == {runs}
@@ -185,7 +186,7 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
     """Word for word, but for the script's name, when it is pasted into a shell."""
     runs, site = tmp_path / "my runs", tmp_path / "site.yaml"
     site.write_text(f"fabric: efa\nruns: {runs}\n")
-    run = submit_job(JOB, CPU, "slurm", site)
+    run = submit_job(JOB, CPU, "slurm", site).path
     made = runs / "digits-ID"
     rendered = render_job(JOB, CPU, "slurm", site)
     by_hand = subprocess.run(["bash", "-e"], input=rendered, text=True, capture_output=True, cwd=tmp_path)
@@ -201,7 +202,7 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
 
 def test_a_script_that_the_snapshot_lacks_is_refused(client: SimpleNamespace, runs: Path) -> None:
     words = [*CPU, f"runs={runs}", "task=null"]
-    with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or let git"):
+    with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or remove it from \.gitignore"):
         submit_job(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
     assert client.words("sbatch") == []
     submit_job(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see

@@ -14,6 +14,7 @@ from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.kubernetes.platform import Kubernetes
 from trainer.launch.submit import render_job, submit_job
+from trainer.run.folder import RunFolder
 
 
 def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site: Path) -> None:
@@ -48,7 +49,7 @@ def test_a_jobset_makes_its_own_service(cluster: Cluster, tmp_path: Path, site: 
     assert control.status(str(run))["state"] == "pending"
     job = cluster.objects["jobsets", handle_of(run)["name"]]
     job["status"]["conditions"] = [{"type": "Completed", "status": "True"}]
-    assert Kubernetes().status(run, handle_of(run)).phase == "done"
+    assert Kubernetes().status(RunFolder(run), handle_of(run)).phase == "done"
 
 
 def test_without_a_claim_it_says_so(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

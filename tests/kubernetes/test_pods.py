@@ -45,7 +45,7 @@ class Runs:
     def submit(self, *overrides: str, devices: int = 1) -> Path:
         """The run folder on this machine; the one on the claim has its name."""
         words = [*JOB, f"devices_per_node={devices}", f"runs={self.folder / 'runs'}", *overrides]
-        return submit_job("jobs/digits.yaml", words, "kubernetes", self.site)
+        return submit_job("jobs/digits.yaml", words, "kubernetes", self.site).path
 
     def wait(self, run: Path, *states: str) -> dict[str, Any]:
         """The status, once it is one of `states`."""

@@ -16,7 +16,7 @@ RUNNING = {"phase": "Running", "containerStatuses": [{"name": "agent", "state": 
 
 def submit(tmp_path: Path, site: Path | None, *overrides: str) -> Path:
     words = ["nodes=2", "devices_per_node=1", "device=cpu", f"runs={tmp_path / 'my runs'}", *overrides]
-    return submit_job("jobs/digits.yaml", words, "kubernetes", site)
+    return submit_job("jobs/digits.yaml", words, "kubernetes", site).path
 
 
 def handle_of(run: Path) -> dict[str, Any]:

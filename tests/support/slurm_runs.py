@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainer.launch.platform import JobStatus, find_platform
+from trainer.run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 MUSTER = Path(sys.executable).with_name("muster")
@@ -49,7 +50,7 @@ class Run:
     def state(self) -> JobStatus:
         """What the platform says, without starting a process for the asking."""
         handle = json.loads((self.folder / "handle.json").read_text())
-        return find_platform(handle["platform"]).status(self.folder, handle)
+        return find_platform(handle["platform"]).status(RunFolder(self.folder), handle)
 
     def step(self) -> int:
         """The last step whose loss was written."""

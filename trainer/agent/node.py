@@ -49,7 +49,7 @@ def run_node(path: Path, overrides: list[str]) -> int:
     """Wire, check, fork, watch and report; return the exit code."""
     FLAG.install()
     job, text, wiring = _wire(path, overrides)
-    run = find_run(path, job, wiring.job_id, wiring.platform)
+    run = find_run(path, job, text, wiring.job_id, wiring.platform)
     run.mkdir(parents=True, exist_ok=True)
     (run / "logs").mkdir(exist_ok=True)
     if wiring.node_rank == 0 and not (run / "job.yaml").exists():

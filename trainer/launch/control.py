@@ -10,23 +10,22 @@ from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
-from trainer.launch.runs import last_event, list_runs
-from trainer.records import read_json, read_lines, record_event, write_json
-from trainer.run.folder import open_run
+from trainer.records import read_json, read_lines, write_json
+from trainer.run.folder import RunFolder, last_event
 from trainer.run.log_tail import Tail
 
 
-def status_of(run: Path) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
+def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
     """The handle of a run, and a function that asks for its status; its platform may use an answer again."""
-    handle = read_json(run / "handle.json")
+    handle = read_json(run.handle)
     if handle is None:
         return None, lambda: _by_events(run)
     return handle, partial(find_platform(handle["platform"]).status, run, handle)
 
 
-def _submitted(run: Path) -> tuple[AnyPlatform, dict[str, Any]]:
+def _submitted(run: RunFolder) -> tuple[AnyPlatform, dict[str, Any]]:
     """The platform and the handle of a run that has not ended."""
-    handle = read_json(run / "handle.json")
+    handle = read_json(run.handle)
     if handle is None:
         raise JobError(
             "RUN",
@@ -43,15 +42,15 @@ def _submitted(run: Path) -> tuple[AnyPlatform, dict[str, Any]]:
 
 def status(run_path: str) -> dict[str, Any]:
     """Everything that is known about a run."""
-    run = open_run(run_path)
+    run = RunFolder.open(run_path)
     handle, ask = status_of(run)
     now = ask()
-    events = read_lines(run / "events.jsonl")
+    events = run.read_events()
     training = last_event(events, "training") or {}
-    metrics = read_lines(run / "metrics.jsonl")
+    metrics = read_lines(run.metrics)
     evaluated = [line for line in metrics if line["kind"] == "evaluation"]
     attempts = last_event(events, "attempt", "restart") or {}
-    failure = read_json(run / "failure.json") or {}
+    failure = read_json(run.failure) or {}
     ended = last_event(events, "ended") or {}
     good = now.is_active or now.phase == Phase.DONE
     skip = ("kind", "step", "attempt", "time")
@@ -71,9 +70,9 @@ def _newest_step(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) ->
     return max((line["step"] for line in lines if line["time"] >= begun), default=None)
 
 
-def _by_events(run: Path) -> JobStatus:
+def _by_events(run: RunFolder) -> JobStatus:
     """The status of a run that `muster submit` did not start, from what its ranks wrote."""
-    event = last_event(read_lines(run / "events.jsonl"), "done", "ended", "training")
+    event = last_event(run.read_events(), "done", "ended", "training")
     if event is None:
         return JobStatus(Phase.PENDING)
     if event["event"] == "done":
@@ -97,8 +96,8 @@ def status_text(status: dict[str, Any]) -> str:
 
 def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
-    run = open_run(run_path)
-    folder = run / "logs"
+    run = RunFolder.open(run_path)
+    folder = run.logs
     _, ask = status_of(run)
     pattern = "node-*.log" if rank is None else f"rank-{rank}.log"
     tails: dict[Path, Tail] = {}
@@ -116,35 +115,35 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
         raise _no_log(run, rank)
 
 
-def _no_log(run: Path, rank: int) -> JobError:
+def _no_log(run: RunFolder, rank: int) -> JobError:
     """Say where a rank's log is: the nodes may have a run folder of their own, which then has the events too."""
-    here = sorted(path.stem for path in (run / "logs").glob("*-*.log"))
+    here = sorted(path.stem for path in run.logs.glob("*-*.log"))
     remedy = f"There are {', '.join(here) or 'none yet'}"
-    if any(name.startswith("node-") for name in here) and not last_event(read_lines(run / "events.jsonl"), "wired"):
+    if any(name.startswith("node-") for name in here) and not last_event(run.read_events(), "wired"):
         remedy += f"; the nodes have it in their own run folder, as {run.name}/logs/rank-{rank}.log"
     return JobError("--rank", rank, "has no log here", remedy)
 
 
 def cancel(run_path: str) -> None:
     """Stop for good."""
-    run = open_run(run_path)
+    run = RunFolder.open(run_path)
     platform, handle = _submitted(run)
     platform.cancel(run, handle)
-    record_event(run, "cancel_requested")
-    write_json(run / "handle.json", handle | {"cancelled": True})
+    run.record("cancel_requested")
+    write_json(run.handle, handle | {"cancelled": True})
 
 
 def preempt(run_path: str) -> None:
     """Stop and come back."""
-    run = open_run(run_path)
+    run = RunFolder.open(run_path)
     platform, handle = _submitted(run)
     platform.preempt(run, handle)
-    record_event(run, "preempt_requested")
+    run.record("preempt_requested")
 
 
 def list_all(runs: Path) -> list[dict[str, Any]]:
     """The status of each run of a folder."""
-    return [status(str(run)) for run in list_runs(runs)]
+    return [status(str(run)) for run in RunFolder.list_all(runs)]
 
 
 def list_text(statuses: list[dict[str, Any]]) -> str:

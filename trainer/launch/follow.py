@@ -9,13 +9,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import FAILED
 from trainer.launch.platform import JobStatus, Phase
-from trainer.records import read_json, read_lines
+from trainer.records import read_json
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail
 from trainer.run.summary import plain_table, resume_command
@@ -26,17 +25,16 @@ BESIDE = 45
 
 
 def follow(
-    run: Path, job: Job, status: Callable[[], JobStatus], stop: Callable[[], None], all_ranks: bool = False
+    run: RunFolder, job: Job, status: Callable[[], JobStatus], stop: Callable[[], None], all_ranks: bool = False
 ) -> int:
     """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code.
 
     Of a script, what rank 0 prints is shown as under torchrun; `all_ranks`: what every rank prints.
     """
-    folder = RunFolder(run)
     show = Bar() if sys.stdout.isatty() and not job.script else Lines()
-    events, metrics = Tail(folder.events), Tail(folder.metrics)
+    events, metrics = Tail(run.events), Tail(run.metrics)
     ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
-    output = {rank: Tail(folder.rank_log(rank)) for rank in ranks}
+    output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
     with show:
         while True:
             try:
@@ -63,17 +61,17 @@ def _read_json(tail: Tail) -> list[dict[str, Any]]:
     return [json.loads(line) for line in tail.lines() if line.startswith("{")]
 
 
-def end(run: Path, status: JobStatus) -> None:
+def end(run: RunFolder, status: JobStatus) -> None:
     """Print the table, or why there is none."""
     if status.phase == Phase.DONE:
         # Not wrapped: its last line is to be pasted. Where the nodes keep the run folder there is no table here.
-        print("\n" + (plain_table(run) or f"continue with  {resume_command(run)}"))
+        print("\n" + (plain_table(run.path) or f"continue with  {resume_command(run.path)}"))
         return
-    failure = read_json(run / "failure.json")
-    ended = [event for event in read_lines(run / "events.jsonl") if event["event"] == "ended"]
+    failure = read_json(run.failure)
+    ended = [event for event in run.read_events() if event["event"] == "ended"]
     reason = (failure or {}).get("reason") or (ended[-1]["reason"] if ended else status.reason) or status.phase
     print(f"{status.phase.upper()}: {reason}", file=sys.stderr)
-    print(f"Continue with: {resume_command(run)}", file=sys.stderr)
+    print(f"Continue with: {resume_command(run.path)}", file=sys.stderr)
 
 
 class Lines:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from trainer.config.job import Job
 from trainer.errors import JobError
+from trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:  # the verbs that only read start faster without it
     from omegaconf import DictConfig
@@ -35,8 +36,8 @@ class Plan(Generic[SiteT]):
 
     job: Job
     config: DictConfig
-    run: Path
-    """The run folder; for a rendering, where it would be."""
+    run: RunFolder
+    """For a rendering, where it would be."""
     site: SiteT
     site_file: Path | None = None
     """Where `site` was read; None: the platform's own file."""
@@ -106,20 +107,20 @@ class Platform(ABC, Generic[SiteT, RequestT]):
         `follow`: the caller waits for the end.
         """
 
-    def submit_sweep(self, plan: Plan[SiteT], runs: list[Path]) -> list[dict[str, Any]]:
+    def submit_sweep(self, plan: Plan[SiteT], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
         raise NotImplementedError
 
     @abstractmethod
-    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
+    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """Where the submission stands."""
 
     @abstractmethod
-    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+    def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Stop it, with a checkpoint, for good."""
 
     @abstractmethod
-    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+    def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Stop it as the platform's preemption would, and let it come back."""
 
 

@@ -1,58 +1,70 @@
-"""The code of a run, copied when it is submitted: editing while the job waits in a queue changes nothing."""
+"""The code of a run, copied when it is submitted, so that edits made while the job waits in a queue change nothing."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
+from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.records import write_json
+from trainer.run.folder import RunFolder
 
 LIMIT_MB = 100
-"""Larger trees hold data, which belongs elsewhere."""
+"""A larger tree contains data, which belongs elsewhere."""
 
 
-def take_snapshot(source: Path, run: Path) -> Path:
-    """Copy the tracked and unignored files of `source` to `<run>/code`, read-only, with their hash recorded.
+def take_snapshot(source: Path, run: RunFolder) -> Path:
+    """Copy the tracked and unignored files of `source` to the run folder, read-only, and record their hash.
 
-    Without git, the Python and YAML files are taken.
+    Without git, the Python and YAML files are copied.
 
     Raises:
-        JobError: more than `LIMIT_MB`.
+        JobError: they are larger than `LIMIT_MB`.
     """
-    target = run / "code"
-    if target.exists():  # a run that is submitted again keeps the code that it began with
-        return target
+    if run.code.exists():  # a run that is continued keeps the code that it began with
+        return run.code
     files = [name for name in _files(source) if (source / name).is_file()]
-    size = sum((source / name).stat().st_size for name in files)
+    sizes = {name: (source / name).stat().st_size for name in files}
+    size = sum(sizes.values())
     if size > LIMIT_MB * 2**20:
-        largest = max(files, key=lambda name: (source / name).stat().st_size)
-        raise JobError(
-            "code",
-            str(source),
-            f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {largest}",
-            "Add data to .gitignore, so that it is not copied",
-        )
+        problem = f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {max(files, key=lambda f: sizes[f])}"
+        raise JobError("code", str(source), problem, "Add data to .gitignore, so that it is not copied")
     digest = hashlib.sha256()
     for name in files:
-        copy = target / name
+        copy = run.code / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, copy)
         copy.chmod(0o555 if (source / name).stat().st_mode & 0o100 else 0o444)
         digest.update(name.encode() + b"\0" + hashlib.sha256(copy.read_bytes()).digest())
-    target.mkdir(exist_ok=True)
-    write_json(run / "plan" / "code.json", {"sha256": digest.hexdigest(), "files": len(files), "bytes": size})
-    return target
+    run.code.mkdir(exist_ok=True)
+    write_json(run.plan / "code.json", {"sha256": digest.hexdigest(), "files": len(files), "bytes": size})
+    return run.code
+
+
+def check_files(job: Job, run: RunFolder, folder: Path, sees_machine: bool) -> None:
+    """Refuse a script, or weights to start from, that the ranks would not find.
+
+    `folder`: where relative paths begin for them; `sees_machine`: whether they also see the rest of this machine.
+
+    Raises:
+        JobError: the file does not exist.
+    """
+    weights = None if run.steps_committed() >= 0 else job.checkpoint.load  # a run that has begun loads its own
+    for key, value in (("script", job.script), ("checkpoint.load", weights)):
+        if value and (sees_machine or not os.path.isabs(value)) and not (folder / value).exists():
+            ignored = "" if sees_machine else ", or remove it from .gitignore, so that it is copied there"
+            raise JobError(key, value, f"is not in {folder}", f"Give its absolute path{ignored}")
 
 
 def _files(source: Path) -> list[str]:
-    command = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    argv = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        output = subprocess.run(command, capture_output=True, check=True).stdout
+        output = subprocess.run(argv, capture_output=True, check=True).stdout
         return sorted(set(output.decode().split("\0")) - {""})
     except (OSError, subprocess.CalledProcessError):
-        found = [path for pattern in ("*.py", "*.yaml") for path in source.rglob(pattern)]
-        names = [path.relative_to(source) for path in found]
-        return sorted(str(name) for name in names if not any(part[0] == "." or part == "runs" for part in name.parts))
+        paths = [path.relative_to(source) for pattern in ("*.py", "*.yaml") for path in source.rglob(pattern)]
+        return sorted(str(path) for path in paths if not any(part[0] == "." or part == "runs" for part in path.parts))

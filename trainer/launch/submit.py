@@ -13,18 +13,32 @@ from trainer.errors import WRONG_JOB, JobError
 from trainer.launch.control import status_of
 from trainer.launch.follow import follow
 from trainer.launch.platform import AnyPlan, AnyPlatform, Plan, find_platform
-from trainer.launch.runs import make_run
-from trainer.launch.site import check_rules
-from trainer.records import read_json, record_event, write_json
-from trainer.run.folder import open_run
+from trainer.records import read_json, write_json
+from trainer.run.folder import JOB, RunFolder
 
 
-def _find_run(job_path: str) -> Path | None:
-    """The folder of the run that `job_path` means; None when it is a job file."""
+def _find_run(job_path: str) -> RunFolder | None:
+    """The run that `job_path` means; None when it is a job file."""
     path = Path(job_path)
-    if path.is_dir() or (path.name == "job.yaml" and (path.parent / "events.jsonl").exists()):
-        return open_run(path)
-    return None
+    is_run = path.is_dir() or (path.name == JOB and RunFolder(path.parent).exists())
+    return RunFolder.open(path) if is_run else None
+
+
+def refuse_run(job_path: str) -> None:
+    """Refuse a run where only a job file will do.
+
+    Raises:
+        JobError: it is one, or a folder of something else.
+    """
+    if _find_run(job_path):
+        raise JobError("JOB", job_path, "is a run, not a job file", "Give the job file that it was made from")
+
+
+def _make_run(plan: AnyPlan, job_path: str, suffix: str = "") -> RunFolder:
+    from trainer.config.load import to_text
+
+    beside = Path(job_path).resolve().parent
+    return RunFolder.create(plan.job.runs, plan.job.name + suffix, to_text(plan.config), beside)
 
 
 def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
@@ -32,18 +46,18 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     from trainer.config.load import merge_job, to_job
 
     run = _find_run(job_path)
-    before = (read_json(run / "handle.json") or read_json(run / "plan" / "platform.json") or {}) if run else {}
+    before = (read_json(run.handle) or read_json(run.platform) or {}) if run else {}
     on = on or before.get("platform", "local")
     if site is None and on == before.get("platform") and before.get("site"):
         site = Path(before["site"])
-    config = merge_job(run / "job.yaml" if run else job_path, overrides)
+    config = merge_job(run.job if run else job_path, overrides)
     job = to_job(config)
     platform = find_platform(on)
     facts = platform.load_site(site)
     runs = platform.runs_folder(facts)
     if run is None and runs and not any(word.startswith("runs=") for word in overrides):
         config.runs = job.runs = runs
-    return platform, Plan(job, config, run or Path(job.runs).resolve() / f"{job.name}-ID", facts, site)
+    return platform, Plan(job, config, run or RunFolder(Path(job.runs).resolve() / f"{job.name}-ID"), facts, site)
 
 
 def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
@@ -53,41 +67,41 @@ def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path |
     platform, plan = _plan(job_path, overrides, on, site)
     run = _find_run(job_path)
     if run is None:
-        return platform, replace(plan, run=make_run(plan.job, plan.config, Path(job_path).resolve().parent))
+        return platform, replace(plan, run=_make_run(plan, job_path))
     handle, ask = status_of(run)
     if handle and ask().is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
-    save_job(plan.config, run / "job.yaml")
-    for stale in ("failure.json", "result.json"):
-        (run / stale).unlink(missing_ok=True)
+    save_job(plan.config, run.job)
+    for stale in (run.failure, run.result):
+        stale.unlink(missing_ok=True)
     return platform, plan
 
 
-def _remember(platform: AnyPlatform, plan: AnyPlan, run: Path) -> dict[str, Any]:
+def _remember(platform: AnyPlatform, plan: AnyPlan, run: RunFolder) -> dict[str, Any]:
     """The part of a handle that is known before: where a run goes on, also one that the platform refuses at first."""
-    (run / "plan").mkdir(exist_ok=True)
+    run.plan.mkdir(exist_ok=True)
     place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
-    write_json(run / "plan" / "platform.json", place)
+    write_json(run.platform, place)
     return place
 
 
 def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
     place, request = _remember(platform, plan, plan.run), platform.build(plan)
-    (plan.run / "plan" / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
+    (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
     with _record_refusal([plan.run]):
         handle = {**place, **platform.submit(plan, request, following)}
-    write_json(plan.run / "handle.json", handle)
+    write_json(plan.run.handle, handle)
     return handle
 
 
 @contextmanager
-def _record_refusal(runs: list[Path]) -> Iterator[None]:
+def _record_refusal(runs: list[RunFolder]) -> Iterator[None]:
     """Record in the runs that the platform refuses them; otherwise they would be pending forever."""
     try:
         yield
     except JobError as error:
         for run in runs:
-            record_event(run, "ended", code=WRONG_JOB, reason=str(error))
+            run.record("ended", code=WRONG_JOB, reason=str(error))
         raise
 
 
@@ -104,44 +118,36 @@ def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path 
     return follow(plan.run, plan.job, lambda: platform.status(plan.run, handle), stop, all_ranks)
 
 
-def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> Path:
+def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> RunFolder:
     """Submit; return the run folder."""
     platform, plan = _begin(job_path, overrides, on, site)
     _submit(platform, plan, False)
     return plan.run
 
 
-def submit_sweep(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, sweep: str) -> list[Path]:
+def submit_sweep(
+    job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, sweep: str
+) -> list[RunFolder]:
     """Submit one run for each value of `key=value,value`; return the run folders."""
     key, _, text = sweep.partition("=")
     values = [value for value in text.split(",") if value]
-    check_rules(
-        [
-            (
-                not key or not values,
-                "--sweep",
-                sweep,
-                "is not key=value,value",
-                "For example --sweep train.lr=0.1,0.01",
-            ),
-            (_find_run(job_path) is not None, "JOB", job_path, "is a run", "Give the job file that it was made from"),
-        ]
-    )
+    if not key or not values:
+        raise JobError("--sweep", sweep, "is not key=value,value", "For example --sweep train.lr=0.1,0.01")
+    refuse_run(job_path)
     plans = [_plan(job_path, [*overrides, f"{key}={value}"], on, site) for value in values]
     platform, first = plans[0]
     if not platform.has_arrays:
         problem, remedy = f"{platform.name} has no job arrays", "Use --on slurm, or submit the jobs one by one"
         raise JobError("--sweep", sweep, problem, remedy)
-    beside = Path(job_path).resolve().parent
-    runs = [make_run(plan.job, plan.config, beside) for _, plan in plans]
-    folder = make_run(replace(first.job, name=f"{first.job.name}-sweep"), first.config, beside)
-    (folder / "job.yaml").unlink()  # a sweep is not a run
-    write_json(folder / "sweep.json", {"sweep": sweep, "runs": [str(run) for run in runs]})
+    runs = [_make_run(plan, job_path) for _, plan in plans]
+    folder = _make_run(first, job_path, "-sweep")
+    folder.job.unlink()  # a sweep is not a run
+    write_json(folder.sweep, {"sweep": sweep, "runs": [str(run) for run in runs]})
     places = [_remember(platform, first, run) for run in runs]
     with _record_refusal(runs):
         handles = platform.submit_sweep(replace(first, run=folder), runs)
     for run, place, handle in zip(runs, places, handles, strict=True):
-        write_json(run / "handle.json", {**place, **handle})
+        write_json(run.handle, {**place, **handle})
     return runs
 
 

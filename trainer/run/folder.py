@@ -229,15 +229,13 @@ def run_of(job_file: Path) -> RunFolder | None:
 
 
 # Until every module uses RunFolder.
-def find_run(path: Path, job: Any, job_id: str, platform: str) -> Path:
+def find_run(path: Path, job: Any, text: str, job_id: str, platform: str) -> Path:
     """As `run_of`, else a new one, or one named after the scheduler's job."""
     run = run_of(path)
     if run is not None:
         return run.path
     if platform == "alone":
-        from trainer.launch.runs import make_run
-
-        return make_run(job)
+        return RunFolder.create(job.runs, job.name, text).path
     return Path(job.runs).resolve() / f"{job.name}-{job_id}"
 
 

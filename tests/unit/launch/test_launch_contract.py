@@ -23,6 +23,7 @@ from trainer.config.load import load_job, merge_job, save_job, to_job
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.nodes import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
+from trainer.run.folder import RunFolder
 from trainer.wiring.node import Wiring, wire
 
 ROOT = Path(__file__).parents[3]
@@ -108,7 +109,7 @@ def kubernetes(plan: Plan, text: str) -> list[Launch]:
     documents = list(yaml.safe_load_all(text))
     pod, spec = container(documents), job_spec(documents)
     command, _ = agent_command([*pod.get("command", entrypoint()), *pod["args"]])
-    path = plan.run / "from-the-configmap.yaml"
+    path = plan.run.path / "from-the-configmap.yaml"
     path.write_text(only(documents, "ConfigMap")["data"]["job.yaml"])
     labels = {"metadata.labels['batch.kubernetes.io/controller-uid']": "0f1e2d3c"}
     environment = {
@@ -141,7 +142,7 @@ def launch(platform_name: str, folder: Path, *overrides: str, **site: Any) -> li
     run.mkdir(exist_ok=True)
     save_job(config, run / "job.yaml")
     facts = platform.load_site(None)
-    plan = Plan(to_job(config), config, run, replace(facts, **site) if site else facts)
+    plan = Plan(to_job(config), config, RunFolder(run), replace(facts, **site) if site else facts)
     return READERS[platform_name](plan, platform.render(platform.build(plan)))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from trainer.errors import JobError
 from trainer.launch.snapshot import LIMIT_MB, take_snapshot
+from trainer.run.folder import RunFolder
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 def copied(source: Path, run: Path) -> list[str]:
     (run / "plan").mkdir(parents=True)
-    code = take_snapshot(source, run)
+    code = take_snapshot(source, RunFolder(run))
     return sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file())
 
 
@@ -49,7 +50,7 @@ def test_what_git_does_not_ignore(source: Path, tmp_path: Path) -> None:
     said = json.loads((run / "plan/code.json").read_text())
     assert (said["files"], len(said["sha256"])) == (6, 64)
     (source / "task.py").write_text("changed meanwhile")
-    take_snapshot(source, run)
+    take_snapshot(source, RunFolder(run))
     assert (run / "code/task.py").read_text() == "task.py"
 
 
@@ -61,5 +62,5 @@ def test_data_is_refused_by_its_largest_file(source: Path, tmp_path: Path) -> No
     subprocess.run(["git", "init", "--quiet", source], check=True)
     os.truncate(source / "data.bin", LIMIT_MB << 20)
     with pytest.raises(JobError, match=rf"is {LIMIT_MB} MiB, more than {LIMIT_MB}; .* data.bin.*\.gitignore"):
-        take_snapshot(source, tmp_path / "run")
+        take_snapshot(source, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

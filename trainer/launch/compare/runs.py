@@ -6,7 +6,6 @@ Running and reading the runs is here; what their numbers mean in `trainer.launch
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import signal
@@ -20,14 +19,14 @@ from shutil import rmtree
 from typing import Any
 
 from trainer.config.job import Ddp, Job
-from trainer.config.load import merge_job, to_job, valid_keys
+from trainer.config.load import merge_job, to_job, to_text, valid_keys
 from trainer.errors import DONE, FAILED, JobError
 from trainer.launch import control
 from trainer.launch.compare.verdict import MODES, summarize, text
 from trainer.launch.platform import find_platform
-from trainer.launch.runs import last_event, make_run
-from trainer.launch.submit import submit_job
+from trainer.launch.submit import refuse_run, submit_job
 from trainer.records import read_json, read_lines, write_json
+from trainer.run.folder import RunFolder, last_event
 from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.hardware import usable_processors
 
@@ -62,8 +61,9 @@ def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as
     warm_up = window * -(-WARM_UP_STEPS // window)
     job, variants, refused = plan(job_path, overrides, warm_up + steps)
     config = merge_job(job_path, overrides)
-    folder = make_run(dataclasses.replace(job, name=f"{job.name}-compare"), config, Path(job_path).resolve().parent)
-    (folder / "job.yaml").unlink()  # a comparison is no run
+    run = RunFolder.create(job.runs, f"{job.name}-compare", to_text(config), Path(job_path).resolve().parent)
+    run.job.unlink()  # a comparison is not a run
+    folder = run.path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         losses, timed = _run_all(job_path, variants, folder, rounds, 1 if _on_cpu(job) else window, warm_up)
@@ -92,9 +92,7 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     Raises:
         JobError: a script, one device, several nodes, a key that compare sets itself, or what a mode refuses.
     """
-    path = Path(job_path)
-    if path.is_dir() or (path.name == "job.yaml" and (path.parent / "events.jsonl").exists()):
-        raise JobError("JOB", job_path, "is a run, not a job file", "Give the job file that it was made from")
+    refuse_run(job_path)
     common = [
         f"train.steps={total}", "train.epochs=null", f"evaluation.every_epochs={NEVER}", "evaluation.every_steps=null",
         "checkpoint.every_steps=null", "checkpoint.keep_last=1", "checkpoint.best=null", "checkpoint.best_mode=max",
@@ -167,21 +165,21 @@ def _run_all(
             timed.setdefault(mode, []).append(measure(run, warm_up))
             what += f": {timed[mode][-1]['speed']:,.0f} samples/s"
         print(what, file=sys.stderr, flush=True)
-        rmtree(run / "checkpoints", ignore_errors=True)  # of a few steps, and as large as the model
+        rmtree(run.checkpoints, ignore_errors=True)  # of a few steps, and as large as the model
     devices = {item["device"] for items in timed.values() for item in items}
     if len(devices) > 1:
         raise RunEnded(f"the modes ran on {' and '.join(sorted(devices))}: set device=cpu or device=cuda", FAILED)
     return losses, timed
 
 
-def complete(job_path: str, words: Sequence[str], what: str) -> Path:
+def complete(job_path: str, words: Sequence[str], what: str) -> RunFolder:
     """Submit a run, wait for its end and return its folder; Ctrl-C stops it.
 
     Raises:
         RunEnded: it did not get to its end.
     """
     run, platform = submit_job(job_path, words, "local", None), find_platform("local")
-    handle = read_json(run / "handle.json") or {}
+    handle = read_json(run.handle) or {}
     try:
         while platform.status(run, handle).is_active:
             time.sleep(POLL_S)
@@ -191,15 +189,15 @@ def complete(job_path: str, words: Sequence[str], what: str) -> Path:
         raise
     found = control.status(str(run))
     if found["state"] != "done":
-        reason = found["reason"] or f"its logs are in {run / 'logs'}"
+        reason = found["reason"] or f"its logs are in {run.logs}"
         raise RunEnded(f"{what}: {found['state']}: {reason}", found["code"] or FAILED)
     return run
 
 
-def measure(run: Path, warm_up: int) -> dict[str, Any]:
+def measure(run: RunFolder, warm_up: int) -> dict[str, Any]:
     """Samples/s, device type and peak memory (MiB, by rank and device) of a run that is done."""
-    result = read_json(run / "result.json")
-    training = last_event(read_lines(run / "events.jsonl"), "training")
+    result = read_json(run.result)
+    training = last_event(run.read_events(), "training")
     assert result and training
     return {
         "speed": speed(_lines(run), warm_up, training["steps_per_epoch"]),
@@ -207,8 +205,8 @@ def measure(run: Path, warm_up: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "train"]
+def _lines(run: RunFolder) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run.metrics) if line["kind"] == "train"]
 
 
 def speed(lines: Sequence[dict[str, Any]], warm_up: int, steps_per_epoch: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 from trainer.config.job import Job
 from trainer.launch.docker.engine import docker, run_quietly
@@ -12,6 +11,7 @@ from trainer.launch.docker.site import DockerSite
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.nodes import Nodes
+from trainer.run.folder import RunFolder
 from trainer.wiring.devices import INFINIBAND
 
 SHM_BASE_MB = 256
@@ -24,7 +24,7 @@ STOP_MARGIN_S = 15
 class DockerNodes(Nodes):
     """The nodes of a run as containers on a network of their own."""
 
-    def __init__(self, run: Path, job: Job, site: DockerSite) -> None:
+    def __init__(self, run: RunFolder, job: Job, site: DockerSite) -> None:
         """Remember the run and the site."""
         super().__init__(run, job)
         self.site = site
@@ -67,7 +67,7 @@ class DockerNodes(Nodes):
         argv = [
             "docker", "run", "--rm", f"--name={self.name}-{node}", f"--network={self.network()}",
             f"--user={os.getuid()}:{os.getgid()}", f"--stop-timeout={stop_s}",
-            f"--mount=type=bind,source={self.run},target={self.run}", f"--workdir={self.run / 'code'}",
+            f"--mount=type=bind,source={self.run},target={self.run}", f"--workdir={self.run.code}",
         ]  # fmt: skip
         if self.site.network != "host":
             argv += [f"--hostname=node{node}", f"--network-alias=node{node}"]
@@ -80,7 +80,7 @@ class DockerNodes(Nodes):
         argv += [f"--env={name}={value}" for name, value in variables.items()]
         if self.site.env_file:
             argv.append(f"--env-file={self.site.env_file}")
-        return [*argv, *self.site.extra_args, self.site.reference, str(self.run / "job.yaml")], {}
+        return [*argv, *self.site.extra_args, self.site.reference, str(self.run.job)], {}
 
     def _processors(self, node: int) -> list[str]:
         """A share of the cores; otherwise each agent would start one thread for every core of the machine."""

@@ -9,15 +9,16 @@ from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import WRONG_JOB
+from trainer.launch.by_hand import run_folder_lines
 from trainer.launch.docker.engine import check_engine, docker, refusal
 from trainer.launch.docker.nodes import DockerNodes
 from trainer.launch.docker.site import DockerSite, load_docker_site
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.platform import Supervised
 from trainer.launch.platform import JobStatus, Phase, Plan
-from trainer.launch.runs import check_files, make_run_by_hand
-from trainer.launch.snapshot import take_snapshot
+from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.records import read_json, write_json
+from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines
 from trainer.wiring.devices import visible_devices, wanted_devices
 
@@ -55,7 +56,7 @@ class Docker(Supervised[DockerSite, DockerRequest]):
         wanted = wanted_devices(plan.job, visible)
         lease = Lease(wanted if isinstance(wanted, list) else visible[:wanted])
         return DockerRequest(
-            make_run_by_hand(plan.run, plan.config, True),
+            run_folder_lines(plan.run, plan.config, True),
             ["docker", "network", "create", nodes.name] if nodes.own_network else [],
             [nodes.command(node, 0, lease)[0] for node in range(plan.job.nodes)],
         )
@@ -76,19 +77,19 @@ class Docker(Supervised[DockerSite, DockerRequest]):
         check_engine(site.reference, bool(site.registry), bool(wanted_devices(plan.job, visible_devices())))
         check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         check_container(DockerNodes(plan.run, plan.job, site))
-        write_json(plan.run / "plan" / "docker.json", asdict(site))
+        write_json(plan.run.plan / "docker.json", asdict(site))
         return self.supervise(plan, follow)
 
-    def nodes(self, run: Path, job: Job) -> DockerNodes:
+    def nodes(self, run: RunFolder, job: Job) -> DockerNodes:
         """The containers of a run that was submitted."""
-        return DockerNodes(run, job, DockerSite(**(read_json(run / "plan" / "docker.json") or {})))
+        return DockerNodes(run, job, DockerSite(**(read_json(run.plan / "docker.json") or {})))
 
-    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
+    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By the supervisor's end; with the engine's reason when a container did not start."""
         status = super().status(run, handle)
         if status.code not in NOT_STARTED:
             return status
-        logs = [last_lines(log).splitlines() for log in sorted((run / "logs").glob("node-*.log"))]
+        logs = [last_lines(log).splitlines() for log in sorted(run.logs.glob("node-*.log"))]
         reasons = [line for lines in logs for line in lines[::-1] if line.startswith("docker:")]
         return JobStatus(Phase.FAILED, str(refusal(["run"], reasons[0])), WRONG_JOB) if reasons else status
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.launch.kubernetes.kubectl import Kubectl, Refused
 from trainer.launch.kubernetes.state import Pod
 from trainer.records import read_json, write_json
+from trainer.run.folder import RunFolder
 
 LINE = re.compile(r"\[pod/([^/]+)/[^\]]+\] (\d{4}-\d\d-\d\dT[\d:.]+\S*)(?: (.*))?")
 """A line of `kubectl logs --prefix --timestamps`: pod, time, text. One without a time is no part of the log but the
@@ -17,9 +18,9 @@ OVERLAP_S = 30
 """Lines of different pods come in no order: ask again for the last ones, and drop what is known."""
 
 
-def copy_logs(kubectl: Kubectl, selector: str, run: Path, pods: list[Pod]) -> list[str]:
+def copy_logs(kubectl: Kubectl, selector: str, run: RunFolder, pods: list[Pod]) -> list[str]:
     """Append what the pods printed since the last time to `logs/node-<i>.log`; return node 0's new lines."""
-    known = run / "logs" / ".kubernetes.json"
+    known = copied_until(run)
     newest: dict[str, str] = read_json(known) or {}
     words = ["logs", selector, "--prefix", "--timestamps", "--tail=-1", "--ignore-errors", "--max-log-requests=1000"]
     if newest:
@@ -35,10 +36,15 @@ def copy_logs(kubectl: Kubectl, selector: str, run: Path, pods: list[Pod]) -> li
             texts.setdefault(nodes[pod], []).append(text)
             newest[pod] = time
     for node, added in texts.items():
-        with (run / "logs" / f"node-{node}.log").open("a") as log:
+        with (run.node_log(node)).open("a") as log:
             log.writelines(f"{text}\n" for text in added)
     write_json(known, newest)
     return texts.get(0, [])
+
+
+def copied_until(run: RunFolder) -> Path:
+    """The file that says, for each pod, up to which time its log was copied."""
+    return run.logs / ".kubernetes.json"
 
 
 def _earlier(time: str) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 from trainer.errors import STOPPED
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, remedy_for
-from trainer.launch.kubernetes.logs import copy_logs
+from trainer.launch.kubernetes.logs import copied_until, copy_logs
 from trainer.launch.kubernetes.manifests import make_manifests, object_name, render_manifests
 from trainer.launch.kubernetes.site import KubernetesSite, load_kubernetes_site
 from trainer.launch.kubernetes.state import read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
 from trainer.records import read_json, write_json
+from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines
 
 POLL_S = 2.0
@@ -64,9 +65,9 @@ class Kubernetes(Platform[KubernetesSite, KubernetesRequest]):
         site, kubectl = plan.site, Kubectl(plan.site.context, plan.site.namespace)
         kind, text = KINDS[site.kind], self.render(request) + "\n"
         what = f"{kind}/{request.name}"
-        for stale in ("exit.json", "logs/.kubernetes.json"):
-            (plan.run / stale).unlink(missing_ok=True)
-        if (plan.run / "handle.json").exists():  # the run is continued, and what is left of it is in the way
+        for stale in (plan.run.exit, copied_until(plan.run)):
+            stale.unlink(missing_ok=True)
+        if plan.run.handle.exists():  # the run is continued, and what is left of it is in the way
             kubectl.run_or_raise(
                 "delete", what, f"configmap/{request.name}", "--ignore-not-found", "--cascade=foreground"
             )
@@ -94,14 +95,14 @@ class Kubernetes(Platform[KubernetesSite, KubernetesRequest]):
         except Refused as error:
             print(f"note: the objects that were made for {what} will outlive it: {error}", file=sys.stderr)
 
-    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
+    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By the cluster's objects; what the pods print is copied to `logs/` on the way.
 
         The end is kept in `exit.json`, because the objects of ended jobs are removed.
         """
         if self.kept is not None and time.monotonic() - self.kept[0] < POLL_S:
             return self.kept[1]
-        ended = read_json(run / "exit.json")
+        ended = read_json(run.exit)
         if ended is not None:  # runs of version 0.1 called the phase a word
             return JobStatus(Phase(ended.get("phase") or ended["word"]), ended["reason"], ended["code"])
         try:
@@ -110,11 +111,11 @@ class Kubernetes(Platform[KubernetesSite, KubernetesRequest]):
             phase = self.kept[1].phase if self.kept else Phase.LOST
             status = JobStatus(phase, f"kubectl failed: {error}. {remedy_for(str(error))}")
         if not status.is_active and status.phase != Phase.LOST:
-            write_json(run / "exit.json", asdict(status))
+            write_json(run.exit, asdict(status))
         self.kept = time.monotonic(), status
         return status
 
-    def _ask(self, run: Path, handle: dict[str, Any]) -> JobStatus:
+    def _ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """Ask the cluster.
 
         Raises:
@@ -144,13 +145,13 @@ class Kubernetes(Platform[KubernetesSite, KubernetesRequest]):
         about = [item for item in events if item["involvedObject"]["name"].startswith(name)]
         return [f"{item['reason']}: {item['message']}" for item in about]
 
-    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+    def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Delete the Job: its pods get SIGTERM and their grace period to save."""
         what = f"{handle['kind']}/{handle['name']}"
         _kubectl(handle).run_or_raise("delete", what, "--cascade=foreground", "--wait=false")
         handle["cancelled"], self.kept = True, None
 
-    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+    def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Suspend the Job and resume it: suspended pods do not count as failures and are replaced without delay."""
         kubectl, what = _kubectl(handle), f"{handle['kind']}/{handle['name']}"
         kubectl.run_or_raise("patch", what, "--type=merge", '--patch={"spec":{"suspend":true}}')
@@ -158,9 +159,9 @@ class Kubernetes(Platform[KubernetesSite, KubernetesRequest]):
         kubectl.run_or_raise("patch", what, "--type=merge", '--patch={"spec":{"suspend":false}}')
 
 
-def _last_step(run: Path) -> str:
+def _last_step(run: RunFolder) -> str:
     """The newest progress line of node 0."""
-    lines = last_lines(run / "logs" / "node-0.log").splitlines()
+    lines = last_lines(run.node_log(0)).splitlines()
     return next((line for line in reversed(lines) if line.startswith("step ")), "")
 
 

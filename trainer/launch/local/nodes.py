@@ -6,16 +6,16 @@ Which node is started when, and what follows from its end, is decided in `traine
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from trainer.config.job import Job
 from trainer.launch.local.gpu_lease import Lease
+from trainer.run.folder import RunFolder
 
 
 class Nodes:
     """Nodes as processes, each with an address of its own on the loopback."""
 
-    def __init__(self, run: Path, job: Job) -> None:
+    def __init__(self, run: RunFolder, job: Job) -> None:
         """Remember the run."""
         self.run, self.job = run, job
 
@@ -50,4 +50,4 @@ class Nodes:
         variables = self.variables(node, launch, "local")
         if lease.devices:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices(node, lease))
-        return [sys.executable, "-m", "trainer", str(self.run / "job.yaml")], variables
+        return [sys.executable, "-m", "trainer", str(self.run.job)], variables

@@ -18,10 +18,12 @@ from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import DONE, STOPPED, JobError
+from trainer.launch.by_hand import run_folder_lines
 from trainer.launch.local.nodes import Nodes
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform, RequestT, SiteT
-from trainer.launch.runs import check_files, make_run_by_hand
+from trainer.launch.snapshot import check_files
 from trainer.records import read_json
+from trainer.run.folder import RunFolder
 from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
 from trainer.wiring.devices import visible_devices, wanted_devices
 
@@ -39,13 +41,13 @@ class Supervised(Platform[SiteT, RequestT]):
     """A platform of this machine: a supervisor process keeps the nodes of each run going."""
 
     @abstractmethod
-    def nodes(self, run: Path, job: Job) -> Nodes:
+    def nodes(self, run: RunFolder, job: Job) -> Nodes:
         """What the supervisor of a submitted run starts."""
 
     def supervise(self, plan: Plan[SiteT], follow: bool) -> dict[str, Any]:
         """Start the supervisor; with `follow` it ends when this process does."""
-        with lock(plan.run) as held, (plan.run / "logs" / "supervisor.log").open("ab") as log:
-            (plan.run / "exit.json").unlink(missing_ok=True)
+        with lock(plan.run) as held, (plan.run.logs / "supervisor.log").open("ab") as log:
+            plan.run.exit.unlink(missing_ok=True)
             process = subprocess.Popen(
                 [*supervisor_argv(plan.run), f"--platform={self.name}", "--held", str(held)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
@@ -53,10 +55,10 @@ class Supervised(Platform[SiteT, RequestT]):
             )  # fmt: skip
         return {"pid": process.pid, "started": _start_time(process.pid)}
 
-    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
+    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
         alive = _alive(handle)  # first: it may write exit.json and end between the two checks
-        ended = read_json(run / "exit.json")
+        ended = read_json(run.exit)
         if ended is not None:
             code = int(ended["code"])
             phase = {DONE: Phase.DONE, STOPPED: Phase.STOPPED}.get(code, Phase.FAILED)
@@ -65,21 +67,21 @@ class Supervised(Platform[SiteT, RequestT]):
             return JobStatus(Phase.RUNNING)
         return JobStatus(Phase.LOST, "its supervisor is gone: it was killed, or the machine restarted")
 
-    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+    def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Ask the supervisor to end: the ranks save first."""
         self._signal(run, handle, signal.SIGTERM)
 
-    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+    def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Make the ranks save and stop; the supervisor starts them again."""
         self._signal(run, handle, signal.SIGUSR2)
 
-    def _signal(self, run: Path, handle: dict[str, Any], number: signal.Signals) -> None:
+    def _signal(self, run: RunFolder, handle: dict[str, Any], number: signal.Signals) -> None:
         if not _alive(handle):
             raise JobError("RUN", str(run), "is not running", "`muster status` says how it ended")
         os.kill(int(handle["pid"]), number)
 
 
-def supervisor_argv(run: Path) -> list[str]:
+def supervisor_argv(run: RunFolder) -> list[str]:
     """The supervisor's command line."""
     return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
 
@@ -107,7 +109,7 @@ class Local(Supervised[None, LocalRequest]):
 
     def build(self, plan: Plan[None]) -> LocalRequest:
         """The supervisor's command line."""
-        return LocalRequest(make_run_by_hand(plan.run, plan.config, False), supervisor_argv(plan.run))
+        return LocalRequest(run_folder_lines(plan.run, plan.config, False), supervisor_argv(plan.run))
 
     def render(self, request: LocalRequest) -> str:
         """The command line, after lines that make the run folder."""
@@ -116,23 +118,23 @@ class Local(Supervised[None, LocalRequest]):
     def submit(self, plan: Plan[None], request: LocalRequest, follow: bool) -> dict[str, Any]:
         """Start the supervisor."""
         wanted_devices(plan.job, visible_devices())
-        source = read_json(plan.run / "plan" / "source.json") or {}
+        source = read_json(plan.run.source) or {}
         check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
         return self.supervise(plan, follow)
 
-    def nodes(self, run: Path, job: Job) -> Nodes:
+    def nodes(self, run: RunFolder, job: Job) -> Nodes:
         """Processes."""
         return Nodes(run, job)
 
 
 @contextmanager
-def lock(run: Path) -> Iterator[int]:
+def lock(run: RunFolder) -> Iterator[int]:
     """Open and lock a file that the supervisor and its agents then hold: nobody starts a run that still has some.
 
     Raises:
         JobError: it has.
     """
-    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle

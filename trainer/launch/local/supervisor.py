@@ -23,8 +23,8 @@ from trainer.launch.local.gpu_lease import Lease, try_lease
 from trainer.launch.local.nodes import Nodes
 from trainer.launch.local.platform import Supervised
 from trainer.launch.platform import find_platform
-from trainer.records import read_json, record_event, write_json
-from trainer.run.folder import steps_committed
+from trainer.records import read_json, write_json
+from trainer.run.folder import RunFolder
 from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
 from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.variables import without_ranks
@@ -39,10 +39,10 @@ KILLED_CONTAINER = 137
 class Supervisor:
     """Starts, watches and ends the agents of one run."""
 
-    def __init__(self, run: Path, job: Job, nodes: Nodes, held: Sequence[int] = ()) -> None:
+    def __init__(self, run: RunFolder, job: Job, nodes: Nodes, held: Sequence[int] = ()) -> None:
         """`nodes`: how an agent is started; `held`: files that the supervisor and its agents keep open."""
         self.run, self.job, self.nodes, self.held = run, job, nodes, held
-        source = read_json(run / "plan" / "source.json")
+        source = read_json(run.source)
         self.folder = source["working_directory"] if source and os.path.isdir(source["working_directory"]) else None
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
         self.codes: dict[int, int] = {}
@@ -86,7 +86,7 @@ class Supervisor:
                 if code != STOPPED or self.passed_on:
                     return code
                 self.launch += 1
-                record_event(self.run, "requeued", launch=self.launch)
+                self.run.record("requeued", launch=self.launch)
                 self.start_all()
             time.sleep(POLL_S)
 
@@ -141,7 +141,7 @@ class Supervisor:
                 self.lease = lease
                 return True
             if not recorded:
-                record_event(self.run, "pending", reason=f"waiting for GPUs: {wanted} of {', '.join(visible)}")
+                self.run.record("pending", reason=f"waiting for GPUs: {wanted} of {', '.join(visible)}")
                 recorded = True
             if self.stop_requests:
                 return False
@@ -150,7 +150,7 @@ class Supervisor:
     def start(self, node: int) -> None:
         """Start the agent of a node."""
         command, variables = self.nodes.command(node, self.launch, self.lease)
-        with (self.run / "logs" / f"node-{node}.log").open("ab") as log:
+        with (self.run.node_log(node)).open("ab") as log:
             self.agents[node] = subprocess.Popen(
                 command, env=without_ranks() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 cwd=self.folder, start_new_session=True, pass_fds=[*self.lease.handles, *self.held],
@@ -159,10 +159,10 @@ class Supervisor:
 
     def may_restart(self, node: int, code: int) -> bool:
         """Whether a killed agent is started again: the budget counts restarts without progress."""
-        step = steps_committed(self.run)
+        step = self.run.steps_committed()
         self.used = 1 if step > self.progress else self.used + 1
         self.progress = step
-        record_event(self.run, "agent_lost", node=node, code=code)
+        self.run.record("agent_lost", node=node, code=code)
         return self.used <= self.job.agent.restarts
 
     def send(self, number: signal.Signals) -> None:
@@ -180,12 +180,12 @@ def combined_exit_code(codes: list[int]) -> int:
     return failed[0] if failed else max(codes, default=FAILED)
 
 
-def supervise(run: Path, platform: str, held: Sequence[int]) -> int:
+def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
     """Run a job to its end; return its exit code, which is kept in `exit.json`, because the parent may be gone."""
     from trainer.config.load import load_job
 
     try:
-        job = load_job(run / "job.yaml")
+        job = load_job(run.job)
         supervised = find_platform(platform)
         assert isinstance(supervised, Supervised)
         nodes = supervised.nodes(run, job)
@@ -196,9 +196,9 @@ def supervise(run: Path, platform: str, held: Sequence[int]) -> int:
             nodes.finish()
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
-        record_event(run, "ended", code=WRONG_JOB, reason=str(error))
+        run.record("ended", code=WRONG_JOB, reason=str(error))
         code = WRONG_JOB
-    write_json(run / "exit.json", {"code": code, "time": time.time()})
+    write_json(run.exit, {"code": code, "time": time.time()})
     return code
 
 
@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--platform", default="local", help="what an agent is: a process (local) or a container")
     parser.add_argument("--held", type=int, nargs="*", default=[], help="open files to keep, such as the run's lock")
     options = parser.parse_args()
-    return supervise(options.run, options.platform, options.held)
+    return supervise(RunFolder(options.run), options.platform, options.held)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from trainer.errors import JobError
+from trainer.launch.by_hand import run_folder_lines
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.platform import JobStatus, Plan, Platform
-from trainer.launch.runs import check_files, make_run_by_hand
 from trainer.launch.site import template
 from trainer.launch.slurm.site import SlurmSite, load_slurm_site
 from trainer.launch.slurm.state import SlurmJob, run_client
-from trainer.launch.snapshot import take_snapshot
+from trainer.launch.snapshot import check_files, take_snapshot
+from trainer.run.folder import RunFolder
 from trainer.wiring.variables import SETUP, without_job
 
 POLL_S = 5.0
@@ -111,19 +112,19 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
 
     def build(self, plan: Plan[SlurmSite]) -> SlurmRequest:
         """The script and the command line."""
-        return self._build(plan, "slurm-%j.out", "node-%n.log", plan.run / "job.yaml")
+        return self._build(plan, "slurm-%j.out", "node-%n.log", plan.run.job)
 
     def build_sweep(self, plan: Plan[SlurmSite], count: int) -> SlurmRequest:
         """As `build`, for an array of `count` runs, which the folder `plan.run` names."""
-        return self._build(plan, "slurm-%A_%a.out", "task-%a-node-%n.log", plan.run, f"--array=0-{count - 1}")
+        return self._build(plan, "slurm-%A_%a.out", "task-%a-node-%n.log", plan.run.path, f"--array=0-{count - 1}")
 
     def _build(self, plan: Plan[SlurmSite], log: str, node_log: str, target: Path, *flags: str) -> SlurmRequest:
-        environment, logs = fabric_environment(plan.site.fabric), plan.run / "logs"
+        environment, logs = fabric_environment(plan.site.fabric), plan.run.logs
         if plan.site.setup:
             environment |= {SETUP: str(Path(plan.site.setup).resolve())}
         return SlurmRequest(
-            make_run_by_hand(plan.run, plan.config, True), environment, _flags(plan, logs / log, *flags),
-            template("slurm", "job.sbatch").read_text(), plan.run / "job.sbatch",
+            run_folder_lines(plan.run, plan.config, True), environment, _flags(plan, logs / log, *flags),
+            template("slurm", "job.sbatch").read_text(), plan.run.path / "job.sbatch",
             _arguments(plan, environment, logs / node_log, target),
         )  # fmt: skip
 
@@ -144,18 +145,18 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         """
         return {"job_id": _send(plan, request)}
 
-    def submit_sweep(self, plan: Plan[SlurmSite], runs: list[Path]) -> list[dict[str, Any]]:
+    def submit_sweep(self, plan: Plan[SlurmSite], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit one array whose task i is run i."""
         array = _send(plan, self.build_sweep(plan, len(runs)))
         for index, run in enumerate(runs):  # Slurm writes the logs beside the array; links lead to them
             links = {f"node-{node}.log": f"task-{index}-node-{node}.log" for node in range(plan.job.nodes)}
             links[f"slurm-{array}_{index}.out"] = f"slurm-{array}_{index}.out"
-            (run / "code").symlink_to(Path("..", plan.run.name, "code"))
+            run.code.symlink_to(Path("..", plan.run.name, "code"))
             for name, target in links.items():
-                (run / "logs" / name).symlink_to(Path("../..", plan.run.name, "logs", target))
+                (run.logs / name).symlink_to(Path("../..", plan.run.name, "logs", target))
         return [{"job_id": f"{array}_{index}"} for index in range(len(runs))]
 
-    def status(self, run: Path, handle: dict[str, Any]) -> JobStatus:
+    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By squeue, scontrol, sacct or the run folder, whichever knows."""
         job_id = str(handle["job_id"])
         if self.kept and self.kept[1] == job_id and time.monotonic() - self.kept[0] < POLL_S:
@@ -164,14 +165,14 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         self.kept = time.monotonic(), job_id, status
         return status
 
-    def cancel(self, run: Path, handle: dict[str, Any]) -> None:
+    def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """scancel: the agents save within Slurm's KillWait."""
         for pause_s in (1, 0):  # twice, because the batch script may requeue the job at the same moment
             run_client(["scancel", str(handle["job_id"])])
             time.sleep(pause_s)
         self.kept = None
 
-    def preempt(self, run: Path, handle: dict[str, Any]) -> None:
+    def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Send what Slurm sends before a preemption; the batch script requeues."""
         run_client(["scancel", "--signal=USR2", str(handle["job_id"])])
         self.kept = None
@@ -185,7 +186,7 @@ def _flags(plan: Plan[SlurmSite], log: Path, *more: str) -> list[str]:
         grace = min(grace, site.time_limit_min * 30)
     flags = [
         f"--job-name={job.name}", f"--nodes={job.nodes}", f"--signal=USR2@{grace}",
-        f"--chdir={plan.run / 'code'}", f"--output={log}",
+        f"--chdir={plan.run.code}", f"--output={log}",
     ]  # fmt: skip
     options = {
         "partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint,
@@ -202,11 +203,14 @@ def _flags(plan: Plan[SlurmSite], log: Path, *more: str) -> list[str]:
 
 def _arguments(plan: Plan[SlurmSite], environment: dict[str, str], log: Path, target: Path) -> list[str]:
     """Options of srun, then the agent's command; `target`: the job file, or the folder of a sweep."""
-    site, code = plan.site, str(plan.run / "code")
+    site, code = plan.site, str(plan.run.code)
     options = [f"--output={log}", *site.srun_args]
     python = site.python or (sys.executable if site.runtime == "none" else "python")
     command = [python, "-m", "trainer", str(target)]
-    mounts = [f"{plan.run.parent}:{plan.run.parent}", *site.mounts]  # the runs of a sweep are beside its folder
+    mounts = [
+        f"{plan.run.path.parent}:{plan.run.path.parent}",
+        *site.mounts,
+    ]  # the runs of a sweep are beside its folder
     if site.runtime == "pyxis":
         options += [f"--container-image={site.image}", f"--container-mounts={','.join(mounts)}",
                     f"--container-workdir={code}"]  # fmt: skip
@@ -228,7 +232,7 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
     if shutil.which("sbatch") is None:
         raise JobError("--on", "slurm", "this machine has no sbatch", "Submit from a login node of the cluster")
     check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
-    folder = plan.run / "plan"
+    folder = plan.run.plan
     folder.mkdir(mode=0o700, exist_ok=True)
     # submitit reads pickles from such folders, so nobody else may write there.
     if folder.stat().st_uid != os.geteuid():

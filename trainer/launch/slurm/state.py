@@ -12,8 +12,7 @@ from pathlib import Path
 
 from trainer.errors import DONE, FAILED, STOPPED, JobError
 from trainer.launch.platform import JobStatus, Phase
-from trainer.launch.runs import last_event
-from trainer.records import read_lines
+from trainer.run.folder import RunFolder, last_event
 
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "CONFIGURING"}
 RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
@@ -46,7 +45,7 @@ class Answer:
 class SlurmJob:
     """One job of one run."""
 
-    run: Path
+    run: RunFolder
     job_id: str
     cancelled: bool
 
@@ -117,17 +116,15 @@ class SlurmJob:
 
     def _log(self) -> Path:
         """The batch script's log: it exists as soon as this job, and not an earlier one of the run, has started."""
-        return self.run / "logs" / f"slurm-{self.job_id}.out"
+        return self.run.logs / f"slurm-{self.job_id}.out"
 
     def _wired(self) -> bool:
         """Whether an agent of this job has started, or left a log that says why not."""
-        logs = [*self.run.glob("logs/node-*.log"), self._log()]
-        return any(e["event"] == "wired" for e in read_lines(self.run / "events.jsonl")) or any(
-            log.exists() for log in logs
-        )
+        logs = [*self.run.logs.glob("node-*.log"), self._log()]
+        return any(log.exists() for log in logs) or last_event(self.run.read_events(), "wired") is not None
 
     def _by_run_folder(self) -> JobStatus:
-        event = last_event(read_lines(self.run / "events.jsonl"), "done", "ended", "training")
+        event = last_event(self.run.read_events(), "done", "ended", "training")
         if event and event["event"] == "done":
             return JobStatus(Phase.DONE, code=DONE)
         if event and event["event"] == "ended":

@@ -184,6 +184,7 @@ def test_refusals(job_file: Path, words: list[str], expected: list[str]) -> None
 
 
 def test_a_run_folder_is_no_job_to_compare(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
     with pytest.raises(JobError, match="is a run"):
         plan(str(tmp_path), [], 70)
 

@@ -20,6 +20,7 @@ from trainer.launch.kubernetes.manifests import make_manifests, object_name, ren
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
 from trainer.launch.submit import render_job
+from trainer.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[4]
 EXAMPLES = sorted((ROOT / "k8s/examples").glob("*.yaml"))
@@ -33,7 +34,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_plan(*overrides: str, run: str = "digits-ID", **site: Any) -> Plan:
     config = merge_job(ROOT / "jobs/digits.yaml", ["nodes=2", "devices_per_node=1", *overrides])
-    return Plan(to_job(config), config, Path("/somewhere", run), KubernetesSite(**site))
+    return Plan(to_job(config), config, RunFolder(Path("/somewhere", run)), KubernetesSite(**site))
 
 
 def load(text: str) -> list[Manifest]:
@@ -73,7 +74,7 @@ def test_the_schemas_take_every_site_key() -> None:
         runtime_class="nvidia", annotations={"sidecar.istio.io/inject": "false"}, env={"A": "1"}, secrets=["tracker"],
         fabric="efa", egress=[{"ports": [{"port": 443, "protocol": "TCP"}]}],
     )  # fmt: skip
-    documents = make_manifests(Plan(make_plan().job, make_plan().config, Path("digits-ID"), site))
+    documents = make_manifests(Plan(make_plan().job, make_plan().config, RunFolder(Path("digits-ID")), site))
     for document in documents:
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)

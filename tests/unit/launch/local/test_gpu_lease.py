@@ -20,6 +20,7 @@ from trainer.launch.local.gpu_lease import try_lease
 from trainer.launch.local.nodes import Nodes
 from trainer.launch.local.supervisor import Supervisor
 from trainer.records import read_lines
+from trainer.run.folder import RunFolder
 from trainer.wiring.devices import visible_devices, wanted_devices
 
 FOUR = ["0", "1", "2", "3"]
@@ -106,7 +107,7 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     module = "trainer.launch.local.supervisor"
     monkeypatch.setattr(f"{module}.visible_devices", lambda: ["0"])
     monkeypatch.setattr(f"{module}.try_lease", partial(try_lease, folder=tmp_path / "gpus"))
-    return Supervisor(tmp_path, job(), Nodes(tmp_path, job()))
+    return Supervisor(RunFolder(tmp_path), job(), Nodes(RunFolder(tmp_path), job()))
 
 
 def test_a_job_waits_for_its_devices_and_says_so(supervisor: Supervisor, tmp_path: Path) -> None:
