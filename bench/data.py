@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from trainer.config.job import Data
 from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
-from trainer.data.sampler import Order, Position
+from trainer.data.sampler import Position, Sampler
 from trainer.task import Task
 from trainer.tasks.digits import Digits
 from trainer.tasks.segment import Canvases, FreshCanvases, Segment
@@ -100,7 +100,7 @@ def make_cases() -> list[Case]:
 def make_ours(case: Case, count: int) -> tuple[Epoch, Loader]:
     """As `Trainer.epoch` does it on one rank; the loader must be closed."""
     loader = Loader(case.ours(case.task, count), case.task, Data(workers=case.workers), 0, pin=False)
-    order = Order(count, case.batch_size, 1, 0, 1, 0)
+    order = Sampler(count, case.batch_size, 1, 0, 1, 0)
     mover = DeviceMover(torch.device("cpu"), None, False, Data().prefetch)
 
     def epoch(number: int) -> Iterator[Any]:

@@ -53,28 +53,28 @@ class Handover:
         self.whole = True
         threading.Thread(target=self._listen, name="handover", daemon=True).start()
 
-    def note(self) -> None:
+    def note_buffers(self) -> None:
         """The forward passes of a step are done; its gradients are not yet contributed, so no rank can be further."""
         self.notes.write(self.moment // 2 + 1)
 
-    def open(self) -> None:
+    def begin_update(self) -> None:
         """An update begins."""
         if self.memory is not None:
             self.lock.acquire()
             self.whole = False
 
-    def close(self, step: int) -> None:
+    def end_update(self, step: int) -> None:
         """The update to `step` is done."""
         if self.memory is not None:
             self.moment = 2 * step
             self.whole = True
             self.lock.release()
 
-    def finish(self) -> None:
+    def finish_step(self) -> None:
         """What was due after the step is done."""
         self.moment |= 1
 
-    def leave(self) -> None:
+    def hand_over(self) -> None:
         """Hand over, unless another rank of the node has, or the state is not whole."""
         memory, local_rank = self.memory, self.parallel.local_rank
         if memory is None:
@@ -101,11 +101,11 @@ class Handover:
         while True:
             signal.sigwait({ASK})
             try:
-                self.leave()
+                self.hand_over()
             except Exception as error:  # the checkpoints are left
                 print(f"could not hand over: {error!r}", flush=True)
 
-    def recall(self, committed: int) -> dict[str, Any] | None:
+    def take_over(self, committed: int) -> dict[str, Any] | None:
         """The contents that were handed over, unless rank 0's checkpoint of the step `committed` is newer.
 
         All ranks get the same. None in the first attempt, and when the memory that is needed is gone.

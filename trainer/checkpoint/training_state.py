@@ -24,7 +24,7 @@ from trainer.parallel.base import Parallel
 from trainer.reporting.rank_report import Report
 
 
-class State:
+class TrainingState:
     """The objects that training changes, and where they stand on disk."""
 
     def __init__(
@@ -132,7 +132,7 @@ class State:
 
     def resume(self) -> None:
         """Continue from what survivors handed over or the newest whole checkpoint, or start: from weights, or anew."""
-        kept = self.handover.recall(self.report.run.steps_committed())
+        kept = self.handover.take_over(self.report.run.steps_committed())
         if kept is not None:
             self._restore(kept, kept["model"], "the survivors' memory")
             if self.parallel.rank == 0:

@@ -55,7 +55,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Order:
+class Sampler:
     """The samples of one rank among `world_size`, in steps of the global batch."""
 
     count: int

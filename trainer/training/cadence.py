@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.config.job import Job
-from trainer.data.sampler import Order, Position
+from trainer.data.sampler import Position, Sampler
 
 
 @dataclass(frozen=True)
-class Due:
+class Cadence:
     """What the job asks for at a position that a step has reached."""
 
     job: Job
-    order: Order
+    sampler: Sampler
     steps: int
     """Of the whole training."""
 
     def evaluation(self, position: Position) -> bool:
         """Whether an evaluation follows."""
         every = self.job.evaluation.every_steps
-        epochs = -(-position.step // self.order.steps_per_epoch)
+        epochs = -(-position.step // self.sampler.steps_per_epoch)
         return (
             position.step >= self.steps
             or bool(every and position.step % every == 0)
@@ -34,6 +34,6 @@ class Due:
 
     def next_step(self, position: Position) -> int:
         """The first step after `position` that either follows; the last of an epoch always is one."""
-        step, left = position.step, self.order.count - position.samples
+        step, left = position.step, self.sampler.count - position.samples
         every = [n for n in (self.job.evaluation.every_steps, self.job.checkpoint.every_steps) if n]
-        return min(self.steps, step - (-left // self.order.batch_size), *(step - step % n + n for n in every))
+        return min(self.steps, step - (-left // self.sampler.batch_size), *(step - step % n + n for n in every))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
 from trainer.data.sampler import evaluation_batches
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
+from trainer.parallel.step import Step
 from trainer.task import Task
 
 
@@ -55,6 +57,18 @@ def evaluate(
     loss = float(total.pop("loss")) / count
     seed(len(every))
     return {"loss": loss, **task.summary(total, count)}
+
+
+@contextmanager
+def computing_with(model: nn.Module | None, step: Step) -> Iterator[None]:
+    """Let the step's module compute with another model, such as the average of weights; None: with its own."""
+    own = step.model
+    if model is not None:
+        step.model = model
+    try:
+        yield
+    finally:
+        step.model = own
 
 
 def check_count(losses: Tensor, count: int) -> None:

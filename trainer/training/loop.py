@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from trainer.checkpoint.training_state import State
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
 from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
 from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
-from trainer.data.sampler import MicroBatch, Order, Position
+from trainer.data.sampler import MicroBatch, Position, Sampler
 from trainer.errors import JobError, Stopped
-from trainer.parallel.base import DeferredScalars, Parallel
+from trainer.parallel.base import Parallel
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
-from trainer.training.cadence import Due
+from trainer.training.cadence import Cadence
 from trainer.training.determinism import any_kernels, missing_kernels_named
-from trainer.training.evaluation import check_count, evaluate
+from trainer.training.evaluation import check_count, computing_with, evaluate
 from trainer.training.fast_path import make_step
+from trainer.training.finite_loss import LossCheck, NonFiniteLoss
 from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, set_rate
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss became NaN or infinite on some rank; no checkpoint holds the weights after it."""
+from trainer.training.warm_up import warm_up
 
 
 class Trainer:
@@ -42,36 +38,35 @@ class Trainer:
         """Put everything together; `model` is on its device already. `stop` says whether this rank was asked to."""
         self.job, self.task, self.parallel, self.report, self.stop = job, task, parallel, report, stop
         train, device = job.train, parallel.device
-        self.count, self.eval_count = len(train_data), len(eval_data)
-        for name, count in (("train_dataset", self.count), ("eval_dataset", self.eval_count)):
-            if count == 0:
-                raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
-        self.order = Order(
-            self.count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed
+        count, self.eval_count = count_samples("train_dataset", train_data), count_samples("eval_dataset", eval_data)
+        self.sampler = Sampler(
+            count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed
         )  # fmt: skip
         epochs = train.epochs or (None if train.steps else 1)
-        limits = [train.steps, epochs * self.order.steps_per_epoch if epochs else None]
+        limits = [train.steps, epochs * self.sampler.steps_per_epoch if epochs else None]
         self.steps = min(limit for limit in limits if limit is not None)
-        self.due = Due(job, self.order, self.steps)
+        self.cadence = Cadence(job, self.sampler, self.steps)
         self.optimizer = make_optimizer(model, train)
         # A trace shall show the update by its name.
         self.update_weights = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
+        self.loss_check = LossCheck(train.on_nan, report)
         self.rate = make_schedule(train, self.steps)
         self.scaler = make_scaler(train.precision, device)
         self.average = make_average(model, train.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        pin = device.type == "cuda"
-        self.loader = Loader(train_data, task, job.data, job.seed, pin)
-        self.eval_loader = Loader(eval_data, task, job.data, job.seed, pin)
+        self.loader = Loader(train_data, task, job.data, job.seed, parallel.cuda)
+        self.eval_loader = Loader(eval_data, task, job.data, job.seed, parallel.cuda)
         self.mover = DeviceMover(
             device, torch.float64 if train.precision == "float64" else None, train.channels_last, job.data.prefetch
         )
         self.position = Position()
-        self.state = State(job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report)
+        self.state = TrainingState(
+            job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report
+        )
         self.handover = self.state.handover
 
-    def fit(self, failed: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
-        """Train to the end and return the last evaluation; `failed` is told of an exception before all else.
+    def fit(self, on_failure: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
+        """Train to the end and return the last evaluation; `on_failure` is called with an exception before all else.
 
         Raises:
             Stopped: on request, with a checkpoint committed.
@@ -82,9 +77,9 @@ class Trainer:
                 for _ in self.train():
                     pass
         except BaseException as error:  # such as that of a collective whose peer is gone
-            failed(error)
+            on_failure(error)
             if not isinstance(error, (JobError, NonFiniteLoss, Stopped)):
-                self.handover.leave()
+                self.handover.hand_over()
             raise
         finally:
             self.loader.close()
@@ -97,11 +92,11 @@ class Trainer:
         self.warm_up()
         self.state.resume()
         self.parallel.steps = self.position.step
-        self.report.start(self.position, self.steps, self.order.steps_per_epoch)
+        self.report.start(self.position, self.steps, self.sampler.steps_per_epoch)
         self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
         if self.position.step and not self.state.evaluated:
             self.finish_step()
-        self.next_due = self.due.next_step(self.position)
+        self.next_due = self.cadence.next_step(self.position)
         while self.position.step < self.steps:
             for micros in self.epoch():
                 self.train_step(micros)
@@ -110,24 +105,16 @@ class Trainer:
                     break
 
     def warm_up(self) -> None:
-        """Let the mode arrange itself by a step that changes nothing: see `Distributed.warm_up`."""
-        parallel, model = self.parallel, self.state.model
-        if not parallel.warms_up:
-            return
-        before = [buffer.clone() for buffer in model.buffers()]
-        micro = next(self.order.epoch(Position()))
-        [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
-        parallel.warm_up(batch)
-        self.drop_gradients()
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
-        if parallel.cuda:
-            for device in parallel.devices:
-                torch.cuda.reset_peak_memory_stats(device)
+        """Let the mode arrange itself by a step that changes nothing, where it needs that."""
+        if self.parallel.warms_up:
+            micro = next(self.sampler.epoch(Position()))
+            [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
+            warm_up(self.parallel, self.state.model, batch)
+            self.drop_gradients()
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""
-        plan, read = itertools.tee(self.order.epoch(self.position))
+        plan, read = itertools.tee(self.sampler.epoch(self.position))
         batches = self.mover.move(self.loader.read((micro.epoch, micro.indices) for micro in read))
         group: list[tuple[MicroBatch, Any]] = []
         for micro, batch in zip(plan, batches, strict=True):
@@ -149,51 +136,49 @@ class Trainer:
                 weight = parallel.world_size * bool(micro.count) / micro.step_count
                 if micro.last:
                     self.report.samples(position, micros)
-                    self.handover.note()
+                    self.handover.note_buffers()
                 parallel.backward(losses, weight, self.scaler, self.stop())
-        step_count = micros[0][0].step_count
         due = position.step + 1 == self.next_due
-        mean, stop = parallel.agree(due)
-        self.handover.open()
-        self.update(mean, micros)
-        position.step += 1
-        position.samples += step_count
-        if position.samples >= self.count:
-            position.epoch, position.samples = position.epoch + 1, 0
+        loss, stop = parallel.agree(due)
+        self.handover.begin_update()
+        if self.loss_check.allows_update(loss, position.step + 1, [micro for micro, _ in micros]):
+            self.update()
+        self.drop_gradients()
+        step_count = micros[0][0].step_count
+        self.advance(step_count)
         whole = parallel.finish_step(self.optimizer, due)
         self.state.evaluated = not due
-        self.handover.close(position.step)
-        self.report.step(position, mean, self.optimizer.param_groups[0]["lr"], step_count)
+        self.handover.end_update(position.step)
+        self.report.step(position, loss, self.optimizer.param_groups[0]["lr"], step_count)
         if whole and stop and position.step < self.steps:
             self.save_and_stop()
         if due:
             self.finish_step()
-            self.next_due = self.due.next_step(self.position)
+            self.next_due = self.cadence.next_step(position)
+
+    def advance(self, samples: int) -> None:
+        """One step and so many samples further, in the next epoch if this one is over."""
+        position = self.position
+        position.step += 1
+        position.samples += samples
+        if position.samples >= self.sampler.count:
+            position.epoch, position.samples = position.epoch + 1, 0
 
     def seed_generators(self, number: int, stream: bytes) -> None:
         """Seed all generators for what is computed at the current position, so none is ever saved."""
         seed_generators(derive_seed(self.job.seed, self.position.step, number, stream), self.parallel.devices)
 
-    def update(self, mean: DeferredScalars | float, micros: list[tuple[MicroBatch, Any]]) -> None:
-        """Apply the gradients unless the loss is not finite; every rank decides alike."""
-        train = self.job.train
-        if isinstance(mean, DeferredScalars) and train.on_nan == "halt":
-            self.check_late()  # on a GPU, look at a loss one step late rather than wait for it at every step
-            self.late = mean, self.position.step + 1, [micro for micro, _ in micros]
-        elif not math.isfinite(mean):
-            self.refuse_loss(float(mean), self.position.step + 1, [micro for micro, _ in micros])
-            self.drop_gradients()
-            return
+    def update(self) -> None:
+        """Apply the gradients."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if train.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
+        if self.job.train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.job.train.clip_norm)
         if self.scaler is None:
             self.update_weights()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.drop_gradients()
         if self.average is not None:
             self.average.update_parameters(self.state.model)
 
@@ -202,30 +187,11 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    late: tuple[DeferredScalars, int, list[MicroBatch]] | None = None
-
-    def check_late(self) -> None:
-        """Look at the loss that nobody looked at yet: before weights are saved, and after each further step."""
-        late, self.late = self.late, None
-        if late is not None and not math.isfinite(late[0]):
-            self.refuse_loss(float(late[0]), *late[1:])
-
-    def refuse_loss(self, mean: float, step: int, micros: list[MicroBatch]) -> None:
-        """Name the samples of the loss of `step` that is not finite, and halt when the job says so."""
-        indices = [int(index) for micro in micros for index in micro.indices[: micro.count]]
-        self.report.event("nonfinite_loss", loss=str(mean), step=step, rank=self.parallel.rank, samples=indices)
-        if self.job.train.on_nan == "halt":
-            raise NonFiniteLoss(
-                f"the loss of step {step} is {mean} on some rank; this rank {self.parallel.rank} computed samples "
-                f"{indices}. The last checkpoint is from before. Lower train.lr, set train.clip_norm, look at these "
-                "samples, or set train.on_nan=skip"
-            )
-
     def finish_step(self) -> None:
         """Evaluate and save where that is due after the current position; a stop may come in between."""
         position = self.position
-        self.check_late()
-        if self.due.evaluation(position):
+        self.loss_check.read_deferred()
+        if self.cadence.evaluation(position):
             metrics = self.evaluate()
             if metrics is None:
                 self.save_and_stop()
@@ -233,15 +199,16 @@ class Trainer:
             self.state.measure(metrics)
             self.report.evaluation(position, metrics)
         self.state.evaluated = True
-        if self.due.checkpoint(position):
+        if self.cadence.checkpoint(position):
             self.state.save(wait=position.step >= self.steps)
-        self.handover.finish()
+        self.handover.finish_step()
 
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         self.report.phase("evaluating", self.position)
         started = time.perf_counter()
-        with self.averaged_weights(), any_kernels():
+        average = self.average.module if self.average is not None else None
+        with computing_with(average, self.parallel.step), any_kernels():
             self.parallel.share_buffers()
             metrics = evaluate(
                 self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,
@@ -258,22 +225,19 @@ class Trainer:
 
     def save_and_stop(self) -> None:
         """Commit a checkpoint and end with the exit code that asks for a requeue."""
-        self.check_late()
+        self.loss_check.read_deferred()
         self.state.save(wait=True)
         self.report.event("stopped", step=self.position.step)
         raise Stopped
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Let the step's module compute with the moving average."""
-        if self.average is None:
-            yield
-            return
-        step = self.parallel.step
-        model = step.model
-        step.model = self.average.module
-        self.average.module.eval()
-        try:
-            yield
-        finally:
-            step.model = model
+
+def count_samples(name: str, dataset: Any) -> int:
+    """How many there are.
+
+    Raises:
+        JobError: none.
+    """
+    count = len(dataset)
+    if count == 0:
+        raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
+    return count

@@ -28,13 +28,14 @@ from trainer.wiring.rank import RankWiring, rank_wiring
 
 
 def train(
-    job: Job, run: Path | None, job_file: Path | None, failed: Callable[[BaseException], None] = lambda error: None
+    job: Job, run: Path | None, job_file: Path | None, on_failure: Callable[[BaseException], None] = lambda error: None
 ) -> int:
     """Train `job` in the run folder `run` as the rank that the environment says; return the exit code.
 
-    Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks. `failed` is told of
-    an exception before the other ranks can notice, by a connection that closes. After an exception the process shall
-    end at once: the process group is open still, for NCCL closes one only together with ranks that wait for this one.
+    Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks. `on_failure` is called
+    with an exception before this process closes any connection, so that it is reported before its peers fail. After an
+    exception the process must end at once: the process group is still open, because NCCL closes it only together with
+    the other ranks, and they wait for this one.
 
     Raises:
         Stopped: on request, with a checkpoint committed (exit code 75).
@@ -65,13 +66,13 @@ def train(
         data = task.train_dataset(), task.eval_dataset()
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
-        metrics = trainer.fit(failed)
+        metrics = trainer.fit(on_failure)
         report.finish(metrics)
         report.say("\n" + plain_table(run))
         pulse.beat(trainer.position.step, "finishing")
         parallel.barrier()
     except BaseException as error:
-        failed(error)
+        on_failure(error)
         raise
     finally:
         report.close()

@@ -7,14 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from trainer.data.sampler import Order, Position, epoch_order, evaluation_batches
+from trainer.data.sampler import Position, Sampler, epoch_order, evaluation_batches
 
 COUNT, BATCH = 101, 24
 
 
 def step_samples(world_size: int, accumulate: int, position: Position) -> list[list[int]]:
     """The samples that count, of each step of the rest of an epoch, over all ranks in the order of their shares."""
-    orders = [Order(COUNT, BATCH, accumulate, rank, world_size, seed=3) for rank in range(world_size)]
+    orders = [Sampler(COUNT, BATCH, accumulate, rank, world_size, seed=3) for rank in range(world_size)]
     steps: list[list[int]] = []
     for turn, micros in enumerate(zip(*(order.epoch(position) for order in orders), strict=True)):
         if turn % accumulate == 0:

@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 
 from trainer.config.job import Checkpoints, Evaluation, Job
-from trainer.data.sampler import Order, Position
-from trainer.training.cadence import Due
+from trainer.data.sampler import Position, Sampler
+from trainer.training.cadence import Cadence
 
 
 @pytest.mark.parametrize("evaluate, save, epochs, batch", list(product([None, 3, 4], [None, 2, 5], [1, 2], [4, 5])))
@@ -19,8 +19,8 @@ def test_the_next_step_is_the_first_that_anything_follows(
         name="due", evaluation=Evaluation(every_steps=evaluate, every_epochs=epochs),
         checkpoint=Checkpoints(every_steps=save),
     )  # fmt: skip
-    order, steps = Order(count=22, batch_size=batch, accumulate=1, rank=0, world_size=1, seed=0), 17
-    due, positions = Due(job, order, steps), [Position()]
+    order, steps = Sampler(count=22, batch_size=batch, accumulate=1, rank=0, world_size=1, seed=0), 17
+    due, positions = Cadence(job, order, steps), [Position()]
     while positions[-1].step < steps:
         last = positions[-1]
         samples = min(last.samples + batch, order.count) % order.count
