@@ -35,7 +35,8 @@ class Client:
         for name in PROGRAMS:
             (folder / name).write_text(
                 "#!/bin/sh\n"
-                f'PATH=${{PATH#"{folder}:"}}\n'  # jobs inherit it, and on a host the real programs are right
+                # Jobs inherit PATH, and on a host the real programs are right.
+                f'case :$PATH in *:"{folder}:"*) PATH=${{PATH%%"{folder}:"*}}${{PATH#*"{folder}:"}} ;; esac\n'
                 f"exec nsenter --target {controller} --mount --net --uts --ipc "
                 f'env -C "$(pwd -P)" {name} "$@"\n'
             )
