@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -73,3 +74,36 @@ def test_a_script_as_it_is_written_for_torchrun(tmp_path: Path) -> None:
         assert result(run) == 0, run.log("rank-0.log")
         for rank in range(2):
             assert "the sum is 3.0 for two words" in run.log(f"rank-{rank}.log")
+
+
+DUMP = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+(folder / os.environ["RANK"]).write_text(json.dumps(dict(os.environ)))
+"""
+OF_A_LAUNCH = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"}
+"""Variables with other values in each launch."""
+NOT_OURS = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE", "_"}
+"""Where torch's `record` writes, what torchrun's agent tells itself, and what a shell says."""
+
+
+def test_a_rank_has_all_variables_that_torchrun_sets(tmp_path: Path) -> None:
+    script = tmp_path / "dump.py"
+    script.write_text(DUMP)
+    for name in ("theirs", "ours"):
+        words = [str(script), str(tmp_path / name)]
+        if name == "theirs":
+            command = [str(TORCHRUN), "--standalone", "--nproc-per-node=2", "--max-restarts=3", *words]
+            subprocess.run(command, env=environment(), check=True, capture_output=True)
+        else:
+            keys = ["task=null", f"script={words[0]}", f"script_args=[{words[1]}]", f"runs={tmp_path / 'runs'}"]
+            assert muster("run", HERE / "faulty.yaml", *keys).returncode == 0
+    for rank in ("0", "1"):
+        theirs, ours = (json.loads((tmp_path / name / rank).read_text()) for name in ("theirs", "ours"))
+        same = theirs.keys() - OF_A_LAUNCH - NOT_OURS
+        assert {name: ours.get(name) for name in same} == {name: theirs[name] for name in same}
+        assert theirs.keys() - ours.keys() <= NOT_OURS
+        [run] = (tmp_path / "runs").iterdir()
+        assert ours["NCCL_DEBUG_FILE"].startswith(f"{run}/logs/") and ours["NCCL_DEBUG"] == "WARN"
+        assert ours["TORCH_FR_DUMP_TEMP_FILE"].startswith(f"{run}/logs/") and ours["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
