@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> int:
         return WRONG_JOB
     path = find_job(Path(words[0]))
     if is_rank():
-        from trainer.agent.external_rank import run_outside_rank
+        from trainer.agent.external_rank import run_external_rank
 
-        return run_outside_rank(path, words[1:])
+        return run_external_rank(path, words[1:])
     if "--explain" in options:
         from trainer.agent.node import explain
 

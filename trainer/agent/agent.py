@@ -29,7 +29,7 @@ from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED
 from trainer.records import record_event
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
-from trainer.run.folder import is_shared
+from trainer.run.folder import RunFolder, is_shared
 from trainer.run.log_tail import Tail
 from trainer.signals import FLAG, SIGNALS
 from trainer.wiring import variables
@@ -118,7 +118,7 @@ class NodeAgent:
         for local_rank in range(self.job.ranks_per_node):
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.rank_environment
             process = FORK_SERVER.Process(
-                target=run_rank, args=(environment, self.job, self.run_folder, self.job_file, self.threads)
+                target=run_rank, args=(environment, self.job, RunFolder(self.run_folder), self.job_file, self.threads)
             )
             process.start()
             self.processes.append(process)

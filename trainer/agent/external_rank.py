@@ -10,12 +10,13 @@ from pathlib import Path
 
 from trainer.agent.rank_process import exit_code
 from trainer.config.load import merge_job, save_job, to_job
-from trainer.errors import STOPPED, JobError, Stopped
+from trainer.errors import DONE, STOPPED, JobError, Stopped
+from trainer.run.folder import RunFolder, run_of
 from trainer.signals import restore_signals
 from trainer.wiring.rank import rank_wiring
 
 
-def run_outside_rank(path: Path, overrides: list[str]) -> int:
+def run_external_rank(path: Path, overrides: list[str]) -> int:
     """Train, or run the script, as the rank that the environment says; the launcher supervises.
 
     A task's rank does not return. Raises:
@@ -29,7 +30,7 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
         sys.path.insert(0, str(Path(job.script).resolve().parent))
         sys.argv = [job.script, *map(str, job.script_args)]
         runpy.run_path(job.script, run_name="__main__")
-        return 0
+        return DONE
     if job.parallel != "ddp":
         if wiring.world_size > 1:
             raise JobError(
@@ -47,14 +48,14 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
         )
     from trainer.training.rank import choose_run, train
 
-    run = _run_folder(path)
+    run = run_of(path)  # None: the ranks choose one when they have met
     if wiring.rank == 0:  # so that `muster status` knows it
-        own = run or choose_run(job, wiring)
-        (own / "logs").mkdir(parents=True, exist_ok=True)
-        if not (own / "job.yaml").exists():
-            save_job(config, own / "job.yaml")
+        chosen = run or RunFolder(choose_run(job, wiring))
+        chosen.logs.mkdir(parents=True, exist_ok=True)
+        if not chosen.job.exists():
+            save_job(config, chosen.job)
     try:
-        code = train(job, run, path)
+        code = train(job, run.path if run else None, path)
     except Stopped:
         code = STOPPED
     except BaseException as error:
@@ -63,13 +64,3 @@ def run_outside_rank(path: Path, overrides: list[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: of an interpreter's end with torch's threads one in some dozens aborts, and NCCL can hang
-
-
-def _run_folder(path: Path) -> Path | None:
-    """The run folder, where it can be told before the ranks have met."""
-    given = os.environ.get("MUSTER_RUN")
-    if given:
-        return Path(given)
-    if path.name == "job.yaml" and (path.parent / "events.jsonl").exists():
-        return path.parent
-    return None

@@ -16,12 +16,13 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from trainer.checkpoint.memory import ASK
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.records import write_json
+from trainer.run.folder import RunFolder
 from trainer.signals import restore_signals, set_parent_death_signal
 from trainer.wiring.rank import rank_wiring
 
@@ -29,15 +30,15 @@ STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
 
 
-def run_rank(environment: dict[str, str], job: Job, run: Path, job_file: Path, threads: int) -> NoReturn:
+def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Path, threads: int) -> NoReturn:
     """The body of one rank process, which gets `environment`; 0, 75 or an error's code is its exit code."""
     bind_to_fork_server()
     os.setpgid(0, 0)  # the agent ends it with all that it started
     os.environ.update(environment)
     wiring = rank_wiring()
     rank, attempt = wiring.rank, wiring.attempt
-    _redirect(run / "logs" / f"rank-{rank}.log")
-    stacks = _open_stacks(run / "logs" / f"stacks-rank-{rank}.txt")
+    _redirect(run.rank_log(rank))
+    stacks = run.stacks(rank).open("a")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
     recorded: list[BaseException] = []
@@ -57,7 +58,7 @@ def run_rank(environment: dict[str, str], job: Job, run: Path, job_file: Path, t
             signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
             from trainer.training.rank import train
 
-            code = train(job, run, job_file, on_failure)
+            code = train(job, run.path, job_file, on_failure)
     except Stopped:
         code = STOPPED
     except BaseException as error:
@@ -96,10 +97,6 @@ def _redirect(path: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def _open_stacks(path: Path) -> IO[str]:
-    return path.open("a")
-
-
 def _run_script(job: Job) -> int:
     """Run the user's script as `python script.py` would, with signals as it expects them; return its exit code."""
     restore_signals()
@@ -114,14 +111,16 @@ def _run_script(job: Job) -> int:
         if exit_.code not in (None, DONE, STOPPED):
             raise
         return STOPPED if exit_.code == STOPPED else DONE
-    finally:  # what an interpreter does at its end, and a process of multiprocessing does not
+    finally:
+        # Private names, because there are no public ones: an interpreter does this at its end, and a script relies on
+        # it, but a process of multiprocessing runs no exit functions (before Python 3.14).
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     return DONE
 
 
-def _record_failure(run: Path, attempt: int, rank: int, error: BaseException) -> None:
-    """Leave a record for the post-mortem, and the traceback in the log."""
+def _record_failure(run: RunFolder, attempt: int, rank: int, error: BaseException) -> None:
+    """Leave a record for the agent's diagnosis, and the traceback in the log."""
     text = "" if isinstance(error, JobError) else "".join(traceback.format_exception(error))
     print(text or f"ERROR: {error}", file=sys.stderr, flush=True)
     record = {
@@ -129,9 +128,8 @@ def _record_failure(run: Path, attempt: int, rank: int, error: BaseException) ->
         "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-8000:],
         "chain": [type(item).__name__ for item in _chain(error)],
     }  # fmt: skip
-    folder = run / "failures"
-    folder.mkdir(exist_ok=True)
-    write_json(folder / f"attempt-{attempt}-rank-{rank}.json", record)
+    run.failures.mkdir(exist_ok=True)
+    write_json(run.rank_failure(attempt, rank), record)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
