@@ -21,7 +21,7 @@ from stopwatch import Stopwatch
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
 TESTS = Path(__file__).parent
-ONE_WORKER = ("slurm_session", "engine")
+ONE_WORKER = ("slurm_session", "engine_session")
 """Fixtures of which a machine has one: tests that ask for the same one run in the same worker."""
 FIRST = [*ONE_WORKER]
 """The longest groups of tests: a worker that starts with one of them does not end long after the others."""
@@ -74,7 +74,7 @@ def pytest_make_collect_report(
 def group_of(item: pytest.Item) -> str:
     """The name of the tests that run in the same worker as this one."""
     fixtures = getattr(item, "fixturenames", ())
-    return next((name for name in ONE_WORKER if name in fixtures), item.path.name)
+    return next((name for name in ONE_WORKER if name in fixtures), str(item.path.relative_to(TESTS)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take tests away
