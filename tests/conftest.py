@@ -23,8 +23,10 @@ pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 TESTS = Path(__file__).parent
 ONE_WORKER = ("slurm_session", "engine_session")
 """Fixtures of which a machine has one: tests that ask for the same one run in the same worker."""
-FIRST = [*ONE_WORKER]
-"""The longest groups of tests: a worker that starts with one of them does not end long after the others."""
+LAST = "unit"
+"""A tier of quick tests. They come last, so that no worker still has a long file when the others have nothing left."""
+FIRST = [*ONE_WORKER, "cli/test_make_train.py", "cli/test_documents.py"]
+"""The longest groups of tests, which workers begin with."""
 REQUIRED = {tier.strip() for tier in os.environ.get("MUSTER_REQUIRED_TIERS", "").split(",")} - {""}
 
 
@@ -77,6 +79,12 @@ def group_of(item: pytest.Item) -> str:
     return next((name for name in ONE_WORKER if name in fixtures), str(item.path.relative_to(TESTS)))
 
 
+def place_of(item: pytest.Item) -> int:
+    """Where the test's group stands in the order of all."""
+    group = group_of(item)
+    return FIRST.index(group) if group in FIRST else len(FIRST) + (tier_of(item.path) == LAST)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take tests away
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group the tests for the workers, the longest groups first. Refuse a run in which a required tier has no test."""
@@ -84,7 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
         if measures_speed(config) and "stopwatch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.speed)
-    items.sort(key=lambda item: FIRST.index(group) if (group := group_of(item)) in FIRST else len(FIRST))
+    items.sort(key=place_of)
     empty = REQUIRED - {tier_of(item.path) for item in items}
     if empty and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         raise pytest.UsageError(f"MUSTER_REQUIRED_TIERS: no test under tests/ for {', '.join(sorted(empty))}")
