@@ -1,87 +1,26 @@
-"""Loading: datasets to batches, seeded per sample, in the rank or in worker processes, ahead of a GPU.
+"""Loading: batches of a dataset in the order of their keys, in the rank or in worker processes.
 
-Which samples, and in which order, is decided in `trainer.data.sampler`.
+Which samples, and in which order, is decided in `trainer.data.sampler`; how a batch is made, in `trainer.data.batches`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.config.job import Data
+from trainer.data.batches import BatchDataset, Keys
 from trainer.data.nested import map_tensors
-from trainer.data.rng import COLLATING, derive_seed, seed_generators
-from trainer.data.sampler import Indices
+from trainer.signals import ignore_signals, set_parent_death_signal
 from trainer.task import Task
 from trainer.wiring.variables import heartbeat_file
-
-Keys = tuple[int, Indices]
-"""(epoch, indices) of one batch."""
-
-
-class SeededDataset:
-    """A dataset whose randomness depends on (seed, epoch, index) alone."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        """Choose the cheapest exact way to read `dataset`: see `Task.train_dataset`."""
-        self.dataset, self.seed = dataset, seed
-        self.draws = hasattr(dataset, "sample")
-        self.plain = isinstance(dataset, TensorDataset) or getattr(dataset, "deterministic", False)
-        self.rng = np.random.Generator(np.random.Philox(key=0))
-        self.start: Any = self.rng.bit_generator.state
-
-    def __len__(self) -> int:
-        """Samples in the dataset."""
-        return len(self.dataset)
-
-    def read(self, epoch: int, indices: Iterable[int]) -> list[Any]:
-        """The samples of a batch."""
-        if self.draws:
-            return [self._sample(epoch, index) for index in indices]
-        if self.plain:
-            return [self.dataset[index] for index in indices]
-        return [self._global(epoch, index) for index in indices]
-
-    def _sample(self, epoch: int, index: int) -> Any:
-        """Start one generator anew: making one for each sample cost a tenth of the time of small composed images."""
-        self.start["state"]["key"][0] = derive_seed(self.seed, epoch, index)
-        self.rng.bit_generator.state = self.start
-        return self.dataset.sample(index, self.rng)
-
-    def _global(self, epoch: int, index: int) -> Any:
-        """Seed the global generators before the call; whatever draws after the loading is seeded itself."""
-        seed_generators(derive_seed(self.seed, epoch, index))
-        return self.dataset[index]
-
-
-class BatchDataset:
-    """Read one batch, as a map-style dataset whose index is (epoch, indices): a worker reads a whole batch."""
-
-    def __init__(self, dataset: Dataset[Any], task: Task, seed: int) -> None:
-        """Tensors that lie in memory are indexed at once, which gives what collating their items gives."""
-        self.samples, self.seed, self.collate = SeededDataset(dataset, seed), seed, task.collate
-        self.own_collate = type(task).collate is not Task.collate
-        plain = type(dataset) is TensorDataset and not self.own_collate
-        self.tensors: tuple[Tensor, ...] | None = dataset.tensors if plain else None  # type: ignore[attr-defined]
-
-    def __getitem__(self, keys: Keys) -> Any:
-        """Read, seed and collate."""
-        epoch, indices = keys
-        if self.tensors is not None:
-            chosen = torch.from_numpy(indices)
-            return [tensor.index_select(0, chosen) for tensor in self.tensors]  # half the time of tensor[chosen]
-        samples = self.samples.read(epoch, indices.tolist())
-        if self.own_collate:  # which may mix samples at random
-            seed_generators(derive_seed(self.seed, epoch, int(indices[0]), COLLATING))
-        return self.collate(samples)
 
 
 def _start_worker(_: int) -> None:
@@ -89,9 +28,10 @@ def _start_worker(_: int) -> None:
 
     A worker that outlived its rank would hold the rank's connections open, so that its peers would wait.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    ignore_signals()
+    rank = multiprocessing.parent_process()
+    assert rank is not None and rank.pid is not None
+    set_parent_death_signal(rank.pid, signal.SIGKILL)
     heartbeat = heartbeat_file()
     if heartbeat is not None:  # its rank may die without a word: the agent removes what this worker leaves in memory
         with contextlib.suppress(OSError):
@@ -111,6 +51,8 @@ class Loader:
         self.pin = pin and options.pin_memory
         self.keys: Iterable[Keys] = ()
         self.workers: DataLoader[Any] | None = None
+        self.iterator: Any = None  # of torch, over all epochs
+        self.processes: list[Any] = []
         if options.workers:
             self.workers = DataLoader(
                 self.batches,  # type: ignore[arg-type]
@@ -128,17 +70,28 @@ class Loader:
         """The batch of each of `keys`."""
         if self.workers is not None:
             self.keys = keys
-            return iter(self.workers)
+            return self._start_workers(self.workers)
         batches = map(self.batches.__getitem__, keys)
         return (map_tensors(batch, Tensor.pin_memory) for batch in batches) if self.pin else batches
 
+    def _start_workers(self, workers: DataLoader[Any]) -> Iterator[Any]:
+        """Begin an epoch; the processes start with the first one."""
+        before = multiprocessing.active_children()
+        self.iterator = iter(workers)
+        self.processes += [child for child in multiprocessing.active_children() if child not in before]
+        iterator: Iterator[Any] = self.iterator
+        return iterator
+
     def close(self) -> None:
-        """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever."""
-        iterator: Any = getattr(self.workers, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()  # one that is stuck in user code
+        """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever.
+
+        torch ends them when nobody refers to their iterator any more. After an exception its traceback does, so the
+        method that torch would call is called here, by its private name: there is no public one.
+        """
+        if self.iterator is not None:
+            self.iterator._shutdown_workers()
+        for worker in self.processes:
+            worker.kill()  # one that is stuck in user code
 
 
 class _Keys:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.data.loader import BatchDataset, SeededDataset
+from trainer.data.batches import BatchDataset, SeededDataset
 from trainer.data.rng import COLLATING, EVALUATION, SAMPLES, STEPS, derive_seed, seed_generators
 from trainer.tasks.digits import Digits
 
