@@ -18,7 +18,7 @@ import documents
 import pytest
 import torch
 from documents import PAGES, SHORT, Block
-from muster_runs import Run, end_all, hear_interrupts, wait_for
+from muster_runs import Run, end_all, hear_interrupts, stat, wait_for
 from states import read_state
 
 from trainer.config.load import merge_job, to_job
@@ -117,7 +117,8 @@ def kill_a_rank(shell: Shell, block: Block) -> None:
         run.wait("first_step")
         run.wait("checkpoint")
         before = set(run.ranks().values())
-        shell.type(stop.replace("digits-", f"{shell.project}/runs/digits-"))
+        (fork_server,) = {stat(pid)[1] for pid in before}
+        shell.type(stop.replace("pgrep", f"pgrep --parent {fork_server}"))
         resume = run.wait("resume")
         assert resume["folder"] == "memory" and resume["step"] > 0
         run.wait("ranks", 2)

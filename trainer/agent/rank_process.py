@@ -6,6 +6,7 @@ What a rank is told through its environment is made in `trainer.agent.rank_envir
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import os
 import runpy
@@ -37,6 +38,7 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
     os.environ.update(environment)
     wiring = rank_wiring()
     rank, attempt = wiring.rank, wiring.attempt
+    _name_process(rank)
     _redirect(run.rank_log(rank))
     stacks = run.stacks(rank).open("a")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
@@ -67,6 +69,12 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: finalizers, of a broken process group above all, can hang
+
+
+def _name_process(rank: int) -> None:
+    """Let `top` and `pgrep muster-rank` tell ranks from other processes: all have the fork server's command line."""
+    with contextlib.suppress(OSError):  # a sandbox may refuse
+        Path("/proc/self/comm").write_text(f"muster-rank-{rank}")
 
 
 def exit_code(error: BaseException) -> int:
