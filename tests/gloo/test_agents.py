@@ -18,7 +18,7 @@ import pytest
 from muster_runs import FULL, Run, alive, descendants, end_all, kill, result, start_agent, submitted, wait_for
 from stopwatch import Stopwatch
 
-from trainer.agent.kv_store import Board
+from trainer.agent.kv_store import KeyValueServer
 from trainer.wiring.network import candidate_ports
 
 TWO_NODES = ["nodes=2", "devices_per_node=1"]
@@ -106,16 +106,18 @@ def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, no
         run.wait_gone()
 
 
-def test_a_node_that_stops_answering_is_missed_too(tmp_path: Path, stopwatch: Stopwatch) -> None:
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_node_that_stops_answering_is_missed_too(tmp_path: Path, node: int, stopwatch: Stopwatch) -> None:
     """As behind a cut cable: its connections stay open and nobody answers."""
     run = Run(tmp_path / "run")
     with agents(run, "train.steps=1000000", "task_args.step_s=0.01", "agent.rejoin_timeout_s=2") as both:
         run.wait("first_step")
-        with stopwatch.at_most(10 + 2 + 10):  # an answer, a return, and some patience
-            for pid in (both[0].pid, *descendants(both[0].pid)):
+        with stopwatch.at_most(15 + 2 + 15):  # an answer or a beat, a return, and some patience
+            for pid in (both[node].pid, *descendants(both[node].pid)):
                 kill(pid, signal.SIGSTOP)
-            assert both[1].wait(50) == 1
-        assert "node 0" in (run.folder / "agent-1.txt").read_text()
+            assert both[1 - node].wait(80) == 1
+        text = (run.folder / f"agent-{1 - node}.txt").read_text()
+        assert (f"node {node}" in text and "no beat of its agent" in text) if node else "node 0" in text, text
 
 
 def test_a_node_that_never_comes_is_named(tmp_path: Path) -> None:
@@ -154,11 +156,11 @@ def listener(port: int, answer: bytes | None) -> Iterator[None]:
 
 
 def test_foreign_listeners_on_the_candidate_ports(tmp_path: Path) -> None:
-    """One closes, one is silent, one talks; then come the boards of another job and of our own last launch."""
+    """One closes, one is silent, one talks; then come the stores of another job and of our own last launch."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     ports = candidate_ports(f"{run.job_id}/1")
-    other, old = Board("another/0"), Board(f"{run.job_id}/0")
+    other, old = KeyValueServer("another/0", 2), KeyValueServer(f"{run.job_id}/0", 2)
     with ExitStack() as stack:
         for port, answer in zip(ports, (None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"), strict=False):
             stack.enter_context(listener(port, answer))
@@ -184,12 +186,16 @@ def test_two_jobs_with_the_same_ports_at_once(tmp_path: Path) -> None:
         assert run.wait("done")["step"] == 30
 
 
-def test_nothing_of_one_node_listens_for_strangers(tmp_path: Path) -> None:
-    """torch's store asks nobody who he is: it is on the loopback where that is enough."""
-    with submitted(tmp_path, "train.steps=1000000", "task_args.step_s=0.01") as run:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_nothing_of_one_machine_listens_for_strangers(tmp_path: Path, nodes: int) -> None:
+    """torch's store serves anybody, so it is on the loopback where that is enough."""
+    keys = [f"nodes={nodes}", f"devices_per_node={2 // nodes}", "train.steps=1000000", "task_args.step_s=0.01"]
+    with submitted(tmp_path, *keys) as run:
         run.wait("first_step")
         inodes = set()
-        for pid in (run.agents()[0], *descendants(run.agents()[0])):
+        agents = run.agents()
+        assert len(agents) == nodes
+        for pid in (pid for agent in agents.values() for pid in (agent, *descendants(agent))):
             for handle in Path(f"/proc/{pid}/fd").iterdir():
                 try:
                     inodes.add(os.readlink(handle).removeprefix("socket:[").removesuffix("]"))

@@ -6,7 +6,10 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 from muster_runs import HERE, Run, kill, muster, result, submitted, wait_for
+
+from trainer.errors import FAILED
 
 EXPECTED = {
     "raise": ("user code", "KeyError: 'no such digit'"),
@@ -105,3 +108,37 @@ def test_a_followed_run_ends_with_the_code_of_its_job(tmp_path: Path) -> None:
     done = muster("run", HERE / "faulty.yaml", "task=null", f"script={script}", f"runs={tmp_path}", "agent.restarts=0")
     assert done.returncode == 1
     assert "SystemExit: 3" in done.stderr and "Continue with: " in done.stderr
+
+
+LATE = """
+import sys, time
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == int(sys.argv[1]):
+    try:
+        raise ValueError("the cause")
+    finally:  # its peers notice long before the exception has left the script
+        dist.destroy_process_group()
+        time.sleep(1.5)
+dist.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.parametrize(("nodes", "rank"), [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_the_cause_is_named_even_if_it_shows_after_its_consequences(tmp_path: Path, nodes: int, rank: int) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    keys = [
+        "task=null",
+        f"script={script}",
+        f"script_args=[{rank}]",
+        f"nodes={nodes}",
+        f"devices_per_node={2 // nodes}",
+    ]
+    with submitted(tmp_path, *keys, "agent.restarts=0") as run:
+        assert result(run) == FAILED
+        [failure] = json.loads((run.folder / "failure.json").read_text())["failures"]
+    assert (failure["rank"], failure["kind"], failure["message"]) == (rank, "user code", "ValueError: the cause")

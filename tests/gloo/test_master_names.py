@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from stopwatch import Stopwatch
 
-from trainer.agent.rendezvous import Ended, NodeRendezvous, RendezvousTimeoutError
+from trainer.agent.rendezvous import NodeRendezvous
+from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.wiring.network import candidate_ports
 from trainer.wiring.node import Wiring
 
@@ -50,7 +51,7 @@ def meet(node: int, bound_s: float, said: list[str]) -> NodeRendezvous:
     KEPT.append(said)
     ports = tuple(candidate_ports(job))
     wiring = Wiring("kubernetes", job, 0, 2, node, (NAME, "digits-1.digits"), NAME, ports, 1, None, 1, None, "", {})
-    return NodeRendezvous(wiring, bound_s, bound_s, lambda: False, lambda number, failures: {"attempt": 0}, said.append)
+    return NodeRendezvous(wiring, bound_s, bound_s, lambda: False, lambda number, failures: 0, said.append)
 
 
 @pytest.fixture
@@ -58,9 +59,9 @@ def master() -> Iterator[tuple[NodeRendezvous, list[str]]]:
     """Node 0, waiting for node 1 on all interfaces of this host."""
     said: list[str] = []
     found = meet(0, 20, said)
-    thread = threading.Thread(target=found.next_rendezvous, daemon=True)
+    thread = threading.Thread(target=found.next_round, daemon=True)
     thread.start()
-    while found.board is None:
+    while found.store is None:
         time.sleep(0.01)
     yield found, said
     thread.join(20)
@@ -71,9 +72,9 @@ def test_a_name_that_comes_late_is_looked_up_again(resolver: Resolver, master: A
     threading.Timer(1, lambda: setattr(resolver, "address", "127.0.0.1")).start()
     start = time.monotonic()
     node = meet(1, 20, master[1])
-    info = node.next_rendezvous()
+    node.next_round()
     stopwatch.check(time.monotonic() - start, 3)
-    assert info.bootstrap_store_info.master_addr == "127.0.0.1"
+    assert node.master_addr() == "127.0.0.1"
     node.shutdown()
 
 
@@ -95,10 +96,10 @@ def test_a_name_that_leads_to_a_host_that_is_gone_is_looked_up_again(
     threading.Timer(2.5, lambda: setattr(resolver, "address", "127.0.0.1")).start()
     start = time.monotonic()
     node = meet(1, 20, master[1])
-    info = node.next_rendezvous()
+    node.next_round()
     stopwatch.check(time.monotonic() - start, 5)
     assert len(tries) == 3
-    assert info.bootstrap_store_info.master_addr == "127.0.0.1"
+    assert node.master_addr() == "127.0.0.1"
     node.shutdown()
 
 
@@ -107,10 +108,10 @@ def test_a_foreign_listener_that_never_answers_is_passed_by(resolver: Resolver) 
     node = meet(1, 10, said)
     with socket.create_server(("127.0.0.1", node.wiring.ports[0])):
         found = meet(0, 20, said)
-        thread = threading.Thread(target=found.next_rendezvous, daemon=True)
+        thread = threading.Thread(target=found.next_round, daemon=True)
         thread.start()
         resolver.address = "127.0.0.1"
-        node.next_rendezvous()
+        node.next_round()
         thread.join(10)
         node.shutdown()
         found.shutdown()
@@ -119,10 +120,10 @@ def test_a_foreign_listener_that_never_answers_is_passed_by(resolver: Resolver) 
 def test_the_masters_own_ranks_need_no_name(resolver: Resolver, master: Any) -> None:
     resolver.address = "127.0.0.1"
     node = meet(1, 20, master[1])
-    node.next_rendezvous()
+    node.next_round()
     for address, expected in ((None, "127.0.0.1"), ("127.0.0.5", "127.0.0.5"), ("192.0.2.1", "127.0.0.1")):
         resolver.address = address
-        assert master[0]._master() == expected
+        assert master[0].master_addr() == expected
     node.shutdown()
 
 
@@ -132,13 +133,13 @@ def test_a_name_that_never_comes_is_named_within_its_bound(resolver: Resolver, s
         stopwatch.at_most(3),
         pytest.raises(RendezvousTimeoutError, match=rf"no master at {NAME} within 1 s: the name does not resolve"),
     ):
-        meet(1, 1, said).next_rendezvous()
+        meet(1, 1, said).next_round()
 
 
 def test_progress_is_said_while_the_name_is_awaited(resolver: Resolver) -> None:
     said: list[str] = []
     with pytest.raises(RendezvousTimeoutError):
-        meet(1, 6, said).next_rendezvous()
+        meet(1, 6, said).next_round()
     assert any(NAME in text and "does not resolve" in text and "s left" in text for text in said)
 
 
@@ -146,5 +147,5 @@ def test_a_stop_request_ends_the_wait(resolver: Resolver) -> None:
     node = meet(1, 60, [])
     node.interrupted = lambda: resolver.asked > 3
     with pytest.raises(Ended) as caught:
-        node.next_rendezvous()
+        node.next_round()
     assert caught.value.code == 75

@@ -15,14 +15,13 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
-
-from trainer.agent.diagnosis import STACKS_S, Autopsy, process_state
+from trainer.agent.diagnosis import STACKS_S, Diagnosis, process_state
 from trainer.agent.failure import Failure, paragraph
 from trainer.agent.kv_store import PeerLost
-from trainer.agent.rank_environment import Round, rank_variables
+from trainer.agent.rank_environment import rank_variables
 from trainer.agent.rank_process import run_rank
-from trainer.agent.rendezvous import Ended, NodeRendezvous
+from trainer.agent.rendezvous import NodeRendezvous
+from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
@@ -37,7 +36,7 @@ from trainer.wiring.node import Wiring
 
 POLL_S = 0.1
 LAST_WORDS_S = 0.3
-"""How long the record of a rank that died, or the end of an agent's connection, may come after what it causes."""
+"""How long another agent's alarm, or the end of its connection, may come after what its failure causes here."""
 KILL_S = 10.0
 """How long killed ranks may take to end. One in uninterruptible sleep is abandoned then."""
 FORK_SERVER = multiprocessing.get_context("forkserver")
@@ -65,7 +64,7 @@ class NodeAgent:
         shown = range(0 if wiring.node_rank else 1) if is_shared() else range(first, first + job.ranks_per_node)
         logs = run / "logs"
         self.tails = [Tail(logs / f"rank-{rank}.log") for rank in shown]  # logs that go with the node are all shown
-        self.autopsy = Autopsy(job, run, wiring, self.heartbeat)
+        self.diagnosis = Diagnosis(job, RunFolder(run), wiring, self.heartbeat)
         self.processes: list[BaseProcess] = []
         self.stop_began: float | None = None
 
@@ -84,33 +83,30 @@ class NodeAgent:
                 if failure is None and self._all_done() and self._others_done():
                     return max(process.exitcode or 0 for process in self.processes)
             except PeerLost as error:
-                failure = self.autopsy.peer(0, str(error))
+                failure = self.diagnosis.lost_node(0, str(error))
             except (EOFError, ConnectionError) as error:  # the fork server is gone; the next round starts another
-                failure = self.autopsy.template(error)
+                failure = self.diagnosis.lost_fork_server(error)
             if failure is not None and self._stop_requested():
                 raise Ended(
                     f"stopped on request; meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands",
                     STOPPED,
                 )
             if failure is not None:
-                self.rendezvous.failure = failure.to_json()
+                self.rendezvous.failure = failure
             self._save_state()
             self.end_ranks()
             self._copy_log()  # before the last word on it
 
     def _start(self) -> None:
         """Meet the other agents and start the ranks."""
-        info = self.rendezvous.next_rendezvous()
+        agreed = self.rendezvous.next_round()
         if not self.heartbeat_file.exists():
             raise Ended(
                 f"something removed {self.folder}, the folder of this node's agent, while the job ran. Its ranks "
                 "cannot be started again without it. Set TMPDIR to a folder that nobody cleans up, and run again",
                 FAILED,
             )
-        store, attempt = info.bootstrap_store_info, int(self.rendezvous.plan["attempt"])
-        assert store is not None
-        agreed = Round(self.rendezvous.round, attempt, store.master_addr, store.master_port)
-        self.autopsy.begin(attempt)
+        self.diagnosis.start_attempt(agreed.attempt)
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
         if self.memory is not None:
@@ -123,12 +119,12 @@ class NodeAgent:
             process.start()
             self.processes.append(process)
         self.spawned = time.monotonic()
-        first = self.autopsy.first_rank()
+        first = self.diagnosis.first_rank()
         record_event(
             self.run_folder,
             "ranks",
             node=self.wiring.node_rank,
-            attempt=attempt,
+            attempt=agreed.attempt,
             agent=os.getpid(),
             pids={first + local: process.pid for local, process in enumerate(self.processes)},
         )
@@ -173,21 +169,21 @@ class NodeAgent:
         while True:
             connection.wait([process.sentinel for process in processes if process.exitcode is None], POLL_S)
             self._copy_log()
-            if self.autopsy.failed(processes):
+            if self.diagnosis.failed(processes):
                 return self._died(processes)
             if self._all_done():
                 return None
-            news = self.rendezvous.news()
-            self._relay_stop(news == "stop")
-            hung = self.autopsy.find_hung(processes, self.spawned, alarmed=news == "hung")
+            wishes = self.rendezvous.look()
+            self._relay_stop(wishes.stop)
+            hung = self.diagnosis.find_hung(processes, self.spawned, alarmed=wishes.hung)
             if hung is not None:
-                self.rendezvous.announce(hung.to_json(), STACKS_S)
+                self.rendezvous.compare(hung, STACKS_S)
                 return hung
-            if news in ("round", "hung"):
-                return self._died(processes) if self.autopsy.failed(processes) else None
             lost = self.rendezvous.lost_peer()
             if lost is not None:
-                return self.autopsy.peer(*lost)
+                return self.diagnosis.lost_node(*lost)
+            if wishes.next_round:
+                return self.diagnosis.find_cause(processes, self._cause_is_elsewhere)
 
     def _died(self, processes: list[BaseProcess]) -> Failure:
         """Some rank ended badly: describe the first cause.
@@ -195,7 +191,7 @@ class NodeAgent:
         Raises:
             Ended: it was ended by a stop request, which a script need not handle.
         """
-        codes = [processes[index].exitcode or 0 for index in self.autopsy.failed(processes)]
+        codes = [processes[index].exitcode or 0 for index in self.diagnosis.failed(processes)]
         if self._stop_requested() or -codes[0] in SIGNALS:
             self._relay_stop(True)
             end = time.monotonic() + 1
@@ -203,16 +199,21 @@ class NodeAgent:
                 time.sleep(0.02)
             if all(code < 0 for code in codes):
                 raise Ended("stopped on request; the ranks were ended before they had trained a step", STOPPED)
-        failure = self.autopsy.describe(processes)
+        failure = self.diagnosis.find_cause(processes, self._cause_is_elsewhere)
+        assert failure is not None
+        self.rendezvous.alarm(failure)
         end = time.monotonic() + LAST_WORDS_S
-        while failure.kind == "peer lost" and self.wiring.nodes > 1 and time.monotonic() < end:
+        while failure.is_consequence and self.wiring.nodes > 1 and time.monotonic() < end:
             lost = self.rendezvous.lost_peer()
             if lost is not None:
-                return self.autopsy.peer(*lost)
-            if self.rendezvous.news() in ("round", "hung"):
-                break  # another node knows more
+                return self.diagnosis.lost_node(*lost)
+            if self.rendezvous.look().cause_known:
+                break
             time.sleep(0.02)
         return failure
+
+    def _cause_is_elsewhere(self) -> bool:
+        return self.rendezvous.look().cause_known or self.rendezvous.lost_peer() is not None
 
     def _relay_stop(self, wanted: bool) -> None:
         """Pass a stop request on once, to the ranks and to the other agents; enforce the grace period.
@@ -225,7 +226,7 @@ class NodeAgent:
             if not wanted and FLAG.requested is None:
                 return
             self.stop_began = now
-            self.rendezvous.tell_stop()
+            self.rendezvous.stop_all()
             for process in self.processes:
                 if process.exitcode is None:
                     process.terminate()  # SIGTERM
@@ -238,7 +239,7 @@ class NodeAgent:
     def _others_done(self) -> bool:
         """Wait until every node's ranks are done; False when one asks for another round instead."""
         while not self.rendezvous.all_done():
-            if self.rendezvous.news() in ("round", "hung"):
+            if self.rendezvous.look().next_round:
                 return False
             if self.rendezvous.lost_peer() is not None:
                 break  # the ranks here are done, and a task's end is agreed on by all ranks
@@ -269,7 +270,7 @@ def supervise(agent: NodeAgent) -> tuple[int, str | None]:
     except RendezvousTimeoutError as error:
         if agent.rendezvous.failure is None:
             return FAILED, f"peer lost: {error}"
-        return FAILED, paragraph(Failure(**agent.rendezvous.failure), f"Then {error}.", agent.run_folder)
+        return FAILED, paragraph(agent.rendezvous.failure, f"Then {error}.", agent.run_folder)
     except OSError as error:
         return FAILED, str(error)
     finally:

@@ -1,4 +1,7 @@
-"""What an agent finds out about its own ranks when something is wrong: who is hung, who died first and of what."""
+"""What an agent finds out about its own ranks when something is wrong: which one failed first, or hangs, and why.
+
+How failures of all nodes are compared, and what is said about them: `trainer.agent.failure`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,10 @@ from typing import Any
 from trainer.agent.failure import Failure, classify, describe_exit, first_failure, oom_kills
 from trainer.agent.rank_process import STACKS
 from trainer.config.job import Job
-from trainer.errors import DONE, FAILED, STOPPED
-from trainer.records import read_json, record_event
+from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
+from trainer.records import read_json
 from trainer.reporting.heartbeat import Beat, Heartbeat
+from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines, size
 from trainer.wiring.node import Wiring
 
@@ -31,8 +36,10 @@ On GPUs collectives are queued: what waits is the look at a number that comes af
 """
 STACKS_S = 2.0
 """For the stacks to be written: longer means that a rank is in uninterruptible sleep."""
+CAUSE_S = 3.0
+"""For a rank that is about to end with the cause, when others have ended with its consequences already."""
 TORCH = re.compile(r"/torch/")
-HERE = Path(__file__).parent
+TRAINER = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -48,30 +55,26 @@ class Frame:
         return f"{self.function} ({Path(self.file).name}:{self.line})"
 
 
-class Autopsy:
+class Diagnosis:
     """Looks at the ranks of one node."""
 
-    def __init__(self, job: Job, run: Path, wiring: Wiring, heartbeat: Heartbeat) -> None:
+    def __init__(self, job: Job, run: RunFolder, wiring: Wiring, heartbeat: Heartbeat) -> None:
         """Remember where to look."""
         self.job, self.run, self.wiring, self.heartbeat = job, run, wiring, heartbeat
         self.host = socket.gethostname()
-        self.begin(0)
+        self.start_attempt(0)
 
-    def begin(self, attempt: int) -> None:
+    def start_attempt(self, attempt: int) -> None:
         """New ranks start: remember what was there before them."""
         self.attempt = attempt
         self.oom_before = oom_kills()
         self.moved: dict[int, float] = {}
         ranks = range(self.first_rank(), self.first_rank() + self.job.ranks_per_node)
-        self.log_sizes = {rank: size(self.log(rank)) for rank in ranks}
+        self.log_sizes = {rank: size(self.run.rank_log(rank)) for rank in ranks}
 
     def first_rank(self) -> int:
         """The global rank of this node's first rank."""
         return self.wiring.node_rank * self.job.ranks_per_node
-
-    def log(self, rank: int) -> Path:
-        """A rank's log."""
-        return self.run / "logs" / f"rank-{rank}.log"
 
     def failed(self, processes: list[Any]) -> list[int]:
         """The ranks that ended and should not have, or not so."""
@@ -82,53 +85,56 @@ class Autopsy:
             return not self.job.script and self.heartbeat.read(index).phase != "finishing"
         return code not in (None, STOPPED)
 
-    def describe(self, processes: list[Any]) -> Failure:
-        """The first failure among ranks that died; gives their records a moment to appear."""
-        end = time.monotonic() + 0.3
-        while time.monotonic() < end and not any(p.exitcode not in (None, 0, 1) for p in processes):
-            records = [self._record(index) for index in range(len(processes))]
-            ended = all(process.exitcode is not None for process in processes)
-            if any(r and not self._lost(r) for r in records) or (ended and all(records)):
-                break
+    def find_cause(self, processes: list[Any], known_elsewhere: Callable[[], bool]) -> Failure | None:
+        """The first failure among these ranks. What is no more than a consequence gives the cause time to show.
+
+        Only ranks of this node are looked at. The wait ends early when none of them can still tell anything, or when
+        the cause is `known_elsewhere`.
+        """
+        end = time.monotonic() + CAUSE_S
+        while True:
+            living = [process.exitcode is None for process in processes]
+            failures = [self._failure(index, process.exitcode) for index, process in enumerate(processes)]
+            first = first_failure([failure for failure in failures if failure is not None])
+            if first is not None and not first.is_consequence:
+                return first
+            undecided = any(lives and failure is None for lives, failure in zip(living, failures, strict=True))
+            if not undecided or time.monotonic() > end or known_elsewhere():
+                return first
             time.sleep(0.02)
-        failures = [self._one(index, processes[index].exitcode) for index in self.failed(processes)]
-        found = first_failure(failures)
-        assert found is not None
-        return found
 
-    def _record(self, index: int) -> dict[str, Any] | None:
-        return read_json(self.run / "failures" / f"attempt-{self.attempt}-rank-{self.first_rank() + index}.json")
-
-    def _lost(self, record: dict[str, Any]) -> bool:
-        kind = classify(record["code"], record["exception"], record["message"], "", False)
-        return kind == "peer lost"
-
-    def _one(self, index: int, code: int) -> Failure:
+    def _failure(self, index: int, code: int | None) -> Failure | None:
+        """What a rank failed of: its record comes before its end, or never."""
         rank = self.first_rank() + index
-        record = self._record(index)
-        log = self.log(rank)
+        log = self.run.rank_log(rank)
         oom = oom_kills() > self.oom_before
-        if record is None:
-            message = describe_exit(code) + (" in the middle of the training" if code == DONE else "")
-            message += ": the kernel killed it for memory" if oom and code == -signal.SIGKILL else ""
-            kind = classify(code, "", message, last_lines(log, self.log_sizes[rank]), oom)
-            return Failure(self.wiring.node_rank, self.host, rank, time.time(), code, kind, message, str(log))
-        kind = classify(record["code"], " ".join(record["chain"]), record["message"], "", oom)
-        message = f"{record['exception']}: {record['message']}" if record["code"] != 64 else record["message"]
-        return Failure(
-            self.wiring.node_rank, self.host, rank, record["time"], record["code"], kind, message, str(log)
-        )  # fmt: skip
+        record = read_json(self.run.rank_failure(self.attempt, rank))
+        if record is not None:
+            kind = classify(record["code"], " ".join(record["chain"]), record["message"], "", oom)
+            name = "" if record["code"] == WRONG_JOB else f"{record['exception']}: "
+            return self._of_rank(rank, record["time"], record["code"], kind, name + record["message"])
+        if code is None or not self._is_failure(index, code):
+            return None
+        message = describe_exit(code) + (" in the middle of the training" if code == DONE else "")
+        message += ": the kernel killed it for memory" if oom and code == -signal.SIGKILL else ""
+        kind = classify(code, "", message, last_lines(log, self.log_sizes[rank]), oom)
+        return self._of_rank(rank, time.time(), code, kind, message)
 
-    def peer(self, node: int, message: str) -> Failure:
+    def _of_rank(
+        self, rank: int, when: float, code: int, kind: str, message: str, waiting: bool = False
+    ) -> Failure:  # fmt: skip
+        log = str(self.run.rank_log(rank))
+        return Failure(self.wiring.node_rank, self.host, rank, when, code, kind, message, log, waiting)
+
+    def lost_node(self, node: int, message: str) -> Failure:
         """Another node went away."""
-        return Failure(
-            node, self.wiring.hostnames[node], None, time.time(), 1, "peer lost", message, str(self.run / "logs")
-        )  # fmt: skip
+        log = str(self.run.logs)
+        return Failure(node, self.wiring.hostnames[node], None, time.time(), FAILED, "peer lost", message, log)
 
-    def template(self, error: BaseException) -> Failure:
+    def lost_fork_server(self, error: BaseException) -> Failure:
         """The ranks could not be started."""
         message = f"the process that ranks are forked from is gone ({type(error).__name__})"
-        log = str(self.run / "logs" / f"node-{self.wiring.node_rank}.log")
+        log = str(self.run.node_log(self.wiring.node_rank))
         return Failure(self.wiring.node_rank, self.host, None, time.time(), FAILED, "killed", message, log)
 
     def find_hung(self, processes: list[Any], spawned: float, alarmed: bool = False) -> Failure | None:
@@ -164,14 +170,9 @@ class Autopsy:
         if self.job.script:
             what = f"does nothing for {silent:.0f} s"
         state = " (the process is stopped)" if index in stopped else ""
-        message = (
-            f"{what}{state}{where(stacks.get(index, []))}; stacks of all ranks: {self.run / 'logs'}/stacks-rank-*.txt"
-        )
-        record_event(self.run, "hung", rank=rank, step=beat.step, attempt=self.attempt)
-        return Failure(
-            self.wiring.node_rank, self.host, rank, time.time(), FAILED, "hung", message, str(self.log(rank)),
-            waiting=index in waiting,
-        )  # fmt: skip
+        message = f"{what}{state}{where(stacks.get(index, []))}; stacks of all ranks: {self.run.stacks('*')}"
+        self.run.record("hung", rank=rank, step=beat.step, attempt=self.attempt)
+        return self._of_rank(rank, time.time(), FAILED, "hung", message, index in waiting)
 
     def _beat(self, index: int, pid: int, now: float) -> Beat:
         """A rank's last sign of life: a task's heartbeat; of a script no more is known than that it is not stopped."""
@@ -183,8 +184,7 @@ class Autopsy:
 
     def dump_stacks(self, processes: list[Any]) -> dict[int, list[Frame]]:
         """Make every rank write its Python stacks; return that of each main thread, which comes last."""
-        first = self.first_rank()
-        files = {i: self.run / "logs" / f"stacks-rank-{first + i}.txt" for i in range(len(processes))}
+        files = {index: self.run.stacks(self.first_rank() + index) for index in range(len(processes))}
         before = {index: size(file) for index, file in files.items()}
         for index, process in enumerate(processes):
             try:
@@ -220,7 +220,8 @@ def where(stack: list[Frame]) -> str:
 def only_waits(stack: list[Frame]) -> bool:
     """Whether a rank waits for others in the trainer's own collectives: not in one that user code called."""
     inner = list(itertools.takewhile(lambda frame: TORCH.search(frame.file), stack))
-    called_by_us = len(inner) < len(stack) and Path(stack[len(inner)].file).parent == HERE
+    caller = Path(stack[len(inner)].file) if len(inner) < len(stack) else Path()
+    called_by_us = caller.is_relative_to(TRAINER) and not caller.is_relative_to(TRAINER / "tasks")
     return called_by_us and any(WAITING.search(frame.file) for frame in inner)
 
 

@@ -1,12 +1,12 @@
-"""The final word on a failure: who failed first, why, and what to do about it, in one paragraph."""
+"""A failure: its class, its remedy, which of several came first, and the paragraph that tells all this."""
 
 from __future__ import annotations
 
 import re
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import WRONG_JOB
 
@@ -25,11 +25,21 @@ class Failure:
     message: str
     log: str
     waiting: bool = False
-    """It only waited for others: a consequence, not the cause."""
+    """The rank hangs because it waits for others."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As a dictionary, for the agents' store."""
-        return asdict(self)
+    @property
+    def distance(self) -> int:
+        """How far this is from the cause, by its nature: 0 for what fails by itself, more for what follows from it."""
+        if self.waiting:
+            return 3
+        if self.kind != "peer lost":
+            return 0
+        return 1 if self.rank is None else 2  # an agent that is gone explains ranks that lost a peer
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether something else must have failed first, here or on another node."""
+        return self.distance > 1
 
 
 REMEDIES = {
@@ -87,12 +97,11 @@ def classify(code: int, exception: str, message: str, log_tail: str, oom_killed:
 
 
 def first_failure(failures: list[Failure]) -> Failure | None:
-    """The cause among consequences: ranks that lost a peer or waited come last, then the earliest."""
-    order = {"peer lost": 1}
-    return min(failures, key=lambda f: (f.waiting, order.get(f.kind, 0), f.time), default=None)
+    """The cause among its consequences: by what they are, and only then by when they were noticed."""
+    return min(failures, key=lambda failure: (failure.distance, failure.time), default=None)
 
 
-def paragraph(failure: Failure, outcome: str, run: Path) -> str:
+def paragraph(failure: Failure, outcome: str, run: str | PathLike[str]) -> str:
     """One paragraph: node, rank, exception, class, fix, logs."""
     who = f"rank {failure.rank} on node {failure.node}" if failure.rank is not None else f"node {failure.node}"
     message = " ".join(failure.message.split())[:500]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.rank_environment import rank_defaults
-from trainer.agent.restarts import Rounds
+from trainer.agent.restarts import RestartPolicy
 from trainer.agent.scratch_folder import own_folder
 from trainer.checkpoint.memory import Memory, keeps_state
 from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 from trainer.records import record_event, tell_platform, write_json
-from trainer.run.folder import find_run, is_shared
+from trainer.run.folder import RunFolder, find_run, is_shared
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG
 from trainer.wiring.node import Wiring, wire
@@ -94,17 +95,20 @@ def _supervise(job: Job, path: Path, run: Path, wiring: Wiring, settings: dict[s
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdecimal() and int(given) else max(1, wiring.cpus // ranks)
     memory = Memory.make(job.ranks_per_node) if keeps_state(job) else None
-    rounds = Rounds(job, run, say, memory)
+    restarts = RestartPolicy(job, RunFolder(run), say, memory)
     rendezvous = NodeRendezvous(
         wiring, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
-        rounds.start, say,
+        restarts.next_attempt, say,
     )  # fmt: skip
     with own_folder() as folder:
         environment = rank_defaults(run, wiring, threads) | settings
         agent = NodeAgent(job, path, run, wiring, rendezvous, threads, folder, environment, memory)
         code, reason = supervise(agent)
     if wiring.node_rank == 0 and code not in (DONE, STOPPED):
-        write_json(run / "failure.json", {"reason": reason, "code": code, "failures": rounds.history})
+        write_json(
+            run / "failure.json",
+            {"reason": reason, "code": code, "failures": [asdict(failure) for failure in restarts.failures]},
+        )
     return code, reason
 
 

@@ -6,23 +6,11 @@ Which variables the network needs on this node is decided in `trainer.agent.pref
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.agent.rounds import Round
 from trainer.config.job import Job
 from trainer.wiring.node import Wiring
-
-
-@dataclass(frozen=True)
-class Round:
-    """What all nodes agreed on for the next start of the ranks."""
-
-    number: int
-    """1 for the first start, then 2, 3, ..."""
-    attempt: int
-    master_addr: str
-    master_port: int
-    """Of the store where the ranks find each other; an agent serves it."""
 
 
 def rank_variables(job: Job, wiring: Wiring, local_rank: int, agreed: Round) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""Where agents meet: torch's extension point for it, with fixed node ranks and an identity that is checked.
+"""Where the agents of a job meet, in their places by node rank, after each has proven to belong to the job.
 
-Node 0 hosts the agents' board on the first candidate port that it can bind; the others try the same ports and
-accept a board only when it tells the same job. Each round has a store of its own for the ranks, so a restarted
-rank never reads the addresses of a dead attempt (c10d's shared store: 4 restarts of 22 recovered).
+Node 0 serves the agents' key-value store on the first candidate port that it can bind. The others try the same ports
+and accept a store only if it greets them as one of this job. The ranks of each round get a store of their own: from a
+shared one, restarted ranks would read the addresses of a dead attempt (with c10d's, 4 restarts of 22 recovered).
+What a round is, and what the agents tell each other in it: `trainer.agent.rounds`.
 """
 
 from __future__ import annotations
@@ -15,150 +16,157 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import HashStore, TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousTimeoutError
-from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
+from torch.distributed import TCPStore
 
 from trainer import __version__
-from trainer.agent.kv_store import Board, PeerLost, RemoteBoard, bind
-from trainer.errors import FAILED, STOPPED, WRONG_JOB
+from trainer.agent.failure import Failure
+from trainer.agent.kv_store import KeyValueClient, KeyValueServer, PeerLost, bind
+from trainer.agent.rounds import Ended, NodeReport, RendezvousTimeoutError, Round, RoundPlan, Wishes, check_versions
+from trainer.errors import FAILED, STOPPED
 from trainer.wiring.network import own_address
 from trainer.wiring.node import Wiring
 
 STORE_TIMEOUT = timedelta(seconds=10)
-
-
 VERSIONS = {"muster": __version__, "torch": str(torch.__version__)}
 """Of what must be the same on all nodes, or ranks compute different things."""
+POLLS_PER_S = 4000
+"""What node 0 can answer with a fraction of a core: the more nodes there are, the more rarely each of them asks."""
 
 
-def mismatch(versions: list[dict[str, str]]) -> dict[str, Any] | None:
-    """The end of the job, when nodes do not have the same packages."""
-    for node, other in enumerate(versions):
-        for package, version in other.items():
-            if version != versions[0].get(package):
-                reason = (
-                    f"node {node} has {package} {version}, and node 0 {versions[0].get(package)}: use one environment"
-                )
-                return {"end": reason, "code": WRONG_JOB}
-    return None
-
-
-class Ended(RuntimeError):
-    """The agents agreed that the job ends; the message is the reason, `code` the exit code."""
-
-    def __init__(self, reason: str, code: int) -> None:
-        """Keep both."""
-        super().__init__(reason)
-        self.code = code
-
-
-class NodeRendezvous(RendezvousHandler):
-    """Meets the other agents of the job in rounds; a round ends when any agent asks for the next."""
+class NodeRendezvous:
+    """One node's side of the meetings."""
 
     def __init__(
         self, wiring: Wiring, first_s: float, rejoin_s: float, interrupted: Callable[[], bool],
-        start_round: Callable[[int, list[Any]], dict[str, Any]], say: Callable[[str], None],
+        next_attempt: Callable[[int, list[Failure]], int], say: Callable[[str], None],
     ) -> None:  # fmt: skip
         """`first_s`, `rejoin_s`: how long to wait for all nodes the first time, and after a failure.
 
-        `start_round(round, failures)` is asked on node 0: the plan of the round, or {"end": reason, "code": n}.
+        `next_attempt(round, failures)` is asked on node 0; it returns a number, or raises `Ended`.
         """
-        self.wiring, self.bound, self.rejoin_s, self.start_round = wiring, first_s, rejoin_s, start_round
+        self.wiring, self.bound_s, self.rejoin_s, self.next_attempt = wiring, first_s, rejoin_s, next_attempt
         self.interrupted, self.say = interrupted, say
-        self.round = 0
-        self.plan: dict[str, Any] = {}
-        self.failure: dict[str, Any] | None = None
+        self.round = self.reported = self.done = 0
+        self.failure: Failure | None = None
+        """What this node will report in the next round."""
+        self.versions = VERSIONS
         self.identity = f"{wiring.job_id}/{wiring.launch}"
-        self.board: Board | RemoteBoard | None = None
+        self.store: KeyValueServer | KeyValueClient | None = None
         self.rank_store: TCPStore | None = None
-        # One node, or all on one machine: nobody else has any business with it.
+        # With one node, or all nodes on one machine, nobody else has any business here.
         self.address = "127.0.0.1" if wiring.nodes == 1 or wiring.platform == "local" else ""
+        self.pause_s = max(0.01, wiring.nodes / POLLS_PER_S)
+        self.wishes, self.next_look, self.next_progress = Wishes(), 0.0, 0.0
 
-    def get_backend(self) -> str:
-        """Name of this kind of rendezvous."""
-        return "muster"
-
-    @property
-    def use_agent_store(self) -> bool:
-        """Ranks are clients of the round's store, which the agent of node 0 hosts: it outlives rank 0."""
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
+    def next_round(self) -> Round:
         """Meet all nodes.
 
         Raises:
             RendezvousTimeoutError: some node did not come within its bound.
             Ended: the job ends.
         """
-        deadline = time.monotonic() + self.bound
+        deadline = time.monotonic() + self.bound_s
+        self.next_progress = time.monotonic() + 5
         while True:
             try:
-                info = self._meet(deadline)
-                self.bound = self.rejoin_s
-                return info
-            except PeerLost as error:  # node 0: another one, or a new one in its place, may come
-                self.board, self.round = None, 0
+                plan = self._meet(deadline)
+                self.bound_s, self.failure, self.wishes, self.next_look = self.rejoin_s, None, Wishes(), 0.0
+                return Round(self.round, plan.attempt, self.master_addr(), plan.master_port)
+            except PeerLost as error:  # of node 0, which may be replaced
+                self.store, self.round, self.reported, self.done = None, 0, 0, 0
                 if time.monotonic() > deadline:
                     raise RendezvousTimeoutError(f"node {self.wiring.node_rank}: {error}") from None
                 time.sleep(0.05)
 
-    def _meet(self, deadline: float) -> RendezvousInfo:
-        wiring = self.wiring
-        board = self.board = self.board or (self._host() if wiring.node_rank == 0 else self._find(deadline))
-        if self.round == 0:  # new here: the others may be in a later round already
-            self.round = board.add("round", 0)
+    def _meet(self, deadline: float) -> RoundPlan:
+        store = self.store = self.store or (self._host() if self.wiring.node_rank == 0 else self._find(deadline))
+        if self.round == 0:  # this agent is new here, and the others may be in a later round already
+            self.round = store.add("round", 0)
+            if self.round:  # the end of its predecessor is what ended that round
+                store.set(f"{self.round + 1}/cause", True)
         self.round += 1
         if self.interrupted():
-            board.put("stop", True)
-        board.put(f"{self.round}/failure/{wiring.node_rank}", [self.failure])
-        board.put(f"{self.round}/versions/{wiring.node_rank}", VERSIONS)
-        board.put(f"{self.round}/wanted", True)
-        if isinstance(board, Board):
-            failures = self._wait(board, [f"{self.round}/failure/{node}" for node in range(wiring.nodes)], deadline)
-            versions = self._wait(board, [f"{self.round}/versions/{node}" for node in range(wiring.nodes)], deadline)
-            plan = mismatch(versions) or self.start_round(self.round, [failure for [failure] in failures])
-            if "end" not in plan:
-                plan["port"] = self._host_ranks()
-                board.add("round", 1)
-            board.put(f"{self.round}/plan", plan)
-        [self.plan] = self._wait(board, [f"{self.round}/plan"], deadline)
-        self.failure = None
-        if "end" in self.plan:
-            raise Ended(self.plan["end"], self.plan["code"])
-        info = RendezvousStoreInfo(self._master(), self.plan["port"])
-        return RendezvousInfo(HashStore(), wiring.node_rank, wiring.nodes, info)
+            store.set("stop", True)
+        self._report(self.round, self.failure)
+        if isinstance(store, KeyValueServer):
+            try:
+                store.set(f"{self.round}/plan", self._plan(deadline).to_json())
+            except Ended as end:
+                store.set("end", [str(end), end.code])
+                raise
+        return RoundPlan.from_json(self._wait([f"{self.round}/plan"], deadline)[0])
 
-    def _wait(self, board: Board | RemoteBoard, keys: list[str], deadline: float) -> list[Any]:
-        """Wait for values with progress shown, noticing stop requests and a bound."""
-        shown = time.monotonic() + 5
+    def _plan(self, deadline: float) -> RoundPlan:
+        """On node 0: hear all nodes, and decide."""
+        values = self._wait([f"{self.round}/report/{node}" for node in range(self.wiring.nodes)], deadline)
+        reports = [NodeReport.from_json(value) for value in values]
+        check_versions(reports)
+        attempt = self.next_attempt(self.round, [report.failure for report in reports if report.failure])
+        plan = RoundPlan(attempt, self._host_ranks())
+        self._store().add("round", 1)
+        return plan
+
+    def _report(self, number: int, failure: Failure | None) -> None:
+        store, node = self._store(), self.wiring.node_rank
+        store.set(f"{number}/report/{node}", NodeReport(self.versions, failure).to_json())
+        store.add(f"{number}/reports", int(self.reported != number))
+        self.reported = number
+        self._wish(number, failure)
+
+    def _wish(self, number: int, failure: Failure | None) -> None:
+        """Ask the others for a round, and let them know why."""
+        if failure is not None and failure.kind == "hung":
+            self._store().set(f"{number}/hung", True)
+        if failure is not None and not failure.is_consequence:
+            self._store().set(f"{number}/cause", True)
+        self._store().set(f"{number}/wanted", True)
+
+    def _store(self) -> KeyValueServer | KeyValueClient:
+        assert self.store is not None, "the agents have not met"
+        return self.store
+
+    def _wait(self, keys: list[str], deadline: float) -> list[Any]:
+        """Wait for values, noticing stop requests, the end of the job and a bound."""
+        store = self._store()
         while True:
-            stop, *values = board.look("stop", *keys)
-            if stop or self.interrupted():
-                board.put("stop", True)
-                raise Ended("stopped on request before the ranks started", STOPPED)
-            if None not in values:
+            stop, end, *values = store.get("stop", "end", *keys)
+            if end:
+                raise Ended(*end)
+            if not stop and None not in values and not self.interrupted():
                 return values
-            missing = [key for key, value in zip(keys, values, strict=True) if value is None]
-            nodes = [key.rpartition("/")[2] for key in missing]
-            who = ", ".join(f"{n} ({self.wiring.hostnames[int(n)]})" for n in nodes if n.isdigit()) or "0"
-            if time.monotonic() > deadline:
-                reason = f"node {who} did not come within {self.bound:.0f} s"
-                board.put(f"{self.round}/plan", {"end": f"peer lost: {reason}", "code": FAILED})
-                raise RendezvousTimeoutError(reason)
-            if time.monotonic() > shown:
-                self.say(f"waiting for node {who}: {deadline - time.monotonic():.0f} s left")
-                shown = time.monotonic() + 10
-            time.sleep(0.01)
+            missing = [key.rpartition("/")[2] for key, value in zip(keys, values, strict=True) if value is None]
+            who = ", ".join(f"{node} ({self.wiring.hostnames[int(node)]})" for node in missing if node.isdigit()) or "0"
+            try:
+                self._pause(
+                    bool(stop), deadline, f"node {who}:", f"node {who} did not come within {self.bound_s:.0f} s"
+                )
+            except Ended:
+                store.set("stop", True)
+                raise
+            except RendezvousTimeoutError as error:
+                store.set("end", [f"peer lost: {error}", FAILED])
+                raise
 
-    def _host(self) -> Board:
-        board = Board(self.identity)
+    def _pause(self, stop: bool, deadline: float, waiting_for: str, timeout: str) -> None:
+        """Between two tries: notice a stop request and the bound, and show progress."""
+        if stop or self.interrupted():
+            raise Ended("stopped on request before the ranks started", STOPPED)
+        now = time.monotonic()
+        if now > deadline:
+            raise RendezvousTimeoutError(timeout)
+        if now > self.next_progress:
+            self.say(f"waiting for {waiting_for} {deadline - now:.0f} s left")
+            self.next_progress = now + 10
+        time.sleep(self.pause_s)
+
+    def _host(self) -> KeyValueServer:
+        server = KeyValueServer(self.identity, self.wiring.nodes)
         if self.wiring.nodes > 1:
-            board.listen(self.address, self.wiring.ports)
-        return board
+            server.listen(self.address, self.wiring.ports)
+        return server
 
     def _host_ranks(self) -> int:
-        """Make the store where the ranks of this round find each other; return its port."""
+        """Make the store where the ranks of this round find each other, and return its port. It outlives rank 0."""
         with bind(self.address, 0) as listener:
             port: int = listener.getsockname()[1]
             self.rank_store = TCPStore(
@@ -166,24 +174,24 @@ class NodeRendezvous(RendezvousHandler):
             )
         return port
 
-    def _master(self) -> str:
-        """Where the ranks find their store: the address that was tried, because the name may lead elsewhere by now.
+    def master_addr(self) -> str:
+        """Where the ranks find their store: the address that was reached, because the name may lead elsewhere by now.
 
         A host that was replaced under its name, as a pod is, has a new address; resolvers remember the old one a while.
         """
-        if isinstance(self.board, RemoteBoard):
-            return self.board.address
+        if isinstance(self.store, KeyValueClient):
+            return self.store.address
         return "127.0.0.1" if self.wiring.nodes == 1 else own_address(self.wiring.master_addr)
 
-    def _find(self, deadline: float) -> RemoteBoard:
-        """Node 0's board; its name is looked up anew at every try."""
-        shown = time.monotonic() + 5
+    def _find(self, deadline: float) -> KeyValueClient:
+        """Connect to node 0, whose name is looked up anew at every try."""
         ports = deque(self.wiring.ports)
+        name, node = self.wiring.master_addr, self.wiring.node_rank
         while True:
             problem = "nobody listens"
             for tried, port in enumerate(list(ports), 1):
                 try:
-                    return RemoteBoard(self.wiring.master_addr, port, self.identity, self.wiring.node_rank)
+                    return KeyValueClient(name, port, self.identity, node)
                 except ConnectionRefusedError:
                     continue
                 except socket.gaierror as error:
@@ -195,94 +203,71 @@ class NodeRendezvous(RendezvousHandler):
                     break
                 except OSError as error:
                     problem = str(error)
-            if self.interrupted():
-                raise Ended("stopped on request before the ranks started", STOPPED)
-            if time.monotonic() > deadline:
-                raise RendezvousTimeoutError(
-                    f"node {self.wiring.node_rank} found no master at {self.wiring.master_addr} within "
-                    f"{self.bound:.0f} s: {problem}"
-                )
-            if time.monotonic() > shown:
-                self.say(
-                    f"waiting for the master {self.wiring.master_addr}: {problem}; "
-                    f"{deadline - time.monotonic():.0f} s left"
-                )
-                shown = time.monotonic() + 10
-            time.sleep(0.05)
+            timeout = f"node {node} found no master at {name} within {self.bound_s:.0f} s: {problem}"
+            self._pause(False, deadline, f"the master {name}: {problem};", timeout)
 
-    def news(self) -> str:
-        """What other agents want: `stop`, the next `round`, that too because a rank `hung`, or nothing.
+    def look(self) -> Wishes:
+        """What the other agents want by now.
 
         Raises:
             PeerLost: node 0 does not answer.
         """
-        if self.board is None or self.wiring.nodes == 1:
-            return ""
-        stop, wanted = self.board.look("stop", f"{self.round + 1}/wanted")
-        if stop or not wanted:
-            return "stop" if stop else ""
-        told = self.board.look(*(f"{self.round + 1}/failure/{node}" for node in range(self.wiring.nodes)))
-        return "hung" if any(item and item[0] and item[0]["kind"] == "hung" for item in told) else "round"
+        if self.store is not None and self.wiring.nodes > 1 and time.monotonic() > self.next_look:
+            number = self.round + 1
+            keys = ("stop", f"{number}/wanted", f"{number}/hung", f"{number}/cause")
+            self.wishes = Wishes(*map(bool, self.store.get(*keys)))
+            self.next_look = time.monotonic() + (self.pause_s if self.pause_s > 0.01 else 0)
+        return self.wishes
 
-    def announce(self, failure: dict[str, Any], wait_s: float) -> None:
-        """Tell the other agents of a failure before the ranks here are ended, and let them look at theirs.
+    def alarm(self, failure: Failure) -> None:
+        """Tell the others of a failure as soon as it is noticed; the next round's report may know more.
 
         Raises:
             PeerLost: node 0 does not answer.
         """
-        self.failure = failure
-        if self.board is None or self.wiring.nodes == 1:
+        if self.store is not None and self.wiring.nodes > 1:
+            self._wish(self.round + 1, failure)
+
+    def compare(self, failure: Failure, wait_s: float) -> None:
+        """Report a failure before the ranks here are ended, and let the others look at theirs.
+
+        Raises:
+            PeerLost: node 0 does not answer.
+        """
+        if self.store is None or self.wiring.nodes == 1:
             return
-        key, end = f"{self.round + 1}/failure", time.monotonic() + wait_s
-        self.board.put(f"{key}/{self.wiring.node_rank}", [failure])
-        self.board.put(f"{self.round + 1}/wanted", True)
-        while None in self.board.look(*(f"{key}/{node}" for node in range(self.wiring.nodes))):
-            if time.monotonic() > end:
-                return
-            time.sleep(0.02)
+        self._report(self.round + 1, failure)
+        end = time.monotonic() + wait_s
+        while self.store.add(f"{self.round + 1}/reports", 0) < self.wiring.nodes and time.monotonic() < end:
+            time.sleep(2 * self.pause_s)
 
-    def tell_stop(self) -> None:
+    def stop_all(self) -> None:
         """Make the other agents stop their ranks too.
 
         Raises:
             PeerLost: node 0 does not answer.
         """
-        if self.board is not None:
-            self.board.put("stop", True)
+        if self.store is not None:
+            self.store.set("stop", True)
 
     def lost_peer(self) -> tuple[int, str] | None:
         """A node whose agent is gone, as far as this one can tell, and how that shows."""
-        return self.board.lost() if self.board is not None else None
+        return self.store.lost() if self.store is not None else None
 
     def all_done(self) -> bool:
-        """Whether the ranks of every node are done in this round; tells that those of this node are.
+        """Whether the ranks of every node are done in this round; tells the others that those of this node are.
 
         Raises:
             PeerLost: node 0 does not answer.
         """
-        if self.board is None or self.wiring.nodes == 1:
+        if self.store is None or self.wiring.nodes == 1:
             return True
-        self.board.put(f"{self.round}/done/{self.wiring.node_rank}", True)
-        return all(self.board.look(*(f"{self.round}/done/{node}" for node in range(self.wiring.nodes))))
+        count = self.store.add(f"{self.round}/done", int(self.done != self.round))
+        self.done = self.round
+        return count >= self.wiring.nodes
 
-    def num_nodes_waiting(self) -> int:
-        """1 when another agent asks for the next round; torch's name for it."""
-        return int(self.news() in ("round", "hung"))
-
-    def get_run_id(self) -> str:
-        """The job's identity."""
-        return self.wiring.job_id
-
-    def is_closed(self) -> bool:
-        """Never: a round ends by `Ended`."""
-        return False
-
-    def set_closed(self) -> None:
-        """Nothing to close."""
-
-    def shutdown(self) -> bool:
+    def shutdown(self) -> None:
         """Leave the others; node 0 waits a moment for them to read why."""
-        if self.board is not None:
-            self.board.close()
-        self.board = self.rank_store = None
-        return True
+        if self.store is not None:
+            self.store.close()
+        self.store = self.rank_store = None

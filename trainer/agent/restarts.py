@@ -3,68 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
 from trainer.agent.failure import Failure, first_failure, paragraph
+from trainer.agent.rounds import Ended
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import FAILED, WRONG_JOB, JobError
-from trainer.records import record_event
-from trainer.run import attempts as attempt
-from trainer.run.folder import steps_committed
+from trainer.run import attempts
+from trainer.run.folder import RunFolder
 
 
-class Rounds:
-    """Node 0's decisions: which attempt comes next, and when restarting has no point any more."""
+class RestartPolicy:
+    """Counts restarts without progress, and numbers the attempts."""
 
-    def __init__(self, job: Job, run: Path, say: Callable[[str], None], memory: Memory | None = None) -> None:
-        """Nothing failed yet; `say` prints a line; `memory`: of this node, where survivors leave their state."""
+    def __init__(self, job: Job, run: RunFolder, say: Callable[[str], None], memory: Memory | None = None) -> None:
+        """`say` prints a line; `memory`: of this node, where survivors leave their state."""
         self.job, self.run, self.say, self.memory = job, run, say, memory
-        self.used = 0
-        self.progress = -1
-        self.history: list[dict[str, Any]] = []
+        self.failures: list[Failure] = []
+        """The first failure of each attempt of this launch."""
+        self.restarts_without_progress = 0
+        self.last_step = -1
         self.attempt: int | None = None
-        """The last one that was planned here."""
+        """The last one of this launch."""
 
-    def start(self, number: int, failures: list[dict[str, Any] | None]) -> dict[str, Any]:
-        """Plan a round, or end the job: `failures` has one entry per node, None where nothing failed."""
-        found = first_failure([Failure(**item) for item in failures if item])
-        if found is not None:
-            self.history.append(found.to_json())
-            step = max(steps_committed(self.run), self.memory.step if self.memory else -1)
-            self.used = 1 if step > self.progress else self.used + 1
-            self.progress = step
-            left = self.job.agent.restarts - self.used
-            record_event(
-                self.run,
-                "failure",
-                **{k: v for k, v in found.to_json().items() if k != "time"},
-                step=step,
-                restarts_left=max(left, 0),
-            )
-            if found.code == WRONG_JOB:
-                return {"end": paragraph(found, "It is not retried.", self.run), "code": WRONG_JOB}
-            if found.kind == "loss":
-                return {"end": paragraph(found, "train.on_nan=halt: it is not retried.", self.run), "code": FAILED}
-            if left < 0:
-                outcome = f"Gave up after {self.used - 1} restarts without progress (step {max(step, 0)})."
-                return {"end": paragraph(found, outcome, self.run), "code": FAILED}
-            self.say(
-                paragraph(
-                    found, f"Restarting from step {max(step, 0)}; {left} restarts without progress are left.", self.run
-                )
-            )
+    def next_attempt(self, round_number: int, failures: list[Failure]) -> int:
+        """Decide how it goes on after the failures of all nodes; return the number of the next attempt.
+
+        Raises:
+            Ended: it does not go on.
+            JobError: the run folder cannot be written.
+        """
+        cause = first_failure(failures)
+        if cause is not None:
+            self._spend_restart(cause)
+        attempt = self._claim_attempt()
+        self.run.record("restart" if cause else "attempt", attempt=attempt, round=round_number)
+        return attempt
+
+    def _spend_restart(self, cause: Failure) -> None:
+        """Count a restart, record why, and end the job if a restart cannot help."""
+        self.failures.append(cause)
+        step = max(self.run.steps_committed(), self.memory.step if self.memory else -1)
+        self.restarts_without_progress = 1 if step > self.last_step else self.restarts_without_progress + 1
+        self.last_step = step
+        left = self.job.agent.restarts - self.restarts_without_progress
+        facts = asdict(cause)
+        del facts["time"]
+        self.run.record("failure", **facts, step=step, restarts_left=max(left, 0))
+        if cause.code == WRONG_JOB:
+            raise Ended(paragraph(cause, "It is not retried.", self.run), WRONG_JOB)
+        if cause.kind == "loss":
+            raise Ended(paragraph(cause, "train.on_nan=halt: it is not retried.", self.run), FAILED)
+        if left < 0:
+            spent = self.restarts_without_progress - 1
+            outcome = f"Gave up after {spent} restarts without progress (step {max(step, 0)})."
+            raise Ended(paragraph(cause, outcome, self.run), FAILED)
+        outcome = f"Restarting from step {max(step, 0)}; {left} restarts without progress are left."
+        self.say(paragraph(cause, outcome, self.run))
+
+    def _claim_attempt(self) -> int:
         try:
-            newest = attempt.newest(self.run)
+            newest = attempts.newest(self.run.path)
             if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
-                word = f"attempt {self.attempt} was replaced by attempt {newest}, which goes on"
-                return {"end": word, "code": FAILED}
-            value = self.attempt = newest + 1
-            attempt.claim(self.run, value)
+                raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
+            self.attempt = newest + 1
+            attempts.claim(self.run.path, self.attempt)
         except OSError as error:
             raise JobError(
                 "runs", str(self.run), f"cannot be written ({error})", "Give a writable runs folder"
             ) from None
-        record_event(self.run, "restart" if found else "attempt", attempt=value, round=number)
-        return {"attempt": value}
+        return self.attempt

@@ -52,6 +52,9 @@ def failure(rank: int, kind: str, time: float, waiting: bool = False) -> Failure
     return Failure(rank // 2, f"host{rank // 2}", rank, time, 1, kind, f"of rank {rank}", "rank.log", waiting)
 
 
+LOST_NODE = Failure(1, "host1", None, 9.0, 1, "peer lost", "its agent is gone", "logs")
+
+
 @pytest.mark.parametrize(
     ("failures", "first"),
     [
@@ -59,10 +62,19 @@ def failure(rank: int, kind: str, time: float, waiting: bool = False) -> Failure
         ([failure(0, "peer lost", 1.0), failure(3, "killed", 2.0)], 3),
         ([failure(0, "hung", 1.0, waiting=True), failure(1, "hung", 2.0)], 1),
         ([failure(0, "peer lost", 2.0), failure(1, "peer lost", 1.0)], 1),
+        ([failure(0, "peer lost", 1.0), LOST_NODE], None),
+        ([LOST_NODE, failure(3, "user code", 9.5)], 3),
     ],
-    ids=["the earlier", "a cause before its consequence", "who is waited for", "of consequences the earlier"],
+    ids=[
+        "the earlier",
+        "a cause before its consequence",
+        "who is waited for",
+        "of consequences the earlier",
+        "a lost node before ranks that lost a peer",
+        "what fails by itself before a lost node",
+    ],
 )
-def test_the_first_failure(failures: list[Failure], first: int) -> None:
+def test_the_first_failure(failures: list[Failure], first: int | None) -> None:
     found = first_failure(failures)
     assert found is not None and found.rank == first
 

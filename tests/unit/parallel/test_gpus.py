@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.agent.diagnosis import HERE, Frame, only_waits
+from trainer.agent.diagnosis import TRAINER, Frame, only_waits
 from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.parallel import base
@@ -59,7 +59,9 @@ def test_which_one_is_its_own(monkeypatch: pytest.MonkeyPatch, found: int, index
 
 
 def test_a_look_at_a_number_behind_a_collective_is_waiting() -> None:
-    ours = Frame(str(HERE / "parallel.py"), "40", "read")
+    ours = Frame(str(TRAINER / "parallel" / "base.py"), "40", "read")
+    task = Frame(str(TRAINER / "tasks" / "digits.py"), "40", "loss")
     assert only_waits([Frame("/x/torch/cuda/streams.py", "200", "synchronize"), ours])
     assert not only_waits([Frame("/x/torch/cuda/streams.py", "200", "synchronize"), Frame("/x/task.py", "3", "loss")])
+    assert not only_waits([Frame("/x/torch/cuda/streams.py", "200", "synchronize"), task])
     assert not only_waits([Frame("/x/torch/nn/functional.py", "200", "linear"), ours])

@@ -1,0 +1,110 @@
+"""What the agents of a job tell each other in a round. How they reach each other is up to `trainer.agent.rendezvous`.
+
+Four words, used everywhere in this sense:
+
+- A *launch* is one start of a job's agents by its platform: a submission, a requeue, `muster run` of an old run.
+  Its number is part of the agents' identity, so agents of two launches never meet.
+- A *round* is one meeting of the agents of a launch, numbered from 1. Each agent reports what failed, if anything
+  did; then node 0 plans: all agents start ranks, or the job ends. Whoever wants the next round ends the current one.
+- An *attempt* is one start of the ranks. Attempts are numbered over all launches of a run, from 0, and only the
+  newest may write checkpoints (`trainer.run.attempts`).
+- A *restart* is an attempt that follows a failure within a launch. `agent.restarts` limits how many may follow each
+  other without progress (`trainer.agent.restarts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.agent.failure import Failure
+from trainer.errors import WRONG_JOB
+
+
+class Ended(RuntimeError):
+    """The agents agreed that the job ends; the message is the reason, `code` the exit code."""
+
+    def __init__(self, reason: str, code: int) -> None:
+        """Keep both."""
+        super().__init__(reason)
+        self.code = code
+
+
+class RendezvousTimeoutError(RuntimeError):
+    """A node did not come within its bound."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What an agent tells node 0 as it enters a round."""
+
+    versions: dict[str, str]
+    failure: Failure | None
+    """What ended the last round on this node, if anything failed here."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the agents' store."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> NodeReport:
+        """From the agents' store."""
+        return cls(value["versions"], Failure(**value["failure"]) if value["failure"] else None)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round in which ranks are started, as an agent sees it."""
+
+    number: int
+    """1 for the first of a launch, then 2, 3, ..."""
+    attempt: int
+    master_addr: str
+    master_port: int
+    """Of the store where the ranks find each other; the agent of node 0 serves it."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What node 0 decides for such a round, and tells the others."""
+
+    attempt: int
+    master_port: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For the agents' store."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RoundPlan:
+        """From the agents' store."""
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What other agents want while ranks run."""
+
+    stop: bool = False
+    """Stop the ranks: somebody asked for it."""
+    next_round: bool = False
+    """Meet again: something failed, or a replaced agent has come."""
+    hung: bool = False
+    """A rank seems to hang; maybe it waits for one that hangs here."""
+    cause_known: bool = False
+    """An agent has found a failure that is not the consequence of another one."""
+
+
+def check_versions(reports: Sequence[NodeReport]) -> None:
+    """Refuse nodes whose packages differ from those of node 0.
+
+    Raises:
+        Ended: some do.
+    """
+    ours = reports[0].versions
+    for node, report in enumerate(reports):
+        for package, version in report.versions.items():
+            if version != ours.get(package):
+                both = f"node {node} has {package} {version}, and node 0 {ours.get(package)}"
+                raise Ended(f"{both}: use one environment", WRONG_JOB)
