@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import documents
@@ -13,10 +14,18 @@ from engine_image import Image
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize("command", documents.commands("docker"))
-def test_a_command_for_docker(engine: Engine, image: Image, tmp_path: Path, command: str) -> None:
-    project = documents.copy_project(tmp_path / "muster")
+@pytest.fixture
+def named(engine: Engine, image: Image) -> Iterator[None]:
+    """The image under the name that the pages give it."""
     engine.docker("tag", image.tag, "muster")
+    yield
+    engine.docker("rmi", "--force", "muster")
+
+
+@pytest.mark.parametrize("command", documents.commands("docker"))
+@pytest.mark.usefixtures("named")
+def test_a_command_for_docker(engine: Engine, tmp_path: Path, command: str) -> None:
+    project = documents.copy_project(tmp_path / "muster")
     if command.startswith("make docker-build"):  # the image is built already, without a network
         command = command.replace("make", "make --dry-run", 1)
     done = subprocess.run(
@@ -33,4 +42,5 @@ def test_the_image_of_a_project_of_ones_own(engine: Engine, image: Image, tmp_pa
     (tmp_path / "mine.py").write_text("import os\nprint('mine, as', os.getuid())\n")
     engine.docker("build", "--tag=mine", str(tmp_path))
     done = engine.docker("run", "--rm", "--entrypoint=python", "mine", "-c", "import mine")
+    engine.docker("rmi", "--force", "mine")
     assert "mine, as 10001" in done.stdout
