@@ -30,7 +30,8 @@ def template(folder: str, name: str) -> Path:
         path = root / folder / name
         if path.is_file():
             return path
-    raise JobError(f"{folder}/{name}", str(Path.cwd()), "there is no such file", "Run from a checkout of Muster")
+    remedy = f"Copy the folder {folder}/ of a clone of Muster to here"
+    raise JobError(f"{folder}/{name}", str(Path.cwd()), "there is no such file", remedy)
 
 
 def check_rules(rules: Iterable[Rule]) -> None:
