@@ -1,6 +1,6 @@
-"""`muster compare`: the same job as single, DP and DDP for a few steps, as ordinary local runs, and which to use here.
+"""`muster compare`: runs the same job as single, DP and DDP for a few steps, as ordinary local runs.
 
-Running and reading the runs is here; what their numbers mean in `trainer.launch.compare.verdict`.
+What their numbers mean is in `trainer.launch.compare.verdict`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.config.load import merge_job, to_job, to_text, valid_keys
 from trainer.errors import DONE, FAILED, JobError
 from trainer.launch import control
 from trainer.launch.compare.verdict import MODES, summarize, text
-from trainer.launch.platform import find_platform
+from trainer.launch.platform import Phase, find_platform
 from trainer.launch.submit import refuse_run, submit_job
 from trainer.records import read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
@@ -31,7 +31,7 @@ from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.hardware import usable_processors
 
 WARM_UP_STEPS = 10
-"""At least so many first steps of a run do not count: first calls, caches, DDP's arrangement of its buckets."""
+"""At least so many first steps of a run do not count: they fill caches and arrange DDP's buckets."""
 NEVER = 10**9
 NO_SYNC = "ddp without synchronisation"
 POLL_S = 0.2
@@ -76,10 +76,10 @@ def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as
         "warm_up_steps": warm_up, "rounds": rounds, "processors": usable_processors()[0],
     }  # fmt: skip
     without = [item["speed"] for item in timed.pop(NO_SYNC, [])]
-    found = summarize(facts, timed, without, refused, losses)
-    write_json(folder / "compare.json", found)
-    print(json.dumps(found) if as_json else text(found))
-    drawn = plot(found, losses, folder / "compare.png")
+    result = summarize(facts, timed, without, refused, losses)
+    write_json(folder / "compare.json", result)
+    print(json.dumps(result) if as_json else text(result))
+    drawn = plot(result, losses, folder / "compare.png")
     print(f"{folder}: {drawn}", file=sys.stderr if as_json else sys.stdout)
     return DONE
 
@@ -113,9 +113,9 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     if job.devices_per_node == 1:
         raise JobError("devices_per_node", 1, "leaves nothing to compare", "Set it to 2 or more")
     if _on_cpu(job):
-        common.append("device=cpu")  # else single alone would find GPUs enough for it
+        common.append("device=cpu")  # otherwise single alone would find enough GPUs
     share = job.train.batch_size // (job.devices_per_node * job.train.accumulate)
-    # The evaluation that ends a run shall not be what the peak memory shows.
+    # Keep the evaluation at the end small: the peak memory should be that of training.
     common.append(f"evaluation.batch_size={max(1, min(job.evaluation.batch_size, share))}")
     defaults = {key: item.default for key, item in valid_keys(Ddp, "ddp.")}
     plain = [f"{key}={'null' if value is None else value}" for key, value in defaults.items()]
@@ -187,10 +187,10 @@ def complete(job_path: str, words: Sequence[str], what: str) -> RunFolder:
         with contextlib.suppress(JobError):
             control.cancel(str(run))
         raise
-    found = control.status(str(run))
-    if found["state"] != "done":
-        reason = found["reason"] or f"its logs are in {run.logs}"
-        raise RunEnded(f"{what}: {found['state']}: {reason}", found["code"] or FAILED)
+    status = control.status(str(run))
+    if status["state"] != Phase.DONE:
+        reason = status["reason"] or f"its logs are in {run.logs}"
+        raise RunEnded(f"{what}: {status['state']}: {reason}", status["code"] or FAILED)
     return run
 
 
@@ -222,14 +222,14 @@ def speed(lines: Sequence[dict[str, Any]], warm_up: int, steps_per_epoch: int) -
     return float(statistics.median(line["samples_per_s"] for line in steady or [line for _, line in counted]))
 
 
-def plot(found: dict[str, Any], losses: dict[str, list[float]], path: Path) -> str:
+def plot(result: dict[str, Any], losses: dict[str, list[float]], path: Path) -> str:
     """Draw speed, memory and losses; return what was written, in words."""
     try:
         figure = importlib.import_module("matplotlib.figure").Figure(figsize=(12, 4), layout="constrained")
     except ImportError:
         return "compare.json; no plot: matplotlib is not installed (it is in the extra `bench`: make setup-bench)"
     speeds, memory, curves = figure.subplots(1, 3)
-    for place, (mode, item) in enumerate(found["modes"].items()):
+    for place, (mode, item) in enumerate(result["modes"].items()):
         speeds.bar(place, item["samples_per_s"])
         speeds.plot([place] * len(item["rounds"]), item["rounds"], "k.")
         width = 0.8 / len(item["peak_memory_mb"])
@@ -240,10 +240,10 @@ def plot(found: dict[str, Any], losses: dict[str, list[float]], path: Path) -> s
         axes.set_xticks(range(len(MODES)), MODES)
     speeds.set_title("samples/s (dots: rounds)")
     memory.set_title(
-        "peak memory per device, MiB" if found["device"] == "cuda" else "peak resident memory per process, MiB"
+        "peak memory per device, MiB" if result["device"] == "cuda" else "peak resident memory per process, MiB"
     )  # fmt: skip
     curves.set_title("loss by step")
     curves.legend()
-    figure.suptitle(f"{found['job']}: {found['devices']} {found['device']} devices, batch {found['batch_size']}")
+    figure.suptitle(f"{result['job']}: {result['devices']} {result['device']} devices, batch {result['batch_size']}")
     figure.savefig(path)
     return "compare.json, compare.png"

@@ -1,6 +1,6 @@
 """What the numbers of `muster compare` mean: speed-up, efficiency, communication, equal losses, and which mode to use.
 
-Arithmetic and words only; `trainer.launch.compare.runs` makes the numbers.
+The numbers come from `trainer.launch.compare.runs`.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def choose(speeds: Mapping[str, Sequence[float]], devices: int, batch_size: int,
     rivals = [mode for mode in others if not is_faster(speeds[best], speeds[mode])]
     if rivals:
         noise = max(spread(speeds[mode]) for mode in (best, *rivals))
-        told = [f"{best} is {middle[best] / middle[mode] - 1:.0%} faster than {mode}" for mode in rivals]
+        leads = [f"{best} is {middle[best] / middle[mode] - 1:.0%} faster than {mode}" for mode in rivals]
         slower = [f" Only {mode} is clearly slower." for mode in others if mode not in rivals]
         return {
             "winner": None,
-            "verdict": f"Noise too high for a winner: {' and '.join(told)}, but rounds of one mode differ by up to "
+            "verdict": f"Noise too high for a winner: {' and '.join(leads)}, but rounds of one mode differ by up to "
             f"{noise:.0%}.{''.join(slower)} Repeat on a quiet machine, or with larger --rounds or --steps.",
         }  # fmt: skip
     ratio = {mode: middle[best] / middle[mode] for mode in others}
@@ -132,10 +132,10 @@ def summarize(
             "speed_up": middle / single, "efficiency": middle / single / count,
             "peak_memory_mb": peak_memory([item["memory"] for item in timed[mode]]),
         }  # fmt: skip
-    told = communication(speeds["ddp"], without, facts["batch_size"], refused)
+    shared = communication(speeds["ddp"], without, facts["batch_size"], refused)
     return {
-        **facts, "modes": modes, "communication": told, "losses": compare_losses(losses, facts["precision"]),
-        **choose(speeds, facts["devices"], facts["batch_size"], told["share"]),
+        **facts, "modes": modes, "communication": shared, "losses": compare_losses(losses, facts["precision"]),
+        **choose(speeds, facts["devices"], facts["batch_size"], shared["share"]),
         "limits": cpu_limits(facts) if facts["device"] == "cpu" else "",
     }  # fmt: skip
 
@@ -157,22 +157,22 @@ def cpu_limits(facts: Mapping[str, Any]) -> str:
     )
 
 
-def text(found: Mapping[str, Any]) -> str:
+def text(result: Mapping[str, Any]) -> str:
     """The comparison as a table and sentences."""
     lines = [
-        f"{found['job']} on {found['devices']} {found['device']} devices, batch {found['batch_size']}: medians of "
-        f"{found['rounds']} rounds, modes in turn; {found['steps']} steps after {found['warm_up_steps']} of warm-up",
+        f"{result['job']} on {result['devices']} {result['device']} devices, batch {result['batch_size']}: medians of "
+        f"{result['rounds']} rounds, modes in turn; {result['steps']} steps after {result['warm_up_steps']} of warm-up",
         "",
         f"{'mode':8}{'samples/s':>10}{'rounds':>18}{'speed-up':>10}{'efficiency':>12}  peak memory, MiB",
     ]
-    for mode, item in found["modes"].items():
+    for mode, item in result["modes"].items():
         rounds = f"{min(item['rounds']):,.0f} - {max(item['rounds']):,.0f}"
         memory = ", ".join(_device(part) for part in item["peak_memory_mb"])
         ratios = f"{item['speed_up']:9.2f}x{item['efficiency']:12.0%}"
         lines.append(f"{mode:8}{item['samples_per_s']:10,.0f}{rounds:>18}{ratios}  {memory}")
-    told = found["communication"]
-    lines += ["", f"communication in ddp: {_share(told)}; {told['method']}", _losses(found["losses"])]
-    return "\n".join([*lines, "", found["verdict"], *([found["limits"]] if found["limits"] else [])])
+    costs = result["communication"]
+    lines += ["", f"communication in ddp: {_share(costs)}; {costs['method']}", _losses(result["losses"])]
+    return "\n".join([*lines, "", result["verdict"], *([result["limits"]] if result["limits"] else [])])
 
 
 def _device(item: Mapping[str, Any]) -> str:
@@ -180,21 +180,21 @@ def _device(item: Mapping[str, Any]) -> str:
     return f"{name} {item['peak_mb']:,.0f}"
 
 
-def _share(told: Mapping[str, Any]) -> str:
-    share = told["reason"] if told["share"] is None else f"{told['share']:.0%} of a step"
-    if "step_ms" not in told:
+def _share(costs: Mapping[str, Any]) -> str:
+    share = costs["reason"] if costs["share"] is None else f"{costs['share']:.0%} of a step"
+    if "step_ms" not in costs:
         return share
-    return f"{share} ({told['step_ms']:.2f} ms against {told['step_without_ms']:.2f} ms)"
+    return f"{share} ({costs['step_ms']:.2f} ms against {costs['step_without_ms']:.2f} ms)"
 
 
 def _losses(losses: Mapping[str, Any]) -> str:
     words = [f"{mode} {losses['first_steps'][mode]:.1e}, {whole:.1e}" for mode, whole in losses["all_steps"].items()]
-    told = (
+    text = (
         f"largest relative difference from single in the first {FIRST_STEPS} steps, in all {losses['steps']}: "
         + "; ".join(words)
     )
     if losses["equal"]:
-        return f"losses: equal step by step within rounding, which grows with the steps; {told}"
+        return f"losses: equal step by step within rounding, which grows with the steps; {text}"
     if losses["starts_equal"]:
-        return f"losses: equal at first, apart later ({told}): train.precision=float64 tells rounding from a difference"
-    return f"losses: DIFFERENT ({told}): dropout, batch statistics per device, or an option of ddp changes the training"
+        return f"losses: equal at first, apart later ({text}): train.precision=float64 tells rounding from a difference"
+    return f"losses: DIFFERENT ({text}): dropout, batch statistics per device, or an option of ddp changes the training"

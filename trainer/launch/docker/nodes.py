@@ -13,6 +13,7 @@ from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.nodes import Nodes
 from trainer.run.folder import RunFolder
 from trainer.wiring.devices import INFINIBAND
+from trainer.wiring.variables import VISIBLE_DEVICES
 
 SHM_BASE_MB = 256
 """For NCCL's shared-memory transport between the ranks of a container."""
@@ -102,7 +103,7 @@ class DockerNodes(Nodes):
             return []
         # A container numbers its devices from 0 in the machine's order; the primary is named by its new number.
         order = sorted(devices, key=lambda name: (len(name), name))
-        variables["MUSTER_VISIBLE_DEVICES"] = ",".join(str(order.index(name)) for name in devices)
+        variables[VISIBLE_DEVICES] = ",".join(str(order.index(name)) for name in devices)
         argv = [f'--gpus="device={",".join(devices)}"']
         if INFINIBAND.is_dir():
             argv += ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]

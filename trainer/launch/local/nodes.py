@@ -10,6 +10,7 @@ import sys
 from trainer.config.job import Job
 from trainer.launch.local.gpu_lease import Lease
 from trainer.run.folder import RunFolder
+from trainer.wiring import variables as names
 
 
 class Nodes:
@@ -35,9 +36,9 @@ class Nodes:
     def variables(self, node: int, launch: int, platform: str) -> dict[str, str]:
         """What tells an agent its place."""
         return {
-            "MUSTER_PLATFORM": platform, "MUSTER_JOB_ID": self.run.name, "MUSTER_LAUNCH": str(launch),
-            "MUSTER_NODES": str(self.job.nodes), "MUSTER_NODE_RANK": str(node),
-            "MUSTER_HOSTNAMES": ",".join(self.hostnames()), "MUSTER_RUN": str(self.run),
+            names.PLATFORM: platform, names.JOB_ID: self.run.name, names.LAUNCH: str(launch),
+            names.NODES: str(self.job.nodes), names.NODE_RANK: str(node),
+            names.HOSTNAMES: ",".join(self.hostnames()), names.RUN: str(self.run),
         }  # fmt: skip
 
     def devices(self, node: int, lease: Lease) -> list[str]:
@@ -49,5 +50,5 @@ class Nodes:
         """The command line of a node's agent, and the variables it gets."""
         variables = self.variables(node, launch, "local")
         if lease.devices:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices(node, lease))
+            variables[names.CUDA_VISIBLE_DEVICES] = ",".join(self.devices(node, lease))
         return [sys.executable, "-m", "trainer", str(self.run.job)], variables

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import CommandFunction, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from trainer.errors import JobError
@@ -61,7 +61,8 @@ class SlurmRequest:
 class TemplateExecutor(SlurmExecutor):
     """submitit's Slurm executor with our script and command line instead of generated ones.
 
-    submitit has no public name for either, so the two methods that make them are overridden.
+    submitit has no public name for either, so two private methods are overridden: one makes the script, the other the
+    command line.
     """
 
     def __init__(self, folder: Path, request: SlurmRequest) -> None:
@@ -88,8 +89,8 @@ class TemplateExecutor(SlurmExecutor):
             FailedJobError: Slurm refused.
         """
         with contextlib.redirect_stderr(open(os.devnull, "w")):  # submitit prints the error that it raises
-            # Not the public `submit`: it would pickle a Python function, and no node would run it.
-            return str(self._submit_command("").job_id)
+            # submitit keeps what it is given beside the script; the nodes run the script alone.
+            return str(self.submit(CommandFunction(self.request.argv(self.request.script_path))).job_id)
 
 
 class Slurm(Platform[SlurmSite, SlurmRequest]):
