@@ -16,7 +16,7 @@ SITE_OPTION = $(if $(SITE),--site "$$SITE")
 RENDER = "$(BIN)/muster" render "$$JOB" --on kubernetes $(SITE_OPTION) $(ARGS)
 # Most tests wait for processes that they started, so there are more workers than processors.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
-PYTEST = "$(BIN)/pytest" --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
+PYTEST = "$(BIN)/pytest" --numprocesses=$(WORKERS) --no-loadscope-reorder
 SCRIPTS = $(wildcard .ci/* slurm/*.sh slurm/*.sbatch docker/*.sh k8s/*.sh bench/*.sh tests/*/*.sh)
 
 SHELL := /bin/bash

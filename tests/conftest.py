@@ -14,19 +14,21 @@ engine: there is one of each on a machine.
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stopwatch import Stopwatch
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
 TESTS = Path(__file__).parent
-ONE_WORKER = ("slurm_session", "engine_session")
-"""Fixtures of which a machine has one: tests that ask for the same one run in the same worker."""
+ONE_WORKER = {"slurm": "slurm", "docker": "engine", "kubernetes/test_pods.py": "engine"}
+"""Tiers and files whose tests need something of which a machine has one: they run in the same worker."""
+FIRST = ("slurm", "engine", "cli/test_make_train.py", "cli/test_documents.py")
+"""The longest groups of tests, which workers begin with."""
 LAST = "unit"
 """A tier of quick tests. They come last, so that no worker still has a long file when the others have nothing left."""
-FIRST = [*ONE_WORKER, "cli/test_make_train.py", "cli/test_documents.py"]
-"""The longest groups of tests, which workers begin with."""
 REQUIRED = {tier.strip() for tier in os.environ.get("MUSTER_REQUIRED_TIERS", "").split(",")} - {""}
 
 
@@ -73,23 +75,35 @@ def pytest_make_collect_report(
     return report
 
 
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """The name of the tests that run in the same worker as this one."""
-    fixtures = getattr(item, "fixturenames", ())
-    return next((name for name in ONE_WORKER if name in fixtures), str(item.path.relative_to(TESTS)))
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return ONE_WORKER.get(file.partition("/")[0]) or ONE_WORKER.get(file) or file
+
+
+class Groups(LoadScopeScheduling):
+    """Gives each worker one group of tests after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)  # a run without pytest-xdist has no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    """Our groups, whatever --dist says."""
+    return Groups(config, log)
 
 
 def place_of(item: pytest.Item) -> int:
     """Where the test's group stands in the order of all."""
-    group = group_of(item)
+    group = group_of(item.nodeid)
     return FIRST.index(group) if group in FIRST else len(FIRST) + (tier_of(item.path) == LAST)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take tests away
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests for the workers, the longest groups first. Refuse a run in which a required tier has no test."""
+    """Put the longest groups of tests first. Refuse a run in which a required tier has no test."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
         if measures_speed(config) and "stopwatch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.speed)
     items.sort(key=place_of)
