@@ -42,6 +42,8 @@ class Task(ABC):
     def loss(self, output: Any, batch: Any) -> Tensor:
         """One loss per sample, shape (batch,). The trainer takes the mean over the global batch.
 
+        All global generators of random numbers are seeded from (seed, step, rank) before each step.
+
         With more than two ranks a step that counts for nothing comes first. Buffers are put back after it; what the
         model or the task counts in Python is not.
         """
@@ -59,7 +61,7 @@ class Task(ABC):
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def collate(self, samples: list[Any]) -> Any:
-        """Make a batch of samples; default: torch's `default_collate`."""
+        """Make a batch of samples; default: torch's `default_collate`. It may draw from the global generators."""
         return default_collate(samples)
 
 
