@@ -169,7 +169,7 @@ def test_an_attempt_that_was_replaced_commits_nothing(
 ) -> None:
     found = struck[fault].result()
     assert [event["attempt"] for event in found.run.events("attempt", "restart")] == [0, 1]
-    (stale,) = found.run.events("ended")
+    (stale,) = cluster.until("the end of the first attempt", lambda: found.run.events("ended"))
     assert "replaced by attempt 1" in stale["reason"]
     assert same_weights(found.run, reference)
 
