@@ -11,7 +11,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from trainer.agent.fork_server import start_fork_server  # noqa: E402
-from trainer.errors import WRONG_JOB, JobError  # noqa: E402
+from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
 from trainer.records import tell_platform  # noqa: E402
 from trainer.run.folder import find_job  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
@@ -27,42 +27,40 @@ JOB.yaml    a job file, or the job.yaml of a run folder, which is continued
 
 def main(arguments: list[str]) -> int:
     """Parse the command line and do what it says; return the exit code."""
-    options = [word for word in arguments if word.startswith("--")]
-    words = [word for word in arguments if not word.startswith("--")]
+    options = [argument for argument in arguments if argument.startswith("--")]
+    operands = [argument for argument in arguments if not argument.startswith("--")]
     if "--help" in options:
         print(USAGE, end="")
-        return 0
+        return DONE
     if "--health" in options:
         from trainer.agent.health import check_health
 
         return check_health()
-    unknown = [word for word in options if word != "--explain"]
+    unknown = [option for option in options if option != "--explain"]
     if unknown:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], ("--explain", "--health", "--help"), 1)
-        raise JobError("option", unknown[0], "is unknown", f"Did you mean {near[0]}?" if near else "See --help")
-    if not words:
+        remedy = did_you_mean(unknown[0], ("--explain", "--health", "--help"), "See --help")
+        raise JobError("option", unknown[0], "is unknown", remedy)
+    if not operands:
         print(USAGE, file=sys.stderr, end="")
         return WRONG_JOB
-    path = find_job(Path(words[0]))
+    path, overrides = find_job(Path(operands[0])), operands[1:]
     if is_rank():
         from trainer.agent.external_rank import run_external_rank
 
-        return run_external_rank(path, words[1:])
+        return run_external_rank(path, overrides)
     if "--explain" in options:
         from trainer.agent.node import explain
 
-        return explain(path, words[1:])
-    start_fork_server("script" if _names_script(path, words[1:]) else "task")  # it imports torch while we go on
+        return explain(path, overrides)
+    start_fork_server("script" if _names_script(path, overrides) else "task")  # it imports torch while we go on
     from trainer.agent.node import run_node
 
-    return run_node(path, words[1:])
+    return run_node(path, overrides)
 
 
 def _names_script(path: Path, overrides: list[str]) -> bool:
     """Whether the job seems to run a script. The job is not loaded yet: this only decides what is imported early."""
-    if any(word.startswith("script=") for word in overrides):
+    if any(override.startswith("script=") for override in overrides):
         return True
     try:
         text = path.read_text(errors="replace")

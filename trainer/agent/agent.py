@@ -26,9 +26,8 @@ from trainer.agent.scratch_folder import remove_leftovers
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED
-from trainer.records import record_event
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
-from trainer.run.folder import RunFolder, is_shared
+from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail
 from trainer.signals import FLAG, SIGNALS
 from trainer.wiring import variables
@@ -46,7 +45,7 @@ class NodeAgent:
     """Supervises the ranks of one node."""
 
     def __init__(
-        self, job: Job, job_file: Path, run: Path, wiring: Wiring, rendezvous: NodeRendezvous, threads: int,
+        self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, rendezvous: NodeRendezvous, threads: int,
         folder: Path, rank_environment: dict[str, str], memory: Memory | None,
     ) -> None:  # fmt: skip
         """`folder`: of this agent alone; `rank_environment`: what each rank gets besides torchrun's variables.
@@ -61,10 +60,13 @@ class NodeAgent:
         if memory is not None:
             self.rank_environment |= memory.environment()
         first = wiring.node_rank * job.ranks_per_node
-        shown = range(0 if wiring.node_rank else 1) if is_shared() else range(first, first + job.ranks_per_node)
-        logs = run / "logs"
-        self.tails = [Tail(logs / f"rank-{rank}.log") for rank in shown]  # logs that go with the node are all shown
-        self.diagnosis = Diagnosis(job, RunFolder(run), wiring, self.heartbeat)
+        shown = (
+            range(0 if wiring.node_rank else 1)
+            if variables.run_is_shared()
+            else range(first, first + job.ranks_per_node)
+        )
+        self.tails = [Tail(run.rank_log(rank)) for rank in shown]  # logs that go with the node are all shown
+        self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat)
         self.processes: list[BaseProcess] = []
         self.stop_began: float | None = None
 
@@ -114,14 +116,13 @@ class NodeAgent:
         for local_rank in range(self.job.ranks_per_node):
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.rank_environment
             process = FORK_SERVER.Process(
-                target=run_rank, args=(environment, self.job, RunFolder(self.run_folder), self.job_file, self.threads)
+                target=run_rank, args=(environment, self.job, self.run_folder, self.job_file, self.threads)
             )
             process.start()
             self.processes.append(process)
         self.spawned = time.monotonic()
         first = self.diagnosis.first_rank()
-        record_event(
-            self.run_folder,
+        self.run_folder.record(
             "ranks",
             node=self.wiring.node_rank,
             attempt=agreed.attempt,

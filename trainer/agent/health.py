@@ -1,10 +1,12 @@
-"""Whether the agent of this machine or container is well: what an image's HEALTHCHECK asks."""
+"""Whether the agents of this machine or container are well: what an image's HEALTHCHECK asks."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from trainer.agent.scratch_folder import agent_folders
+from trainer.errors import DONE, FAILED
 from trainer.reporting.heartbeat import HEARTBEAT, SLOT, Heartbeat
 
 FRESH_S = 600.0
@@ -12,16 +14,21 @@ FRESH_S = 600.0
 
 
 def check_health() -> int:
-    """Exit code 0 when every rank of every agent here gave a sign of life lately, 1 otherwise."""
-    found = [folder / HEARTBEAT for folder, alive in agent_folders() if alive]
-    for path in found:
-        ranks = path.stat().st_size // SLOT.size if path.exists() else 0
-        heartbeat = Heartbeat(path, ranks) if ranks else None
-        for local_rank in range(ranks):
-            assert heartbeat is not None
-            beat = heartbeat.read(local_rank)
-            if beat.time and time.monotonic() - beat.time > FRESH_S:
-                print(f"rank {local_rank}: no heartbeat for {time.monotonic() - beat.time:.0f} s, step {beat.step}")
-                return 1
-    print(f"{len(found)} agent(s) well" if found else "no agent runs here")
-    return 0 if found else 1
+    """Exit code 0 when there is an agent and every rank of every agent gave a sign of life lately, else 1."""
+    files = [folder / HEARTBEAT for folder, alive in agent_folders() if alive]
+    problems = [problem for file in files for problem in silent_ranks(file)]
+    print("\n".join(problems) or (f"{len(files)} agent(s) well" if files else "no agent runs here"))
+    return DONE if files and not problems else FAILED
+
+
+def silent_ranks(file: Path) -> list[str]:
+    """A line for each rank of a heartbeat file that was silent for too long."""
+    ranks = file.stat().st_size // SLOT.size if file.exists() else 0
+    if not ranks:
+        return []
+    heartbeat, now = Heartbeat(file, ranks), time.monotonic()
+    beats = enumerate(map(heartbeat.read, range(ranks)))
+    return [
+        f"rank {local_rank}: no heartbeat for {now - beat.time:.0f} s, step {beat.step}"
+        for local_rank, beat in beats if beat.time and now - beat.time > FRESH_S
+    ]  # fmt: skip

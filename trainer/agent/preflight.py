@@ -28,51 +28,53 @@ class Problem:
 
 def check_node(job: Job, wiring: Wiring) -> list[Problem]:
     """Look at shared memory, locked memory, devices and processors of this node."""
-    problems: list[Problem] = []
+    problems = (_shared_memory(job), _devices(job), _locked_memory(), _processors(job, wiring))
+    return [problem for problem in problems if problem is not None]
+
+
+def _shared_memory(job: Job) -> Problem | None:
     loaders = job.data.workers * job.ranks_per_node if job.task else 0
-    if loaders and SHM.is_dir():
-        stat = os.statvfs(SHM)
-        free = stat.f_bavail * stat.f_frsize / 2**20
-        needed = loaders * WORKER_SHM_MB
-        if free < needed:
-            problems.append(
-                Problem(
-                    "shm",
-                    f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it "
-                    "(docker: --shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0",
-                    True,
-                )
-            )
-    gpus = gpu_files()
-    wanted = job.devices_per_node
-    if job.device == "cuda" and len(gpus) < wanted:
-        problems.append(
-            Problem(
-                "config",
-                f"devices_per_node={wanted} with device=cuda, but this node has {len(gpus)} GPUs. "
-                "Ask for fewer, or set device=cpu",
-                True,
-            )
-        )
-    if has_infiniband():
-        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        if soft != resource.RLIM_INFINITY and soft < 2**30:
-            problems.append(
-                Problem(
-                    "interface",
-                    f"InfiniBand is here, but memlock is limited to {soft >> 10} KiB: RDMA registration "
-                    "will fail. Use ulimit -l unlimited (docker: --ulimit memlock=-1)",
-                    False,
-                )
-            )
+    if not loaders or not SHM.is_dir():
+        return None
+    stat = os.statvfs(SHM)
+    free, needed = stat.f_bavail * stat.f_frsize / 2**20, loaders * WORKER_SHM_MB
+    if free >= needed:
+        return None
+    text = (
+        f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it "
+        "(docker: --shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0"
+    )
+    return Problem("shm", text, True)
+
+
+def _devices(job: Job) -> Problem | None:
+    gpus, wanted = len(gpu_files()), job.devices_per_node
+    if job.device != "cuda" or gpus >= wanted:
+        return None
+    text = (
+        f"devices_per_node={wanted} with device=cuda, but this node has {gpus} GPUs. Ask for fewer, or set device=cpu"
+    )
+    return Problem("config", text, True)
+
+
+def _locked_memory() -> Problem | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if not has_infiniband() or soft == resource.RLIM_INFINITY or soft >= 2**30:
+        return None
+    text = (
+        f"InfiniBand is here, but memlock is limited to {soft >> 10} KiB: RDMA registration will fail. "
+        "Use ulimit -l unlimited (docker: --ulimit memlock=-1)"
+    )
+    return Problem("interface", text, False)
+
+
+def _processors(job: Job, wiring: Wiring) -> Problem | None:
     ranks = job.ranks_per_node
-    if wiring.cpus < ranks:
-        problems.append(
-            Problem(
-                "config", f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too", False
-            )
-        )
-    return problems
+    if wiring.cpus >= ranks:
+        return None
+    return Problem(
+        "config", f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too", False
+    )
 
 
 def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:

@@ -6,10 +6,10 @@ Which variables the network needs on this node is decided in `trainer.agent.pref
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from trainer.agent.rounds import Round
 from trainer.config.job import Job
+from trainer.run.folder import RunFolder
 from trainer.wiring.node import Wiring
 
 
@@ -40,15 +40,15 @@ def rank_variables(job: Job, wiring: Wiring, local_rank: int, agreed: Round) -> 
     }
 
 
-def rank_defaults(run: Path, wiring: Wiring, threads: int) -> dict[str, str]:
+def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str]:
     """Defaults for what runs inside a rank; what the site or the user set already wins."""
     defaults = {
         # Warnings go to a file of their own rather than nowhere (NCCL user guide, NCCL_DEBUG_FILE).
         "NCCL_DEBUG": "WARN",
-        "NCCL_DEBUG_FILE": str(run / "logs" / "nccl-%h-%p.log"),
+        "NCCL_DEBUG_FILE": str(run.logs / "nccl-%h-%p.log"),
         # torch's flight recorder: the last collectives of each rank, dumped when one times out (torch 2.9 names).
         "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_FR_DUMP_TEMP_FILE": str(run / "logs" / "flight-recorder-"),
+        "TORCH_FR_DUMP_TEMP_FILE": str(run.logs / "flight-recorder-"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         # Ranks share the cores of the node; more threads than cores only fight.
         "OMP_NUM_THREADS": str(threads),

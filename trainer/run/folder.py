@@ -16,7 +16,7 @@ from typing import Any
 from trainer.errors import JobError
 from trainer.records import append_line, read_json, read_lines, write_json
 from trainer.run.events import EVENTS
-from trainer.wiring.variables import SLURM_ARRAY_TASK_ID, array_task, given_run, run_is_shared
+from trainer.wiring.variables import SLURM_ARRAY_TASK_ID, array_task, given_run
 
 Event = dict[str, Any]
 JOB = "job.yaml"
@@ -229,21 +229,6 @@ def run_of(job_file: Path) -> RunFolder | None:
 
 
 # Until every module uses RunFolder.
-def find_run(path: Path, job: Any, text: str, job_id: str, platform: str) -> Path:
-    """As `run_of`, else a new one, or one named after the scheduler's job."""
-    run = run_of(path)
-    if run is not None:
-        return run.path
-    if platform == "alone":
-        return RunFolder.create(job.runs, job.name, text).path
-    return Path(job.runs).resolve() / f"{job.name}-{job_id}"
-
-
-def is_shared() -> bool:
-    """See `run_is_shared`."""
-    return run_is_shared()
-
-
 def steps_committed(run: Path) -> int:
     """See RunFolder."""
     return RunFolder(run).steps_committed()

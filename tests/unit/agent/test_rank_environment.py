@@ -9,6 +9,7 @@ import pytest
 
 from trainer.agent.rank_environment import Round, rank_defaults, rank_variables
 from trainer.config.job import Job
+from trainer.run.folder import RunFolder
 from trainer.wiring.node import Wiring
 from trainer.wiring.rank import rank_wiring
 
@@ -16,7 +17,7 @@ NODE = Wiring(
     platform="slurm", job_id="7", launch=0, nodes=3, node_rank=2, hostnames=("a", "b", "c"), master_addr="a",
     ports=(20000,), devices_per_node=2, visible_devices=None, cpus=8, deadline=None, interface="ib0",
 )  # fmt: skip
-RUN = Path("/runs/digits-7")
+RUN = RunFolder(Path("/runs/digits-7"))
 
 
 def test_the_place_of_a_rank() -> None:
