@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config.job import Ddp
 from trainer.parallel.compression import add_comm_hook
+from trainer.signals import set_parent_death_signal
 
 RANKS, TIMEOUT_S, LIMIT_S = 2, 30, 300
 """Ranks; seconds until one that waits for the other gives up; seconds for everything."""
@@ -152,9 +153,9 @@ def take_turns(acts: dict[str, tuple[Act, int]], rounds: int) -> Found:
     return found
 
 
-def work(rank: int, folder: str, rounds: int) -> None:
+def work(rank: int, folder: str, rounds: int, parent: int) -> None:
     """One rank; the first writes what both found."""
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    set_parent_death_signal(parent, signal.SIGKILL)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=TIMEOUT_S), world_size=RANKS, rank=rank)
@@ -181,7 +182,7 @@ def measure_all(rounds: int) -> Found:
         SystemExit: a rank failed, or both took too long.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = torch.multiprocessing.spawn(work, (folder, rounds), RANKS, join=False, daemon=True)
+        ranks = torch.multiprocessing.spawn(work, (folder, rounds, os.getpid()), RANKS, join=False, daemon=True)
         end = time.monotonic() + LIMIT_S
         try:
             while not ranks.join(max(0, end - time.monotonic()), grace_period=2):

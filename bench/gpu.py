@@ -27,9 +27,9 @@ from measure import show, spread, table
 
 from trainer.config.job import Job
 from trainer.config.load import load_job
-from trainer.reporting.heartbeat import VARIABLE
 from trainer.tasks.bytelm import SIZES, VOCABULARY, ByteLM, Shape
 from trainer.training.determinism import choose_kernels
+from trainer.wiring.variables import HEARTBEAT
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "bytelm.yaml"
 BF16, COMPILED, ANY_ORDER = "train.precision=bf16", "train.compile=true", "train.deterministic=false"
@@ -117,7 +117,7 @@ def main() -> None:
     output = options.output or measure.RESULTS / ("gpu.json" if options.device == "cuda" else "gpu-on-cpu.json")
     rows, saves = [], []
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[VARIABLE] = str(Path(folder, "heartbeat"))
+        os.environ[HEARTBEAT] = str(Path(folder, "heartbeat"))
         states = 2 * len(jobs) * 16 * task.shape.parameters  # bytes of weights, gradients and both moments
         apart = options.apart or (options.device == "cuda" and states > torch.cuda.mem_get_info()[0] / 2)
         for part in [{key: job} for key, job in jobs.items()] if apart else [jobs]:

@@ -57,6 +57,15 @@ def test_parameters_that_are_not_used_any_more_are_named(tmp_path: Path) -> None
     assert "the loss does not use second.weight, second.bias" in run.output(0)
 
 
+def test_parameters_that_only_an_earlier_micro_batch_used_stop_the_run_before_the_update(tmp_path: Path) -> None:
+    """DDP averages no gradient of theirs, so the ranks would differ from there on."""
+    keys = [LINEAR, "task_args={first: 1, last: 2}", "train.accumulate=3", "checkpoint.every_steps=1"]
+    run = train(tmp_path, make_job(*DDP, *keys))
+    assert run.code == 64
+    assert "the loss does not use parameters in the last micro-batch that an earlier one used" in run.output(0)
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
 def test_unused_parameters_are_found_when_asked_for(tmp_path: Path) -> None:
     for arguments in ("{}", "{first: 1, last: 4}", "{first: 5, last: 9}"):
         for mode in ("parallel=single", "ddp.find_unused_parameters=true"):

@@ -111,12 +111,13 @@ def test_a_trace_that_a_stop_cuts_short_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "profile/rank0.json").is_file()
 
 
-def test_tensorboard_shows_what_metrics_say_across_a_restart(tmp_path: Path) -> None:
-    """What a killed attempt wrote beyond its checkpoint is not shown twice."""
+@pytest.mark.parametrize("killed_after", [3, 8])
+def test_tensorboard_shows_what_metrics_say_across_a_restart(tmp_path: Path, killed_after: int) -> None:
+    """What a killed attempt wrote beyond its checkpoint, or before its first, is not shown twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     job = make_job(*MODES["single"], "log.tensorboard=true")
-    train(tmp_path, job, Fault(8))
+    train(tmp_path, job, Fault(killed_after))
     complete(tmp_path, job)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

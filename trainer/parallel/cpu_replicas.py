@@ -67,11 +67,11 @@ def gather(outputs: list[Any]) -> Any:
 def replicate(module: nn.Module) -> nn.Module:
     """Copy the modules and their buffers. All replicas compute with the original's parameters.
 
-    Of other attributes the replica gets the same objects, as with `torch.nn.DataParallel`. Those that are dicts are
-    copied, because torch keeps submodules, parameters and buffers in dicts.
+    Other attributes are the same objects in the replica, as with `torch.nn.DataParallel`. Only dicts are copied,
+    because torch keeps submodules, parameters and buffers in dicts, and empty ones need no copy.
     """
     kept: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     for part in module.modules():
-        kept |= {id(value): value for value in vars(part).values() if not isinstance(value, dict)}
+        kept |= {id(value): value for value in vars(part).values() if not (isinstance(value, dict) and value)}
     buffers = {id(buffer): buffer.clone() for buffer in module.buffers()}
     return copy.deepcopy(module, kept | buffers)  # a deep copy takes from this dict what it finds there

@@ -1,4 +1,4 @@
-"""Heartbeats: each rank says in shared memory which step it does; its agent notices when it stops saying so."""
+"""Heartbeats: each rank writes its step into shared memory, and its agent notices when a rank no longer does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.wiring.variables import heartbeat_file
+
 SLOT = struct.Struct("<dqq")
 """Monotonic seconds, step, phase."""
 PHASES = ("starting", "training", "evaluating", "saving", "finishing")
-VARIABLE = "MUSTER_HEARTBEAT"
 HEARTBEAT = "heartbeat"
 """The file in an agent's own folder."""
 
@@ -31,7 +32,7 @@ class Heartbeat:
     """The slots of one node's ranks, in a file that both sides map."""
 
     def __init__(self, path: Path, ranks: int) -> None:
-        """Open the file, making it when it is not there yet."""
+        """Open the file. Make it if it does not exist yet."""
         size = SLOT.size * ranks
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -50,7 +51,7 @@ class Heartbeat:
         return Beat(when, step, PHASES[phase])
 
     def clear(self, local_rank: int) -> None:
-        """Forget the rank's beats: a new process takes its place."""
+        """Forget the rank's beats, because a new process takes its place."""
         SLOT.pack_into(self.memory, local_rank * SLOT.size, 0.0, 0, 0)
 
 
@@ -59,9 +60,9 @@ class Pulse:
 
     def __init__(self, local_rank: int) -> None:
         """Find the agent's file through the environment."""
-        path = os.environ.get(VARIABLE)
+        path = heartbeat_file()
         self.local_rank = local_rank
-        self.heartbeat = Heartbeat(Path(path), local_rank + 1) if path else None
+        self.heartbeat = Heartbeat(path, local_rank + 1) if path else None
 
     def beat(self, step: int, phase: str) -> None:
         """Write a sign of life."""

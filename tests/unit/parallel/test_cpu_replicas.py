@@ -80,10 +80,16 @@ def test_replicas_compute_the_same_and_gradients_add_up() -> None:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-13)
 
 
-def test_a_replica_shares_what_the_original_shares() -> None:
-    copy: Any = replicate(Awkward())
-    assert copy.first is copy.again
+def test_a_replica_has_buffers_of_its_own_and_shares_the_rest() -> None:
+    original: Any = Awkward()
+    original.data = [object()]
+    copy: Any = replicate(original)
+    assert copy.first is copy.again is not original.first
     assert copy.first.bias is None
+    assert copy.first.weight is original.first.weight
+    assert copy.data is original.data
+    copy.offset += 1
+    assert torch.equal(original.offset, torch.full((4,), 2.0))
 
 
 def test_evaluation_reaches_the_replicas_without_gradients() -> None:
