@@ -95,15 +95,17 @@ class Parallel:
             scaler: multiplies the loss before the backward pass (fp16).
             stop: whether this rank was asked to stop.
         """
-        loss = self._note(losses, weight, stop)
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        losses.backward(self._begin_backward(losses, weight, scaler, stop))
 
-    def _note(self, losses: Tensor, weight: float, stop: bool) -> Tensor:
-        """Add a micro-batch to this rank's loss and stop request; return its loss."""
-        loss = losses.sum() * weight
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+    def _begin_backward(
+        self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool
+    ) -> Tensor:  # fmt: skip
+        """Add a micro-batch to this rank's loss and stop request; return the gradient that its losses begin with."""
+        gradient = torch.full_like(losses, weight)  # of their weighted sum, without computing that sum in autograd
+        loss = torch.dot(losses.detach(), gradient)
+        self._loss = loss if self._loss is None else self._loss + loss
         self._stop = self._stop or stop
-        return loss
+        return gradient if scaler is None else scaler.scale(gradient)
 
     def _forget(self) -> None:
         """Begin a new step."""

@@ -111,12 +111,11 @@ class Distributed(Parallel):
 
     def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
         """Add gradients. The last micro-batch takes the vote along, if it averages gradients."""
-        loss = self._note(losses, weight, stop)
-        scaled = loss if scaler is None else scaler.scale(loss)
+        gradient = self._begin_backward(losses, weight, scaler, stop)
         if self._vote is None or not self.ddp.require_backward_grad_sync:
-            scaled.backward()
+            losses.backward(gradient)
         else:
-            torch.autograd.backward((scaled, self._vote), (None, self._ballot().to(self._vote.dtype)))
+            torch.autograd.backward((losses, self._vote), (gradient, self._ballot().to(self._vote.dtype)))
 
     def _ballot(self) -> Tensor:
         """What this rank tells the others, shape (2,): its part of the loss, and 1 if it was asked to stop."""

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from trainer.run.folder import RunFolder
 
 Values = Mapping[str, float]
+FLUSH_S = 1
+"""How long TensorBoard's values may be in memory only."""
 
 
 class Sink(Protocol):
@@ -22,8 +24,11 @@ class Sink(Protocol):
     def write(self, step: int, kind: str, values: Values) -> None:
         """Write the values of one step; `kind` is train or evaluation."""
 
+    def flush(self) -> None:
+        """Write what is not written yet, so that a kill cannot lose it."""
+
     def close(self) -> None:
-        """Write what is not written yet. Nothing follows."""
+        """Flush; nothing follows."""
 
 
 class JsonLines:
@@ -39,6 +44,9 @@ class JsonLines:
         line = {"kind": kind, "step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
         self.file.write(json.dumps(line) + "\n")
 
+    def flush(self) -> None:
+        """Each line is written at once."""
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
@@ -53,14 +61,18 @@ class TensorBoard:
         self.writer: Any = None
 
     def write(self, step: int, kind: str, values: Values) -> None:
-        """Write each value under the name `<kind>/<name>`, so that a kill loses none of them."""
+        """Write each value under the name `<kind>/<name>`: 0.3 ms for four, most of it in the writer's thread."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter  # 0.1 s, which the first step need not wait for
 
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1, flush_secs=FLUSH_S)
         for name, value in values.items():
             self.writer.add_scalar(f"{kind}/{name}", value, step)
-        self.writer.flush()
+
+    def flush(self) -> None:
+        """Wait for the writer's thread."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def close(self) -> None:
         """End the writer's thread."""

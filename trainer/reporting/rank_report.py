@@ -101,7 +101,12 @@ class Report:
         self.position = position
 
     def pause(self, seconds: float) -> None:
-        """An evaluation or a save is over. Its time does not count for the speed of the training."""
+        """An evaluation or a save is over. Its time does not count for the speed of the training.
+
+        What was logged before a checkpoint is safe from here on: an attempt that resumes from it does not log it again.
+        """
+        for sink in self.sinks:
+            sink.flush()
         self.written += seconds
         self.paused_s += seconds
         self.phase("training", self.position)
