@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import threading
@@ -37,6 +38,9 @@ class Resolver:
         if self.address is None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return real(self.address, *words, **options)
+
+
+multiprocessing.set_forkserver_preload(["torch.distributed", "trainer.agent.rank_store"])
 
 
 @pytest.fixture

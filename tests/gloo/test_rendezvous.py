@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from trainer.wiring.network import candidate_ports
 from trainer.wiring.node import Wiring
 
 Pair = tuple[NodeRendezvous, NodeRendezvous]
+
+multiprocessing.set_forkserver_preload(["torch.distributed", "trainer.agent.rank_store"])
 
 
 @pytest.fixture

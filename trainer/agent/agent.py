@@ -7,7 +7,6 @@ in `trainer.agent.rendezvous`; what went wrong is found out in `trainer.agent.di
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from trainer.agent.diagnosis import STACKS_S, Diagnosis, process_state
 from trainer.agent.failure import Failure, paragraph
+from trainer.agent.fork_server import PROCESSES
 from trainer.agent.kv_store import PeerLost
 from trainer.agent.rank_environment import rank_variables
 from trainer.agent.rank_process import run_rank
@@ -38,7 +38,6 @@ LAST_WORDS_S = 0.3
 """How long another agent's alarm, or the end of its connection, may come after what its failure causes here."""
 KILL_S = 10.0
 """How long killed ranks may take to end. One in uninterruptible sleep is abandoned then."""
-FORK_SERVER = multiprocessing.get_context("forkserver")
 
 
 class NodeAgent:
@@ -115,7 +114,7 @@ class NodeAgent:
             self.memory.forget_answers(self.job.ranks_per_node)
         for local_rank in range(self.job.ranks_per_node):
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.rank_environment
-            process = FORK_SERVER.Process(
+            process = PROCESSES.Process(
                 target=run_rank, args=(environment, self.job, self.run_folder, self.job_file, self.threads)
             )
             process.start()

@@ -13,6 +13,8 @@ from multiprocessing import forkserver
 
 from trainer.signals import SIGNALS
 
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Makes processes that are forked from it."""
 KIND = "MUSTER_FORK_SERVER"
 """The variable that tells the fork server what to import: `task` or `script`, and the agent's process id."""
 

@@ -31,7 +31,12 @@ FLAG.install()  # a rank is born with these handlers: there is no moment at whic
 kind, _, agent = os.environ[KIND].partition(" ")
 set_parent_death_signal(int(agent), signal.SIGKILL)  # also in the middle of an import
 
-load("torch", "torch.distributed.elastic.multiprocessing.errors", "trainer.agent.rank_process")  # 1 s
+load(
+    "torch",
+    "torch.distributed.elastic.multiprocessing.errors",
+    "trainer.agent.rank_process",
+    "trainer.agent.rank_store",
+)
 # DDP and the first optimizer step import torch._dynamo, which takes 1 s. The steps of a task wait for it. A script may
 # communicate long before it trains, so its ranks start at once, and torch._dynamo is imported here a moment later, for
 # the ranks that follow a failure. A timer does it while this process waits for requests: the handler of its signal runs

@@ -12,22 +12,19 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
-
-import torch
-from torch.distributed import TCPStore
 
 from trainer import __version__
 from trainer.agent.failure import Failure
-from trainer.agent.kv_store import KeyValueClient, KeyValueServer, PeerLost, bind
+from trainer.agent.kv_store import KeyValueClient, KeyValueServer, PeerLost
+from trainer.agent.rank_store import RankStore
 from trainer.agent.rounds import Ended, NodeReport, RendezvousTimeoutError, Round, RoundPlan, Wishes, check_versions
 from trainer.errors import FAILED, STOPPED
 from trainer.wiring.network import own_address
 from trainer.wiring.node import Wiring
 
-STORE_TIMEOUT = timedelta(seconds=10)
-VERSIONS = {"muster": __version__, "torch": str(torch.__version__)}
+VERSIONS = {"muster": __version__, "torch": version("torch")}
 """Of what must be the same on all nodes, or ranks compute different things."""
 POLLS_PER_S = 4000
 """What node 0 can answer with a fraction of a core: the more nodes there are, the more rarely each of them asks."""
@@ -52,7 +49,7 @@ class NodeRendezvous:
         self.versions = VERSIONS
         self.identity = f"{wiring.job_id}/{wiring.launch}"
         self.store: KeyValueServer | KeyValueClient | None = None
-        self.rank_store: TCPStore | None = None
+        self.rank_store: RankStore | None = None
         # With one node, or all nodes on one machine, nobody else has any business here.
         self.address = "127.0.0.1" if wiring.nodes == 1 or wiring.platform == "local" else ""
         self.pause_s = max(0.01, wiring.nodes / POLLS_PER_S)
@@ -167,12 +164,10 @@ class NodeRendezvous:
 
     def _host_ranks(self) -> int:
         """Make the store where the ranks of this round find each other, and return its port. It outlives rank 0."""
-        with bind(self.address, 0) as listener:
-            port: int = listener.getsockname()[1]
-            self.rank_store = TCPStore(
-                "127.0.0.1", port, None, True, STORE_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-        return port
+        if self.rank_store is not None:
+            self.rank_store.close()
+        self.rank_store = RankStore(self.address)
+        return self.rank_store.port
 
     def master_addr(self) -> str:
         """Where the ranks find their store: the address that was reached, because the name may lead elsewhere by now.
@@ -270,4 +265,6 @@ class NodeRendezvous:
         """Leave the others; node 0 waits a moment for them to read why."""
         if self.store is not None:
             self.store.close()
+        if self.rank_store is not None:
+            self.rank_store.close()
         self.store = self.rank_store = None

@@ -1,0 +1,45 @@
+"""The store where the ranks of a round find each other: torch's TCPStore, served by a process of its own.
+
+The process comes from the fork server, which has torch: so the agent itself never imports it, and a node pays for it
+once. It is not a rank, and outlives them all.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from datetime import timedelta
+from multiprocessing import connection
+
+from trainer.agent.fork_server import PROCESSES
+from trainer.agent.kv_store import bind
+
+TIMEOUT = timedelta(seconds=10)
+
+
+class RankStore:
+    """The agent's side of one store."""
+
+    def __init__(self, address: str) -> None:
+        """Serve on a free port of `address`; empty: on every interface."""
+        with bind(address, 0) as listener:
+            self.port: int = listener.getsockname()[1]
+            self.process = PROCESSES.Process(target=serve, args=(listener, self.port), name="muster-store")
+            self.process.start()
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.join()
+
+
+def serve(listener: socket.socket, port: int) -> None:
+    """Serve until the agent is gone."""
+    from torch.distributed import TCPStore
+
+    descriptor = listener.detach()
+    store = TCPStore("127.0.0.1", port, None, True, TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor)
+    agent = multiprocessing.parent_process()
+    assert agent is not None
+    connection.wait([agent.sentinel])
+    del store
