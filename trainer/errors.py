@@ -1,7 +1,5 @@
 """Exit codes and the errors that carry them: the contract of every process that Muster starts."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 
@@ -19,23 +17,10 @@ class JobError(ValueError):
     """The user's input is wrong. The message names the key, the value and the remedy; exit code 64."""
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
-        """Build the message from its four parts; `value` is shown by `repr`, shortened to 120 characters."""
         shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
+        shown = shown if len(shown) <= 120 else shown[:117] + "..."
         super().__init__(f"{key}={shown}: {problem}. {remedy}")
         self.key = key
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by message, so that it survives a trip between processes."""
-        return (_rebuild, (self.key, str(self)))
-
-
-def _rebuild(key: str, message: str) -> JobError:
-    error = JobError.__new__(JobError)
-    ValueError.__init__(error, message)
-    error.key = key
-    return error
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
@@ -53,5 +38,4 @@ class Stopped(SystemExit):
     """Every rank agreed to stop and the checkpoint is committed; exit code 75."""
 
     def __init__(self) -> None:
-        """Carry the exit code that asks the platform for a requeue."""
         super().__init__(STOPPED)

@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-Limits = dict[str, Any]
-
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
     """Declare a field with its meaning and limits: `choices`, `minimum`, ..., or `path` (`~` and `$NAME` count)."""
-    metadata: Limits = {"help": help, **limits}
+    metadata = {"help": help, **limits}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
+
+# The keys are a table: not one argument a line.
+# fmt: off
 
 @dataclass
 class Train:
@@ -30,34 +31,26 @@ class Train:
     optimizer: str = _option("adamw", "adamw, adam, sgd, or package.module:callable(params, lr=..., **args)")
     optimizer_args: dict[str, Any] = _option({}, "more keyword arguments for the optimizer")
     lr: float = _option(1e-3, "highest learning rate of the schedule", above=0)
-    weight_decay: float = _option(
-        0.0, "decay of weights with 2 or more dimensions; biases and other 1-d weights are not decayed", minimum=0
-    )
+    weight_decay: float = _option(0.0,
+        "decay of weights with 2 or more dimensions; biases and other 1-d weights are not decayed", minimum=0)
     schedule: str = _option("cosine", "constant, cosine, linear, or package.module:callable(step, steps) -> factor")
     warmup_steps: int = _option(0, "steps in which the learning rate rises linearly from 0", minimum=0)
-    min_lr_ratio: float = _option(
-        0.0, "final learning rate of cosine and linear, as a fraction of `lr`", minimum=0, maximum=1
-    )
+    min_lr_ratio: float = _option(0.0, "final learning rate of cosine and linear, as a fraction of `lr`",
+        minimum=0, maximum=1)
     accumulate: int = _option(1, "micro-batches in each step; the global batch stays the same", minimum=1)
     clip_norm: float | None = _option(None, "clip gradients to this global norm", above=0)
-    precision: str = _option(
-        "float32",
+    precision: str = _option("float32",
         "number format of the forward and backward pass; with bf16 and fp16 the weights stay float32",
-        choices=("float32", "bf16", "fp16", "float64"),
-    )
-    ema_decay: float | None = _option(
-        None, "keep an exponential moving average of the weights, and evaluate that", above=0, below=1
-    )
+        choices=("float32", "bf16", "fp16", "float64"))
+    ema_decay: float | None = _option(None, "keep an exponential moving average of the weights, and evaluate that",
+        above=0, below=1)
     channels_last: bool = _option(False, "store 4-d weights and inputs in NHWC layout")
     compile: bool = _option(False, "compile the model with torch.compile")
-    on_nan: str = _option(
-        "halt", "what to do when a loss is NaN or infinite: end the run, or skip the update", choices=("halt", "skip")
-    )
-    deterministic: str = _option(
-        "true",
+    on_nan: str = _option("halt", "what to do when a loss is NaN or infinite: end the run, or skip the update",
+        choices=("halt", "skip"))
+    deterministic: str = _option("true",
         "use CUDA kernels that give the same bits in each run; where none exists, true ends the run and warn warns",
-        choices=("true", "warn", "false"),
-    )
+        choices=("true", "warn", "false"))
 
     def __post_init__(self) -> None:
         """YAML reads `true` and `false` as what they mean."""
@@ -70,33 +63,24 @@ class Data:
 
     workers: int = _option(0, "data loader processes of each rank; 0: the rank loads its data itself", minimum=0)
     prefetch: int = _option(2, "batches that each worker, or the copy to a GPU, prepares in advance", minimum=1)
-    pin_memory: bool = _option(
-        True, "use page-locked memory, so that copies to a GPU run in the background; no effect without a GPU"
-    )
+    pin_memory: bool = _option(True,
+        "use page-locked memory, so that copies to a GPU run in the background; no effect without a GPU")
 
 
 @dataclass
 class Ddp:
     """Options of DistributedDataParallel. With other modes, changing them is an error."""
 
-    bucket_mb: float | None = _option(
-        None,
-        "size of a gradient bucket in MiB; null: torch's own sizes, 1 for the first and 25 for the others",
-        above=0,
-    )
+    bucket_mb: float | None = _option(None,
+        "size of a gradient bucket in MiB; null: torch's own sizes, 1 for the first and 25 for the others", above=0)
     static_graph: bool = _option(False, "promise that every step uses the same parameters, which lets torch optimize")
     find_unused_parameters: bool = _option(False, "search every step for parameters without a gradient (slower)")
     sync_batchnorm: bool = _option(False, "compute batch norm statistics over the global batch (needs GPUs)")
-    compression: str = _option(
-        "none", "compress gradients before they are exchanged", choices=("none", "bf16", "fp16", "powersgd")
-    )
+    compression: str = _option("none", "compress gradients before they are exchanged",
+        choices=("none", "bf16", "fp16", "powersgd"))
     powersgd_rank: int = _option(2, "rank of the approximation with `compression: powersgd`", minimum=1)
-    sync_every: int = _option(
-        1,
-        "post-local SGD: after `sync_start` steps, average the weights every this many steps "
-        "(1: off, gradients are averaged at every step)",
-        minimum=1,
-    )
+    sync_every: int = _option(1, "post-local SGD: after `sync_start` steps, average the weights every this many steps "
+        "(1: off, gradients are averaged at every step)", minimum=1)
     sync_start: int = _option(0, "ordinary steps before post-local SGD begins", minimum=0)
 
 
@@ -114,21 +98,16 @@ class Checkpoints:
     """When checkpoints are saved, and which ones are kept."""
 
     every_steps: int | None = _option(None, "save every this many steps, and always at the end of an epoch", minimum=1)
-    asynchronous: bool = _option(
-        True, "write checkpoints in the background; rank 0 needs memory for one extra copy of the state"
-    )
-    in_memory: bool = _option(
-        True,
-        "after a failure, continue from the state in memory, so that no step is lost (ddp on CPUs)",
-    )
+    asynchronous: bool = _option(True,
+        "write checkpoints in the background; rank 0 needs memory for one extra copy of the state")
+    in_memory: bool = _option(True,
+        "after a failure, continue from the state in memory, so that no step is lost (ddp on CPUs)")
     keep_last: int = _option(2, "how many of the newest checkpoints to keep", minimum=1)
     best: str | None = _option(None, "also keep the checkpoint that is best by this metric")
-    best_mode: str = _option(
-        "max", "whether a larger or a smaller value of that metric is better", choices=("max", "min")
-    )
-    load: str | None = _option(
-        None, "start a new run with the weights of this checkpoint folder or model.pt", path=True
-    )
+    best_mode: str = _option("max", "whether a larger or a smaller value of that metric is better",
+        choices=("max", "min"))
+    load: str | None = _option(None, "start a new run with the weights of this checkpoint folder or model.pt",
+        path=True)
 
 
 @dataclass
@@ -138,10 +117,8 @@ class Log:
     every_steps: int = _option(10, "write loss, learning rate and speed every this many steps", minimum=1)
     tensorboard: bool = _option(True, "also write these numbers for TensorBoard")
     profile_steps: list[int] = _option([], "[first, last], counted from 1: write a profiler trace of these steps")
-    samples: bool = _option(
-        False,
-        "record the index of every sample that each step used, to prove that none is lost or repeated (large files)",
-    )
+    samples: bool = _option(False,
+        "record the index of every sample that each step used, to prove that none is lost or repeated (large files)")
 
 
 @dataclass
@@ -150,14 +127,10 @@ class Agent:
 
     restarts: int = _option(3, "how many restarts without progress to allow before giving up", minimum=0)
     hang_timeout_s: float = _option(300.0, "seconds without a heartbeat after which a rank counts as hung", above=0)
-    start_timeout_s: float = _option(
-        600.0, "the same limit before the first step, for imports, data and compilation", above=0
-    )
-    grace_s: float = _option(
-        30.0,
-        "seconds from a stop signal until the ranks are killed; one step (on GPUs two) and one save must fit",
-        above=0,
-    )
+    start_timeout_s: float = _option(600.0, "the same limit before the first step, for imports, data and compilation",
+        above=0)
+    grace_s: float = _option(30.0,
+        "seconds from a stop signal until the ranks are killed; one step (on GPUs two) and one save must fit", above=0)
     rejoin_timeout_s: float = _option(120.0, "seconds to wait for the replacement of a lost node", above=0)
 
 
@@ -166,30 +139,23 @@ class Job:
     """One job file: what to train, how, on how many nodes and devices. Names no platform, site or host."""
 
     name: str = _option("", "name of the job; its run folders are called NAME-ID; default: the job file's name")
-    task: str | None = _option(
-        None, "package.module:Class, importable from the working directory or the job file's folder"
-    )
+    task: str | None = _option(None,
+        "package.module:Class, importable from the working directory or the job file's folder")
     task_args: dict[str, Any] = _option({}, "keyword arguments for the constructor of the task")
     script: str | None = _option(None, "instead of a task: a script that torchrun can start", path=True)
     script_args: list[str] = _option([], "command-line arguments of the script")
-    parallel: str = _option(
-        "auto",
+    parallel: str = _option("auto",
         "single, dp (DataParallel: one process on one node) or ddp; auto: ddp for more than one device",
-        choices=("auto", "single", "dp", "ddp"),
-    )
+        choices=("auto", "single", "dp", "ddp"))
     nodes: int = _option(1, "number of nodes; each runs one agent", minimum=1)
-    devices_per_node: int = _option(
-        1, "number of devices on each node; with ddp this is also the number of ranks", minimum=1
-    )
-    devices: list[int] | None = _option(
-        None, "which devices of the node to use, the primary one first, for example [2,3,1]"
-    )
-    device: str = _option(
-        "auto", "auto: GPUs if the node has enough of them, otherwise the CPU", choices=("auto", "cpu", "cuda")
-    )
-    seed: int = _option(
-        0, "seed for initial weights, sample order, augmentation and dropout", minimum=0, maximum=2**32 - 1
-    )
+    devices_per_node: int = _option(1, "number of devices on each node; with ddp this is also the number of ranks",
+        minimum=1)
+    devices: list[int] | None = _option(None,
+        "which devices of the node to use, the primary one first, for example [2,3,1]")
+    device: str = _option("auto", "auto: GPUs if the node has enough of them, otherwise the CPU",
+        choices=("auto", "cpu", "cuda"))
+    seed: int = _option(0, "seed for initial weights, sample order, augmentation and dropout",
+        minimum=0, maximum=2**32 - 1)
     runs: str = _option("runs", "folder in which run folders are created", path=True)
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)

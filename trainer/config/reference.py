@@ -1,7 +1,5 @@
 """`python -m trainer.config.reference > docs/configuration.md`: every key of a job file, from its own declaration."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any, cast

@@ -1,12 +1,8 @@
 """Which settings contradict each other: one table, checked on the whole job before anything is started.
 
-A rule is broken when its condition holds. `problem` and `remedy` may name fields of the job, as in {job.nodes}.
+A rule is broken when its condition holds. `problem` may name fields of the job, as in {job.nodes}.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,8 +49,8 @@ MODES = (
          "parallel=single uses one device on one node", "Use parallel=ddp, or set it to 1"),
     Rule("devices_per_node", lambda job: job.parallel == "single" and job.devices_per_node > 1,
          "parallel=single uses one device on one node", "Use parallel=ddp, or set it to 1"),
-    Rule("nodes", lambda job: job.parallel == "dp" and job.nodes > 1,
-         "DataParallel (parallel=dp) works on one node", "Use parallel=ddp for several nodes"),
+    Rule("nodes", lambda job: job.parallel == "dp" and job.nodes > 1, "DataParallel (parallel=dp) works on one node",
+         "Use parallel=ddp for several nodes"),
     Rule("train.compile", lambda job: job.parallel == "dp" and job.train.compile,
          "torch cannot compile what DataParallel replicates", "Use parallel=ddp, or remove it"),
 )  # fmt: skip
@@ -70,11 +66,9 @@ TRAINING = (
          "Set train.on_nan=halt, or another ddp.compression"),
     Rule("ddp.sync_start", lambda job: job.ddp.sync_start and job.ddp.sync_every == 1,
          "would be ignored: gradients are averaged at every step", "Set ddp.sync_every above 1"),
-    Rule("ddp.powersgd_rank",
-         lambda job: job.ddp.powersgd_rank != Ddp().powersgd_rank and job.ddp.compression != "powersgd",
-         "would be ignored", "Set ddp.compression=powersgd"),
-    Rule("ddp.compression",
-         lambda job: job.train.precision == "float64" and job.ddp.compression in ("bf16", "fp16"),
+    Rule("ddp.powersgd_rank", lambda job: job.ddp.powersgd_rank != Ddp().powersgd_rank
+         and job.ddp.compression != "powersgd", "would be ignored", "Set ddp.compression=powersgd"),
+    Rule("ddp.compression", lambda job: job.train.precision == "float64" and job.ddp.compression in ("bf16", "fp16"),
          "discards the extra digits of float64", "Set it to none"),
     Rule("train.precision", lambda job: job.train.precision == "fp16" and job.device == "cpu",
          "needs a GPU: CPU kernels lack it", "Use bf16 or float32"),
@@ -105,11 +99,7 @@ LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on the
 
 
 def check_job(job: Job) -> None:
-    """Complete `parallel: auto` and refuse what cannot work.
-
-    Raises:
-        JobError: with key, value and remedy.
-    """
+    """Complete `parallel: auto` and refuse what cannot work. Raises JobError: with key, value and remedy."""
     _check(job, WHAT_TO_RUN)
     if job.devices is not None:
         job.devices_per_node = len(job.devices)
@@ -118,13 +108,15 @@ def check_job(job: Job) -> None:
     if job.parallel == "auto":
         job.parallel = "ddp" if job.nodes * job.devices_per_node > 1 else "single"
     _check(job, MODES)
-    if job.parallel != "ddp":
-        _check_ddp_unused(job)
+    for name, value in vars(job.ddp).items():
+        if job.parallel != "ddp" and value != getattr(Ddp(), name):
+            problem = f"would be ignored with parallel={job.parallel}"
+            raise JobError(f"ddp.{name}", value, problem, "Use parallel=ddp, or remove it")
     if job.task:
         _check(job, TRAINING)
         if job.ddp.sync_every > 1:
             _check(job, LOCAL_SGD)
-        check_batch(job)
+        _check_batch(job)
         check_symbol("task", job.task, job.task_args)
         _check_choice("train.optimizer", job.train.optimizer, OPTIMIZERS)
         _check_choice("train.schedule", job.train.schedule, SCHEDULES)
@@ -133,15 +125,10 @@ def check_job(job: Job) -> None:
 def _check(job: Job, rules: tuple[Rule, ...]) -> None:
     for rule in rules:
         if rule.broken(job):
-            problem, remedy = rule.problem.format(job=job), rule.remedy.format(job=job)
-            raise JobError(rule.key, _value(job, rule.key), problem, remedy)
-
-
-def _value(job: Any, key: str) -> Any:
-    def step(place: Any, name: str) -> Any:
-        return place[name] if isinstance(place, dict) else getattr(place, name)
-
-    return functools.reduce(step, key.split("."), job)
+            value: Any = job
+            for name in rule.key.split("."):
+                value = value[name] if isinstance(value, dict) else getattr(value, name)
+            raise JobError(rule.key, value, rule.problem.format(job=job), rule.remedy)
 
 
 def _are_devices(devices: list[int]) -> bool:
@@ -152,16 +139,7 @@ def _is_span(steps: list[int]) -> bool:
     return len(steps) == 2 and 1 <= steps[0] <= steps[1]
 
 
-def _check_ddp_unused(job: Job) -> None:
-    default = Ddp()
-    for item in dataclasses.fields(Ddp):
-        value = getattr(job.ddp, item.name)
-        if value != getattr(default, item.name):
-            problem = f"would be ignored with parallel={job.parallel}"
-            raise JobError(f"ddp.{item.name}", value, problem, "Use parallel=ddp, or remove it")
-
-
-def check_batch(job: Job) -> None:
+def _check_batch(job: Job) -> None:
     """Refuse a global batch that does not divide, naming the nearest sizes that do."""
     batch, parts = job.train.batch_size, job.world_size * job.train.accumulate
     if job.parallel == "dp" and batch // parts < job.devices_per_node:
@@ -176,8 +154,7 @@ def check_batch(job: Job) -> None:
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value in known:
-        return
-    if ":" not in value:
+    if value not in known and ":" not in value:
         raise wrong_choice(key, value, known, "Or give package.module:callable")
-    check_symbol(key, value, None)
+    if value not in known:
+        check_symbol(key, value, None)

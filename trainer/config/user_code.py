@@ -3,13 +3,12 @@
 Nothing of the user's runs on the submitting side.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import os
 import re
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,24 @@ from trainer.records import read_json
 from trainer.run.folder import RunFolder
 
 
-def import_paths(job_file: Path) -> list[str]:
-    """Where user code is imported from: the working directory and the job file's folder.
+def add_import_paths(job_file: Path | None) -> None:
+    """Let user code be imported: from the working directory and the job file's folder.
 
     Of a run they are those that it was submitted from, or their places in its snapshot of the code.
     """
-    run = RunFolder(job_file.resolve().parent)
+    working, folder = Path.cwd(), job_file.resolve().parent if job_file else Path.cwd()
+    run = RunFolder(folder)
     source = read_json(run.source)
-    if source is None:
-        return [os.getcwd(), str(run)]
-    working, folder = Path(source["working_directory"]), Path(source["job_folder"])
-    if not run.code.is_dir():
-        return [str(working), str(folder)]
-    inside = folder.is_relative_to(working)
-    return [str(run.code), str(run.code / folder.relative_to(working) if inside else folder)]
-
-
-def add_import_paths(job_file: Path | None) -> None:
-    """Let user code be found and imported."""
-    paths = import_paths(job_file) if job_file else [os.getcwd()]
-    sys.path[:0] = [folder for folder in paths if folder not in sys.path]
+    if source is not None:
+        working, folder = Path(source["working_directory"]), Path(source["job_folder"])
+        if run.code.is_dir():
+            folder = run.code / folder.relative_to(working) if folder.is_relative_to(working) else folder
+            working = run.code
+    sys.path[:0] = [path for path in map(str, dict.fromkeys((working, folder))) if path not in sys.path]
 
 
 def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None:
-    """Find `package.module:Name` by reading its source: nothing of the user's is run on the submitting side."""
+    """Refuse what is not `package.module:Name`, and for a class `arguments` that it does not take."""
     module, _, name = value.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
         raise JobError(key, value, "is not package.module:Name", "For example trainer.tasks.digits:Digits")
@@ -56,13 +49,10 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
     except SyntaxError as error:
         raise JobError(key, value, f"{source.name} line {error.lineno}: {error.msg}", "Correct the source") from None
     found = {item.name: item for item in tree.body if isinstance(item, (ast.ClassDef, ast.FunctionDef))}
-    if name not in found:
-        if {name, "*"} & _other_names(tree):  # looked up for real when the ranks import it
-            return
-        whole = [f"{module}:{other}" for other in found]
-        remedy = did_you_mean(value, whole, "It defines: " + ", ".join(found), 0.75)
+    item = found.get(name)
+    if item is None and not {name, "*"} & _other_names(tree):  # others are looked up when the ranks import them
+        remedy = did_you_mean(value, [f"{module}:{other}" for other in found], "It defines: " + ", ".join(found), 0.75)
         raise JobError(key, value, f"{source.name} defines no {name}", remedy)
-    item = found[name]
     if arguments is not None and isinstance(item, ast.ClassDef):
         _check_arguments(item, arguments)
 
@@ -96,14 +86,6 @@ def find_source(module: str) -> Path | None:
         spec = importlib.util.find_spec(head)
     except (ImportError, ValueError):
         return None
-    if spec is None:
-        return None
-    folders = list(spec.submodule_search_locations or [])
-    if not rest:
-        return Path(spec.origin) if spec.origin else None
-    for folder in folders:
-        base = Path(folder, *rest)
-        for candidate in (base.with_suffix(".py"), base / "__init__.py", *base.parent.glob(base.name + ".*.so")):
-            if candidate.is_file():
-                return candidate
-    return None
+    for name in rest:
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations or []) if spec else None
+    return Path(spec.origin) if spec and spec.origin else None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.config.load import merge_job
-from trainer.config.values import expand_path, parse_value, read_yaml, settle, split_values
+from trainer.config.values import expand_path, parse_value, read_yaml, split_values
 from trainer.errors import JobError
 
 VALUES: list[tuple[str, Any]] = [
@@ -24,8 +24,8 @@ VALUES: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("text", "value"), VALUES)
 def test_a_value_means_the_same_in_a_file_and_on_a_command_line(text: str, value: Any) -> None:
-    assert settle(parse_value(text), False) == value
-    assert settle(read_yaml(f"key: {text}"), False) == {"key": value}
+    assert parse_value(text) == value
+    assert read_yaml(f"key: {text}") == {"key": value}
 
 
 @pytest.mark.parametrize("text", ["#ff0000", "Answer: yes", "a # b", "* x", "@home", "50%"])
@@ -54,7 +54,7 @@ def test_text_keys_get_what_was_written(tmp_path: Path) -> None:
 
 
 def test_merge_keys_anchors_and_tags() -> None:
-    assert settle(read_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}"), False)["d"] == {"b": 1, "c": 3}
+    assert read_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}")["d"] == {"b": 1, "c": 3}
     with pytest.raises(ValueError, match="tag"):
         read_yaml("a: !!python/object:os.system {}")
 
