@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import MUSTER, ROOT
 
-ROOT = Path(__file__).parents[2]
-MUSTER = str(Path(sys.executable).with_name("muster"))
 VERBS = ("run", "submit", "render", "status", "logs", "cancel", "preempt", "list")
 
 

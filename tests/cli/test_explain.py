@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from muster_runs import environment
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 NODE_1_OF_2 = {
     "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": "digits-1", "MUSTER_NODES": "2", "MUSTER_NODE_RANK": "1",
     "MUSTER_HOSTNAMES": "127.0.0.1,127.0.0.2",

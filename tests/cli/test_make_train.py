@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from stopwatch import Stopwatch
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)

@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 from muster_runs import Run, environment, muster
-
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
 
 
 def test_what_render_prints_trains(tmp_path: Path) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from muster_runs import environment
-
-ROOT = Path(__file__).parents[2]
-MUSTER = Path(sys.executable).with_name("muster")
+from paths import MUSTER, ROOT
 
 
 def compare(*words: object) -> subprocess.CompletedProcess[str]:

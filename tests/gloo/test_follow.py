@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 from muster_runs import MUSTER, environment, followed, muster, processes_of, wait_for
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 
 from trainer.records import read_json
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, pathlib, sys, time
 rank = int(os.environ["RANK"])

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from ranks import complete, evaluations, losses, make_job
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = ROOT / "jobs"
 MODES = (["parallel=single"], ["parallel=dp"], ["parallel=ddp"])
 
 

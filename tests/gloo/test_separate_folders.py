@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from muster_runs import Run
+from paths import ROOT
 
 from trainer.records import read_lines
 
-ROOT = Path(__file__).parents[2]
 JOB = ["nodes=2", "devices_per_node=1", "device=cpu", "train.steps=40", "checkpoint.every_steps=5"]
 
 

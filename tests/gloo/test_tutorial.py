@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from ranks import complete, evaluations, losses, make_job
 
-FOLDER = Path(__file__).parents[2] / "docs/tutorial"
+FOLDER = ROOT / "docs/tutorial"
 MODES = {"ddp": [], "single": ["parallel=single"], "dp": ["parallel=dp"]}
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_api_server import Cluster, serving
-
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import yaml
-
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
 
 
 def kinds(text: str) -> list[str]:

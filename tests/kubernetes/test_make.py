@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from fake_api_server import Cluster
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 INSTANCE = {"app.kubernetes.io/instance": "digits"}
 
 

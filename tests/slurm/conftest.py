@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import slurm_packages
+from paths import ROOT
 from slurm_cluster import Cluster
 from slurm_runs import Run, uninterrupted
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
+
 HAS_GPU = any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia")))
 
 PYPROJECT = """

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import ROOT
 
 from trainer.launch.platform import JobStatus, find_platform
 from trainer.run.folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[2]
 MUSTER = Path(sys.executable).with_name("muster")
 
 

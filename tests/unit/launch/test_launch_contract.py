@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from manifest_rules import container, job_spec, only
+from paths import ROOT
 
 from trainer.config.job import Job
 from trainer.config.load import load_job, merge_job, save_job, to_job
@@ -26,7 +27,6 @@ from trainer.launch.platform import REGISTRY, Plan, find_platform
 from trainer.run.folder import RunFolder
 from trainer.wiring.node import Wiring, wire
 
-ROOT = Path(__file__).parents[3]
 NODES = 3
 OVERRIDES = [f"nodes={NODES}", "devices_per_node=2", "train.batch_size=60", "train.lr=0.25", "seed=7", "task_args={}"]
 

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[3]
+from paths import ROOT
 
 
 @pytest.mark.parametrize("before", ["", "import sys; sys.modules['tomllib'] = None\n"], ids=["tomllib", "as on 3.10"])

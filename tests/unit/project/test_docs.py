@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
 from trainer.launch.cli import app
 
-ROOT = Path(__file__).parents[3]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

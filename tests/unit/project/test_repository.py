@@ -11,13 +11,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from paths import ROOT
 
 try:
     import tomllib
 except ImportError:  # Python 3.10, where pytest brings the package that became tomllib
     import tomli as tomllib  # type: ignore[no-redef]
 
-ROOT = Path(__file__).parents[3]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PACKAGE_DATA = PYPROJECT["tool"]["setuptools"]["package-data"]

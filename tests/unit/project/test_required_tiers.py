@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-TESTS = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 SKIPPING = """
 import pytest
 

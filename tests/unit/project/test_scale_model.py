@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from paths import ROOT
 from torch import empty
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
+sys.path.insert(0, str(ROOT / "bench"))
 
 from scale_model import (
     Compute,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import MUSTER
 
 from trainer.config.load import load_job
 from trainer.errors import JobError
@@ -190,8 +191,7 @@ def test_a_run_folder_is_no_job_to_compare(tmp_path: Path) -> None:
 
 
 def test_the_command_answers_a_mistake_with_64_and_never_imports_torch(job_file: Path) -> None:
-    muster = Path(sys.executable).with_name("muster")
-    wrong = subprocess.run([muster, "compare", job_file, "--rounds", "0"], capture_output=True, text=True, check=False)
+    wrong = subprocess.run([MUSTER, "compare", job_file, "--rounds", "0"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 64 and "--rounds=0" in wrong.stderr
     code = "import sys, trainer.launch.cli; assert 'trainer.launch.compare.runs' not in sys.modules; " \
            "import trainer.launch.compare.runs; assert not {'torch', 'matplotlib'} & set(sys.modules)"  # fmt: skip

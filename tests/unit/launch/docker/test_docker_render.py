@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from trainer.errors import JobError
 from trainer.launch.submit import render_job
 
-ROOT = Path(__file__).parents[4]
 RUN = "/big/digits-ID"
 
 

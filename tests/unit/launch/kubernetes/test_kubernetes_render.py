@@ -13,6 +13,7 @@ import pytest
 import yaml
 from manifest_rules import Manifest, container, job, only, problems, variables
 from omegaconf import OmegaConf
+from paths import ROOT
 
 from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
@@ -22,7 +23,6 @@ from trainer.launch.platform import Plan
 from trainer.launch.submit import render_job
 from trainer.run.folder import RunFolder
 
-ROOT = Path(__file__).parents[4]
 EXAMPLES = sorted((ROOT / "k8s/examples").glob("*.yaml"))
 VERSIONS = ("1.29", "1.33", "1.36")
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pod_rules  # noqa: F401  adds its rules
 import pytest
 import yaml
 from manifest_rules import Manifest, problems
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 
-EXAMPLES = Path(__file__).parents[4] / "k8s/examples"
+EXAMPLES = ROOT / "k8s/examples"
 GONE = object()
 ALL = {"action": "FailJob", "onExitCodes": {"containerName": "agent", "operator": "NotIn", "values": [0]}}
 HOST = {"name": "host", "hostPath": {"path": "/"}}

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from paths import ROOT
 
 from trainer.errors import JobError
 from trainer.launch.kubernetes.site import KubernetesSite, load_kubernetes_site, quantity
 
-K8S = Path(__file__).parents[4] / "k8s"
+K8S = ROOT / "k8s"
 
 
 def load(tmp_path: Path, **values: Any) -> KubernetesSite:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from trainer.errors import JobError
 from trainer.launch.submit import render_job, submit_job
 
-ROOT = Path(__file__).parents[4]
 RUN = "/big/digits-ID"
 OURS = [
     "sbatch", "--job-name=digits", "--nodes=2", "--signal=USR2@60",
