@@ -1,11 +1,8 @@
 """Files of JSON: lines that several processes append to, and objects that are replaced as a whole."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,6 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         os.write(handle, line.encode())
     finally:
         os.close(handle)
-
-
-def record_event(run: Path, event: str, **facts: Any) -> None:
-    """Append to `events.jsonl`: what happened, when (seconds since 1970), and its facts."""
-    append_line(run / "events.jsonl", {"event": event, "time": round(time.time(), 3), **facts})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

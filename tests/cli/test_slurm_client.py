@@ -95,7 +95,7 @@ def test_who_follows_asks_seldom(client: SimpleNamespace, runs: Path) -> None:
 def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("partition: night\n")
-    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", site).path
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", site)
     ends(client)
     word, verb, folder = resume_command(run).split()
     assert (Path(word).name, verb, folder) == ("muster", "run", str(run))
@@ -145,7 +145,7 @@ def test_a_run_of_another_user_is_not_continued(client: SimpleNamespace, runs: P
 
 def test_a_run_that_slurm_started_by_hand_is_continued_there(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "wired", "platform": "slurm", "time": 1}\n')
-    assert resume_command(tmp_path).endswith(f" run {tmp_path} --on slurm")
+    assert resume_command(RunFolder(tmp_path)).endswith(f" run {tmp_path} --on slurm")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ranks import start
 from trainer.checkpoint import files as checkpoint
 from trainer.checkpoint.files import PAYLOAD, committed, newest_good, prune, sweep
 from trainer.run.attempts import StaleAttempt, claim
+from trainer.run.folder import RunFolder
 
 OLD, NEW = 1.0, 2.0
 
@@ -99,10 +100,10 @@ def test_prune_leaves_what_a_person_put_there(tmp_path: Path) -> None:
 
 
 def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
-    claim(tmp_path, 4)
+    claim(RunFolder(tmp_path), 4)
     root = tmp_path / "checkpoints"
     checkpoint.commit(root, 1, payload(OLD), {}, 4)
-    claim(tmp_path, 5)
+    claim(RunFolder(tmp_path), 5)
     with pytest.raises(StaleAttempt, match=r"attempt 4 .* replaced by attempt 5"):
         checkpoint.commit(root, 2, payload(NEW), {}, 4)
     assert [path.name for path in root.iterdir()] == ["step-000000001"]

@@ -11,13 +11,14 @@ from pathlib import Path
 from torch.optim import optimizer
 
 from trainer.run.attempts import claim, newest
+from trainer.run.folder import RunFolder
 
 MOMENTS = ("before update", "after update", "in evaluation")
 
 
 def supersede(folder: Path) -> None:
     """Somebody starts a later attempt of the run."""
-    claim(folder, newest(folder) + 1)
+    claim(RunFolder(folder), newest(RunFolder(folder)) + 1)
 
 
 def fill_disk(folder: Path) -> None:

@@ -30,6 +30,7 @@ from trainer.config.load import load_job
 from trainer.errors import FAILED, WRONG_JOB, JobError
 from trainer.records import read_lines
 from trainer.run.attempts import claim, newest
+from trainer.run.folder import RunFolder
 
 HERE = Path(__file__).parent
 PRELOAD = ["torch", "torch._dynamo", "trainer.training.rank", "digit_tasks", "data_tasks"]
@@ -69,8 +70,8 @@ def train(
     """Train `job` in `folder` as its next attempt; `fault` happens to this attempt only."""
     folder.mkdir(parents=True, exist_ok=True)
     if attempt is None:
-        attempt = newest(folder) + 1
-        claim(folder, attempt)
+        attempt = newest(RunFolder(folder)) + 1
+        claim(RunFolder(folder), attempt)
     shared = {
         "WORLD_SIZE": str(job.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "MUSTER_ATTEMPT": str(attempt), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",

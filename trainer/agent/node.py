@@ -125,7 +125,7 @@ def _supervise(
 def _report_end(code: int, reason: str | None, run: RunFolder, wiring: Wiring) -> int:
     """Tell everybody how this node's part ended; return the exit code."""
     if code == DONE:
-        tell_platform(plain_table(run.path))
+        tell_platform(plain_table(run))
         return code
     reason = reason or ("stopped on request with a checkpoint saved" if code == STOPPED else "failed")
     run.record("ended", node=wiring.node_rank, code=code, reason=reason)

@@ -64,11 +64,11 @@ class RestartPolicy:
 
     def _claim_attempt(self) -> int:
         try:
-            newest = attempts.newest(self.run.path)
+            newest = attempts.newest(self.run)
             if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
                 raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
             self.attempt = newest + 1
-            attempts.claim(self.run.path, self.attempt)
+            attempts.claim(self.run, self.attempt)
         except OSError as error:
             raise JobError(
                 "runs", str(self.run), f"cannot be written ({error})", "Give a writable runs folder"

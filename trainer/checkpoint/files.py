@@ -24,6 +24,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from trainer import __version__
 from trainer.errors import JobError
 from trainer.run.attempts import check_current
+from trainer.run.folder import RunFolder
 
 PAYLOAD = ("model.pt", "state.pt")
 NAME = re.compile(r"step-[0-9]{9,}")
@@ -66,7 +67,7 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
         }  # fmt: skip
         _write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         _sync_folder(pending)
-        check_current(root.parent, attempt)
+        check_current(RunFolder(root.parent), attempt)
         target = root / f"step-{step:09d}"
         if target.exists():  # the same step again, after a resume from before it
             target.rename(root / f".replaced-{target.name}-{time.time_ns()}")

@@ -65,13 +65,13 @@ def end(run: RunFolder, status: JobStatus) -> None:
     """Print the table, or why there is none."""
     if status.phase == Phase.DONE:
         # Not wrapped: its last line is to be pasted. Where the nodes keep the run folder there is no table here.
-        print("\n" + (plain_table(run.path) or f"continue with  {resume_command(run.path)}"))
+        print("\n" + (plain_table(run) or f"continue with  {resume_command(run)}"))
         return
     failure = read_json(run.failure)
     ended = [event for event in run.read_events() if event["event"] == "ended"]
     reason = (failure or {}).get("reason") or (ended[-1]["reason"] if ended else status.reason) or status.phase
     print(f"{status.phase.upper()}: {reason}", file=sys.stderr)
-    print(f"Continue with: {resume_command(run.path)}", file=sys.stderr)
+    print(f"Continue with: {resume_command(run)}", file=sys.stderr)
 
 
 class Lines:

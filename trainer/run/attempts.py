@@ -3,44 +3,34 @@
 A node that was declared dead may live on behind a cut network, with a disk that it shares with its successor.
 """
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
+
+from trainer.run.folder import RunFolder
 
 
 class StaleAttempt(RuntimeError):
     """A later attempt owns the run: this one must not write."""
 
 
-def claim(run: Path, attempt: int) -> None:
-    """Make `attempt` the owner of the run.
-
-    Raises:
-        StaleAttempt: a later attempt owns it already.
-    """
-    folder = run / "attempts"
-    folder.mkdir(parents=True, exist_ok=True)
+def claim(run: RunFolder, attempt: int) -> None:
+    """Make `attempt` the owner of the run. Raises StaleAttempt: a later attempt owns it already."""
+    run.attempts.mkdir(parents=True, exist_ok=True)
     check_current(run, attempt)
-    handle = os.open(folder / f"{attempt:06d}", os.O_CREAT | os.O_WRONLY, 0o644)
+    handle = os.open(run.attempts / f"{attempt:06d}", os.O_CREAT | os.O_WRONLY, 0o644)
     os.fsync(handle)
     os.close(handle)
 
 
-def newest(run: Path) -> int:
+def newest(run: RunFolder) -> int:
     """The number of the newest attempt, -1 before the first."""
     try:
-        return max((int(name) for name in os.listdir(run / "attempts") if name.isdigit()), default=-1)
+        return max((int(name) for name in os.listdir(run.attempts) if name.isdigit()), default=-1)
     except FileNotFoundError:
         return -1
 
 
-def check_current(run: Path, attempt: int) -> None:
-    """Refuse to go on for a stale attempt.
-
-    Raises:
-        StaleAttempt: a later attempt owns the run.
-    """
+def check_current(run: RunFolder, attempt: int) -> None:
+    """Refuse to go on for a stale attempt. Raises StaleAttempt: a later attempt owns the run."""
     owner = newest(run)
     if owner > attempt:
         raise StaleAttempt(f"attempt {attempt} of {run.name} was replaced by attempt {owner}: nothing was written")

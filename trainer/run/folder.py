@@ -23,11 +23,12 @@ JOB = "job.yaml"
 CHECKPOINT = "step-"
 
 
+@dataclass(frozen=True)
 class Entry:
     """A file or folder that a run folder has one of."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
+    meaning: str
 
     def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
         return run.path / self.name
@@ -40,52 +41,32 @@ class RunFolder:
     path: Path
 
     # What was asked for.
-    job = Entry(JOB)
-    """The merged job. Interpolations stay as written."""
-    plan = Entry("plan")
-    """A folder: what was submitted, and what submitit keeps."""
-    source = Entry("plan/source.json")
-    """The working directory and the job file's folder at submission."""
-    platform = Entry("plan/platform.json")
-    """The platform and the site file; known before the platform has accepted the job."""
-    code = Entry("code")
-    """A folder: the snapshot of the user's code."""
-    handle = Entry("handle.json")
-    """The platform, and its name for the job."""
-    sweep = Entry("sweep.json")
-    """The runs of a sweep; only in the folder of one."""
+    job = Entry(JOB, "The merged job. Interpolations stay as written.")
+    plan = Entry("plan", "A folder: what was submitted, and what submitit keeps.")
+    source = Entry("plan/source.json", "The working directory and the job file's folder at submission.")
+    platform = Entry("plan/platform.json", "The platform and the site file; known before the job is accepted.")
+    code = Entry("code", "A folder: the snapshot of the user's code.")
+    handle = Entry("handle.json", "The platform, and its name for the job.")
+    sweep = Entry("sweep.json", "The runs of a sweep; only in the folder of one.")
 
     # What happened.
-    events = Entry("events.jsonl")
-    """A line for each event: see `trainer.run.events`."""
-    metrics = Entry("metrics.jsonl")
-    """A line for each logged training step and each evaluation."""
-    tensorboard = Entry("tensorboard")
-    """A folder: the same values for TensorBoard."""
-    profile = Entry("profile")
-    """A folder: profiler traces."""
-    checkpoints = Entry("checkpoints")
-    """A folder: `step-*`, each committed by its rename."""
-    attempts = Entry("attempts")
-    """A folder: a file for each attempt, of which the newest owns the run."""
-    failures = Entry("failures")
-    """A folder: what each failed rank says of its exception."""
-    result = Entry("result.json")
-    """The last evaluation, speed and memory of a run that is done."""
-    failure = Entry("failure.json")
-    """Why the run failed."""
-    exit = Entry("exit.json")
-    """The exit code that a local or Docker run ended with."""
-    lock = Entry(".lock")
-    """Held by the supervisor of a local or Docker run while it lives."""
-    logs = Entry("logs")
-    """A folder: logs of nodes, ranks and the supervisor."""
+    events = Entry("events.jsonl", "A line for each event: see `trainer.run.events`.")
+    metrics = Entry("metrics.jsonl", "A line for each logged training step and each evaluation.")
+    tensorboard = Entry("tensorboard", "A folder: the same values for TensorBoard.")
+    profile = Entry("profile", "A folder: profiler traces.")
+    checkpoints = Entry("checkpoints", "A folder: `step-*`, each committed by its rename.")
+    attempts = Entry("attempts", "A folder: a file for each attempt, of which the newest owns the run.")
+    failures = Entry("failures", "A folder: what each failed rank says of its exception.")
+    result = Entry("result.json", "The last evaluation, speed and memory of a run that is done.")
+    failure = Entry("failure.json", "Why the run failed.")
+    exit = Entry("exit.json", "The exit code that a local or Docker run ended with.")
+    lock = Entry(".lock", "Held by the supervisor of a local or Docker run while it lives.")
+    logs = Entry("logs", "A folder: logs of nodes, ranks and the supervisor.")
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def __fspath__(self) -> str:
-        return str(self.path)
+    __fspath__ = __str__
 
     @property
     def name(self) -> str:
@@ -142,14 +123,8 @@ class RunFolder:
     def create(cls, runs: str, name: str, job_text: str, job_folder: Path | None = None) -> RunFolder:
         """Make a new run folder `<runs>/<name>-<id>`. No two calls ever get the same.
 
-        Args:
-            runs: the folder of run folders.
-            name: the job's.
-            job_text: the merged job as YAML.
-            job_folder: where the job file lies; user code may lie beside it.
-
-        Raises:
-            JobError: the runs folder cannot be written.
+        `job_text` is the merged job as YAML. User code may lie in `job_folder`, beside the job file.
+        Raises JobError: the folder `runs` cannot be written.
         """
         root = Path(runs).resolve()
         try:
@@ -157,8 +132,7 @@ class RunFolder:
             run = cls(_make_unique(root, name))
             run.logs.mkdir()
             run.plan.mkdir()
-            folders = {"working_directory": os.getcwd(), "job_folder": str(job_folder or os.getcwd())}
-            write_json(run.source, folders)
+            write_json(run.source, {"working_directory": os.getcwd(), "job_folder": str(job_folder or os.getcwd())})
             run.job.write_text(job_text)
         except OSError as error:
             problem = f"cannot be written: {error}"
@@ -168,11 +142,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """The folder of a run that exists; `path` may also name its job.yaml.
-
-        Raises:
-            JobError: no such run.
-        """
+        """The folder of a run that exists; `path` may also name its job.yaml. Raises JobError: no such run."""
         given = Path(path)
         run = cls((given.parent if given.name == JOB else given).resolve())
         if not run.job.is_file():
@@ -206,8 +176,7 @@ def last_event(events: list[Event], *names: str) -> Event | None:
 def find_job(path: Path) -> Path:
     """The job file that a path means: of a task of an array, the one that its number chooses.
 
-    Raises:
-        JobError: outside an array, or more tasks than runs.
+    Raises JobError: outside an array, or more tasks than runs.
     """
     sweep = read_json(RunFolder(path).sweep) if path.is_dir() else None
     if sweep is None:
@@ -226,14 +195,3 @@ def run_of(job_file: Path) -> RunFolder | None:
         return RunFolder(given)
     run = RunFolder((job_file if job_file.is_dir() else job_file.parent).resolve())
     return run if (job_file.is_dir() or job_file.name == JOB) and run.events.exists() else None
-
-
-# Until every module uses RunFolder.
-def steps_committed(run: Path) -> int:
-    """See RunFolder."""
-    return RunFolder(run).steps_committed()
-
-
-def open_run(path: str | Path) -> Path:
-    """See RunFolder."""
-    return RunFolder.open(path).path

@@ -1,7 +1,5 @@
 """Following files that others append to: logs, and files of JSON lines."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -12,7 +10,6 @@ class Tail:
     """What is appended to one file, from its present end on."""
 
     def __init__(self, path: Path) -> None:
-        """The file need not exist yet."""
         self.path = path
         self.offset = size(path)
 

@@ -53,8 +53,9 @@ def train(
     if run is None:
         run = Path(parallel.share(str(choose_run(job, wiring))))
     run.mkdir(parents=True, exist_ok=True)
-    check_current(run, wiring.attempt)
-    report = Report(job, RunFolder(run), wiring.attempt, parallel, pulse)
+    folder = RunFolder(run)
+    check_current(folder, wiring.attempt)
+    report = Report(job, folder, wiring.attempt, parallel, pulse)
     try:
         task = make_task(job.task, job.task_args)
         seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
@@ -68,7 +69,7 @@ def train(
         trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit(on_failure)
         report.finish(metrics)
-        report.say("\n" + plain_table(run))
+        report.say("\n" + plain_table(folder))
         pulse.beat(trainer.position.step, "finishing")
         parallel.barrier()
     except BaseException as error:
