@@ -51,16 +51,15 @@ def agent_folders() -> list[tuple[Path, bool]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove shared memory of killed loader workers, which `trainer.data.loader` notes in the agent's folder.
+    """Remove shared memory of loader workers, all of which were killed; each left a note in the agent's folder.
 
     torch makes a file for a batch and unlinks it a moment later; a worker that is killed in between leaves it. The
-    file's name holds the process id of its maker. Those of workers that live, or are still on their way out, stay.
+    file's name holds the process id of its maker.
     """
     notes = {note.name.removeprefix("worker-"): note for note in folder.glob("worker-*")}
-    ended = {pid: note for pid, note in notes.items() if not Path("/proc", pid).exists()}
-    for file in SHM.glob("torch_*_*") if ended else ():
-        if file.name.split("_")[1] in ended:
+    for file in SHM.glob("torch_*_*") if notes else ():
+        if file.name.split("_")[1] in notes:
             with contextlib.suppress(OSError):  # of another user, whose container shares this memory
                 file.unlink()
-    for note in ended.values():
+    for note in notes.values():
         note.unlink(missing_ok=True)
