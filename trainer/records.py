@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.wiring.variables import termination_log
+from trainer.wiring.variables import TERMINATION_LOG, read_path
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def tell_platform(text: str) -> None:
     """Leave the last word where the platform shows it: Kubernetes' termination message (at most 4096 bytes)."""
-    path = termination_log()
+    path = read_path(TERMINATION_LOG)
     if path:
         with contextlib.suppress(OSError):
             path.write_bytes(text.encode()[:4000])

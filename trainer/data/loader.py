@@ -20,7 +20,7 @@ from trainer.data.batches import BatchDataset, Keys
 from trainer.data.nested import map_tensors
 from trainer.signals import ignore_signals, set_parent_death_signal
 from trainer.task import Task
-from trainer.wiring.variables import heartbeat_file
+from trainer.wiring.variables import HEARTBEAT, read_path
 
 
 def _start_worker(_: int) -> None:
@@ -32,7 +32,7 @@ def _start_worker(_: int) -> None:
     rank = multiprocessing.parent_process()
     assert rank is not None and rank.pid is not None
     set_parent_death_signal(rank.pid, signal.SIGKILL)
-    heartbeat = heartbeat_file()
+    heartbeat = read_path(HEARTBEAT)
     if heartbeat is not None:  # its rank may die without a word: the agent removes what this worker leaves in memory
         with contextlib.suppress(OSError):
             heartbeat.with_name(f"worker-{os.getpid()}").touch()

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.wiring.variables import heartbeat_file
+from trainer.wiring import variables
 
 SLOT = struct.Struct("<dqq")
 """Monotonic seconds, step, phase."""
@@ -60,7 +60,7 @@ class Pulse:
 
     def __init__(self, local_rank: int) -> None:
         """Find the agent's file through the environment."""
-        path = heartbeat_file()
+        path = variables.read_path(variables.HEARTBEAT)
         self.local_rank = local_rank
         self.heartbeat = Heartbeat(path, local_rank + 1) if path else None
 

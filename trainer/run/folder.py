@@ -16,7 +16,7 @@ from typing import Any
 from trainer.errors import JobError
 from trainer.records import append_line, read_json, read_lines, write_json
 from trainer.run.events import EVENTS
-from trainer.wiring.variables import SLURM_ARRAY_TASK_ID, array_task, given_run
+from trainer.wiring.variables import RUN, SLURM_ARRAY_TASK_ID, array_task, read_path
 
 Event = dict[str, Any]
 JOB = "job.yaml"
@@ -190,7 +190,7 @@ def find_job(path: Path) -> Path:
 
 def run_of(job_file: Path) -> RunFolder | None:
     """The run that a job file belongs to: the platform's choice, or its own folder when that is a run's."""
-    given = given_run()
+    given = read_path(RUN)
     if given is not None:
         return RunFolder(given)
     run = RunFolder((job_file if job_file.is_dir() else job_file.parent).resolve())

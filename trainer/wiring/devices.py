@@ -4,8 +4,6 @@ The agent and the submitting side must not ask the CUDA driver: it would break t
 count device files. A rank asks torch, in `use_cuda`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,16 +53,14 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
 def wanted_devices(job: DeviceWishes, visible: list[str]) -> list[str] | int:
     """Which of the `visible` GPUs a job needs on this machine: names, a number of any, or 0 to run on the CPU.
 
-    Raises:
-        JobError: more than there are, or outside the mask.
+    Raises JobError: more than there are, or outside the mask.
     """
     if job.device == "cpu":
         return 0
     if job.devices is not None and visible:
         if not set(map(str, job.devices)) <= set(visible):
-            raise JobError(
-                "devices", job.devices, f"this machine has the devices {', '.join(visible)}", "Choose among those"
-            )
+            problem = f"this machine has the devices {', '.join(visible)}"
+            raise JobError("devices", job.devices, problem, "Choose among those")
         return list(map(str, job.devices))
     count = job.nodes * job.devices_per_node
     if count <= len(visible):
@@ -78,8 +74,7 @@ def wanted_devices(job: DeviceWishes, visible: list[str]) -> list[str] | int:
 def choose_mask(environ: Mapping[str, str], devices: list[int] | None) -> tuple[str | None, str]:
     """CUDA_VISIBLE_DEVICES for the ranks of a node, None to set none, and where it comes from.
 
-    Raises:
-        JobError: the job chooses `devices` outside the mask that is set already.
+    Raises JobError: the job chooses `devices` outside the mask that is set already.
     """
     leased = environ.get(names.VISIBLE_DEVICES)
     if leased:
@@ -97,11 +92,7 @@ def choose_mask(environ: Mapping[str, str], devices: list[int] | None) -> tuple[
 
 
 def use_cuda(job: DeviceWishes) -> bool:
-    """Whether this rank computes on GPUs. For ranks only: it asks the driver.
-
-    Raises:
-        JobError: the job insists on GPUs, and there are not enough.
-    """
+    """Whether this rank computes on GPUs. For ranks only: it asks the driver. Raises JobError: too few GPUs."""
     import torch
 
     if job.device == "cpu":

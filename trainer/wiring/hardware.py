@@ -1,7 +1,5 @@
 """What a process may use of this machine: processors (its affinity, and a container's limit) and shared memory."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

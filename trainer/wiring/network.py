@@ -1,7 +1,5 @@
 """Addresses, interfaces and ports of this machine, as the kernel tells them."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -27,11 +25,7 @@ def candidate_ports(identity: str) -> list[int]:
 
 
 def route_to(address: str) -> tuple[str, str]:
-    """The local address and interface that the kernel would use to reach `address`.
-
-    Raises:
-        OSError: there is no route.
-    """
+    """The local address and interface that the kernel would use to reach `address`. Raises OSError: no route."""
     family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # a datagram socket sends nothing on connect
@@ -58,10 +52,8 @@ def interface_of(address: str) -> str:
 def same_host(first: str, second: str) -> bool:
     """Whether two names or addresses resolve to a common address."""
     try:
-        return bool(
-            {item[4][0] for item in socket.getaddrinfo(first, None)}
-            & {item[4][0] for item in socket.getaddrinfo(second, None)}
-        )
+        one, other = ({item[4][0] for item in socket.getaddrinfo(name, None)} for name in (first, second))
+        return bool(one & other)
     except OSError:
         return False
 

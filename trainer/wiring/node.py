@@ -4,13 +4,11 @@ Node facts come from submitit's JobEnvironment, master address and port through 
 with one submitit task per node. Each value remembers where it came from.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from trainer.errors import JobError
+from trainer.errors import JobError, wrong_choice
 from trainer.wiring import variables as names
 from trainer.wiring.devices import choose_mask
 from trainer.wiring.hardware import usable_processors
@@ -21,8 +19,8 @@ PLATFORMS = ("local", "docker", "kubernetes")
 
 
 @dataclass(frozen=True)
-class Wiring:
-    """One node's place in a job."""
+class NodeFacts:
+    """What the scheduler says about this node."""
 
     platform: str
     job_id: str
@@ -31,6 +29,12 @@ class Wiring:
     nodes: int
     node_rank: int
     hostnames: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wiring(NodeFacts):
+    """One node's place in a job."""
+
     master_addr: str
     ports: tuple[int, ...]
     """Candidates for the store that the agents share, in order."""
@@ -46,39 +50,57 @@ class Wiring:
 
     def explain(self) -> str:
         """Each value with where it came from, a line each."""
-        rows = [(name, str(getattr(self, name))) for name in self.__dataclass_fields__ if name != "provenance"]
-        return "\n".join(f"{name:16} {value:40} {self.provenance.get(name, '')}".rstrip() for name, value in rows)
-
-
-@dataclass(frozen=True)
-class NodeFacts:
-    """What the scheduler says about this node."""
-
-    job_id: str
-    launch: int
-    node_rank: int
-    hostnames: tuple[str, ...]
-    nodes: int
+        rows = {name: str(value) for name, value in vars(self).items() if name != "provenance"}
+        return "\n".join(
+            f"{name:16} {value:40} {self.provenance.get(name, '')}".rstrip() for name, value in rows.items()
+        )
 
 
 def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
     """Wire this node for a job of `nodes` nodes, None for as many as there are; `devices`: those that the job chooses.
 
-    Raises:
-        JobError: an environment that is partial, or that contradicts the job or itself.
+    Raises JobError: the environment is partial, or contradicts the job or itself.
     """
-    environ = os.environ
-    platform, source = _platform(environ)
-    sources: dict[str, str] = {"platform": source}
+    platform, source = _platform()
+    sources: dict[str, str] = {"platform": source, "devices_per_node": "job file"}
     if platform == "alone":
         if nodes is not None and nodes > 1:
             problem = f"this process was started by hand, on one machine ({source})"
             remedy = "Use `muster run` to simulate nodes here, or submit to a cluster"
             raise JobError("nodes", nodes, problem, remedy)
-        facts = NodeFacts(f"alone-{os.getpid()}", 0, 0, ("127.0.0.1",), 1)
+        facts = NodeFacts(platform, f"alone-{os.getpid()}", 0, 1, 0, ("127.0.0.1",))
         sources |= dict.fromkeys(("job_id", "node_rank", "hostnames", "nodes", "launch"), "started by hand: one node")
     else:
-        facts = _from_submitit(platform, environ, sources)
+        facts = _from_submitit(platform, sources)
+    _check_facts(facts, nodes, sources)
+    ports, master_addr = _ports(facts, sources), _master(facts, sources)
+    deadline = os.environ.get(names.SLURM_JOB_END_TIME, "")
+    sources["deadline"] = names.SLURM_JOB_END_TIME if deadline.isdecimal() else "no limit known"
+    cpus, sources["cpus"] = usable_processors()
+    mask, sources["visible_devices"] = choose_mask(os.environ, devices)
+    return Wiring(
+        **vars(facts), master_addr=master_addr, ports=ports, devices_per_node=devices_per_node, visible_devices=mask,
+        cpus=cpus, deadline=float(deadline) if deadline.isdecimal() else None,
+        interface=_interface(master_addr, sources), provenance=sources,
+    )  # fmt: skip
+
+
+def _platform() -> tuple[str, str]:
+    """The platform, and what says so."""
+    named = os.environ.get(names.PLATFORM)
+    if named and named not in PLATFORMS:
+        raise wrong_choice(names.PLATFORM, named, PLATFORMS, "Unset it on Slurm, which needs no such variable")
+    if named:
+        return named, names.PLATFORM
+    if not os.environ.get(names.SLURM_JOB_ID):
+        return "alone", "no scheduler variable"
+    if os.environ.get(names.SLURM_NODEID):
+        return "slurm", "SLURM_JOB_ID and SLURM_NODEID"
+    return "alone", "inside a Slurm allocation, but not on a node of it that Slurm numbers"
+
+
+def _check_facts(facts: NodeFacts, nodes: int | None, sources: dict[str, str]) -> None:
+    """Refuse numbers that contradict each other, the job, or what a hook or the shell calls RANK and WORLD_SIZE."""
     count = facts.nodes
     if nodes is not None and count != nodes:
         problem = f"the job file says so, but {sources['nodes']} says {count}"
@@ -89,41 +111,21 @@ def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = N
     if not 0 <= facts.node_rank < count:
         problem = f"does not exist among {count} nodes ({sources['nodes']})"
         raise JobError(sources["node_rank"], facts.node_rank, problem, "Both must come from one allocation")
-    _accept_ranks(environ, facts, sources)
-    ports = _ports(environ, facts, sources)
-    master_addr = _master(environ, facts, sources)
-    deadline = environ.get(names.SLURM_JOB_END_TIME, "")
-    sources["deadline"] = names.SLURM_JOB_END_TIME if deadline.isdecimal() else "no limit known"
-    cpus, sources["cpus"] = usable_processors()
-    sources["devices_per_node"] = "job file"
-    mask, sources["visible_devices"] = choose_mask(environ, devices)
-    return Wiring(
-        platform, facts.job_id, facts.launch, count, facts.node_rank, facts.hostnames, master_addr, ports,
-        devices_per_node, mask, cpus,
-        float(deadline) if deadline.isdecimal() else None, _interface(master_addr, sources), sources,
-    )  # fmt: skip
+    for name, key, value in ((names.RANK, "node_rank", facts.node_rank), (names.WORLD_SIZE, "nodes", count)):
+        given = os.environ.get(name)
+        if given and given != str(value):
+            problem = f"is set in the environment, but {sources[key]} says {value} to an agent"
+            raise JobError(name, given, problem, "Unset it, or find the image, hook or shell that sets it")
+        if given:
+            sources[key] += f"; {name} in the environment agrees"
 
 
-def _platform(environ: Mapping[str, str]) -> tuple[str, str]:
-    named = environ.get(names.PLATFORM)
-    if named:
-        if named not in PLATFORMS:
-            problem = "must be one of " + ", ".join(PLATFORMS)
-            raise JobError(names.PLATFORM, named, problem, "Unset it on Slurm, which needs no such variable")
-        return named, names.PLATFORM
-    if environ.get(names.SLURM_JOB_ID) and environ.get(names.SLURM_NODEID):
-        return "slurm", "SLURM_JOB_ID and SLURM_NODEID"
-    if environ.get(names.SLURM_JOB_ID):
-        return "alone", "inside a Slurm allocation, but not on a node of it that Slurm numbers"
-    return "alone", "no scheduler variable"
-
-
-def _from_submitit(platform: str, environ: Mapping[str, str], sources: dict[str, str]) -> NodeFacts:
+def _from_submitit(platform: str, sources: dict[str, str]) -> NodeFacts:
     """What submitit's JobEnvironment says about this node."""
-    slurm = platform == "slurm"
+    slurm, environ = platform == "slurm", os.environ
     index = environ.get(names.COMPLETION_INDEX)
     if platform == "kubernetes" and index and not environ.get(names.NODE_RANK):
-        os.environ[names.NODE_RANK] = index  # the Job controller's own name for it
+        environ[names.NODE_RANK] = index  # the Job controller's own name for it
     numbers = (names.SLURM_JOB_NUM_NODES, names.SLURM_NODEID) if slurm else (names.NODES, names.NODE_RANK)
     texts = (names.SLURM_JOB_ID, names.SLURM_JOB_NODELIST) if slurm else (names.JOB_ID, names.HOSTNAMES)
     for name in (*texts, *numbers):
@@ -136,14 +138,14 @@ def _from_submitit(platform: str, environ: Mapping[str, str], sources: dict[str,
         _check_step(environ, count)
     read_int(environ, numbers[1])
     restarts = names.SLURM_RESTART_COUNT if slurm else names.LAUNCH
-    os.environ["SUBMITIT_EXECUTOR"] = "slurm" if slurm else "muster"
+    environ["SUBMITIT_EXECUTOR"] = "slurm" if slurm else "muster"
     import submitit
 
     env = submitit.JobEnvironment()
     sources |= {"job_id": f"submitit, {texts[0]}", "hostnames": f"submitit, {texts[1]}", "launch": restarts,
              "nodes": f"submitit, {numbers[0]}", "node_rank": f"submitit, {numbers[1]}"}  # fmt: skip
     launch = read_int(environ, restarts, "0")
-    return NodeFacts(str(env.job_id), launch, env.node, tuple(env.hostnames), env.num_nodes)
+    return NodeFacts(platform, str(env.job_id), launch, env.num_nodes, env.node, tuple(env.hostnames))
 
 
 def _check_step(environ: Mapping[str, str], nodes: int) -> None:
@@ -161,18 +163,7 @@ def _check_step(environ: Mapping[str, str], nodes: int) -> None:
         raise JobError(names.SLURM_NTASKS, tasks, problem, remedy + ", or start ranks that know RANK and WORLD_SIZE")
 
 
-def _accept_ranks(environ: Mapping[str, str], facts: NodeFacts, sources: dict[str, str]) -> None:
-    """Compare what a hook, or the shell, calls RANK and WORLD_SIZE with the numbers of nodes."""
-    for name, key, value in ((names.RANK, "node_rank", facts.node_rank), (names.WORLD_SIZE, "nodes", facts.nodes)):
-        given = environ.get(name)
-        if given and given != str(value):
-            problem = f"is set in the environment, but {sources[key]} says {value} to an agent"
-            raise JobError(name, given, problem, "Unset it, or find the image, hook or shell that sets it")
-        if given:
-            sources[key] += f"; {name} in the environment agrees"
-
-
-def _master(environ: Mapping[str, str], facts: NodeFacts, sources: dict[str, str]) -> str:
+def _master(facts: NodeFacts, sources: dict[str, str]) -> str:
     """The master's address, accepting what another tool (enroot's hook, say) set and agrees."""
     own = facts.hostnames[0]
     sources["master_addr"] = f"first of the host names ({sources['hostnames']})"
@@ -181,7 +172,7 @@ def _master(environ: Mapping[str, str], facts: NodeFacts, sources: dict[str, str
 
         own = TorchDistributedEnvironment().master_addr
         sources["master_addr"] = f"submitit's TorchDistributedEnvironment, {sources['master_addr']}"
-    given = environ.get(names.MASTER_ADDR)
+    given = os.environ.get(names.MASTER_ADDR)
     if given and given != own:
         if not same_host(given, own):
             problem = f"is set in the environment, but {sources['hostnames']} says {own}"
@@ -190,11 +181,11 @@ def _master(environ: Mapping[str, str], facts: NodeFacts, sources: dict[str, str
     return own
 
 
-def _ports(environ: Mapping[str, str], facts: NodeFacts, sources: dict[str, str]) -> tuple[int, ...]:
+def _ports(facts: NodeFacts, sources: dict[str, str]) -> tuple[int, ...]:
     """Candidates for the port where the agents meet."""
     ports = tuple(candidate_ports(f"{facts.job_id}/{facts.launch}"))
     sources["ports"] = "derived from job id and launch, below Linux's ephemeral range"
-    given = environ.get(names.MASTER_PORT)
+    given = os.environ.get(names.MASTER_PORT)
     if given:
         if not given.isdecimal() or not 0 < int(given) < 65536:
             raise JobError(names.MASTER_PORT, given, "is not a valid port", "Unset it: Muster chooses one that is free")

@@ -1,7 +1,5 @@
 """A rank's place, as the launcher that started it tells: ours, torchrun, accelerate, PyTorchJob, srun per GPU."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,22 +24,15 @@ class RankWiring:
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher (ours, torchrun, accelerate, PyTorchJob, srun per GPU) has wired this process as a rank.
-
-    Raises:
-        JobError: it set some of the variables and not the others.
-    """
+    """Whether a launcher has wired this process as a rank. Raises JobError: it set only some of the variables."""
     present = [name for name in names.OF_RANKS if environ.get(name)]
     if not {names.RANK, names.WORLD_SIZE} & set(present) or _numbers_nodes(environ):
         return False
     missing = [name for name in names.OF_RANKS if name not in present]
     if missing and missing != [names.LOCAL_RANK]:  # PyTorchJob starts one process per pod and does not number it
-        raise JobError(
-            missing[0],
-            None,
-            f"is not set, but {', '.join(present)} are: a partial environment",
-            "Unset them to let Muster wire the ranks, or start by torchrun, which sets all of them",
-        )
+        problem = f"is not set, but {', '.join(present)} are: a partial environment"
+        remedy = "Unset them to let Muster wire the ranks, or start by torchrun, which sets all of them"
+        raise JobError(missing[0], None, problem, remedy)
     return True
 
 
@@ -61,11 +52,7 @@ def _numbers_nodes(environ: Mapping[str, str]) -> bool:
 
 
 def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
-    """This rank's place; alone when no launcher said anything.
-
-    Raises:
-        JobError: a partial or contradictory environment.
-    """
+    """This rank's place; alone when no launcher said anything. Raises JobError: they are partial or contradictory."""
     if not is_rank(environ):
         return RankWiring()
     rank, world_size = read_int(environ, names.RANK), read_int(environ, names.WORLD_SIZE)
@@ -76,15 +63,9 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
         (names.LOCAL_RANK, local_rank, names.LOCAL_WORLD_SIZE, local_size),
     ):
         if value >= size:
-            raise JobError(
-                name,
-                value,
-                f"contradicts {size_name}={size}",
-                "Both are set by the launcher that started this process: it must count from 0",
-            )
-    attempt = names.ATTEMPT if environ.get(names.ATTEMPT) else names.RESTART_COUNT
-    restarts, run_id = names.RESTART_COUNT, environ.get(names.RUN_ID) or "none"
-    return RankWiring(
-        rank, world_size, local_rank, read_int(environ, attempt, "0"), read_int(environ, restarts, "0"),
-        run_id if run_id != "none" else f"launcher-{os.getppid()}",
-    )  # fmt: skip
+            remedy = "Both are set by the launcher that started this process: it must count from 0"
+            raise JobError(name, value, f"contradicts {size_name}={size}", remedy)
+    restarts = read_int(environ, names.RESTART_COUNT, "0")
+    attempt, run_id = read_int(environ, names.ATTEMPT, str(restarts)), environ.get(names.RUN_ID) or "none"
+    launch = run_id if run_id != "none" else f"launcher-{os.getppid()}"
+    return RankWiring(rank, world_size, local_rank, attempt, restarts, launch)

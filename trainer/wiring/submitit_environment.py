@@ -4,8 +4,6 @@ Registered under the entry point group `submitit`, so `submitit.JobEnvironment()
 job on `local`, `docker` or `kubernetes`. Slurm uses submitit's own.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -19,13 +17,9 @@ class MusterJobEnvironment(JobEnvironment):
     """One agent, and so one submitit task, per node, described by MUSTER_* variables."""
 
     _env: ClassVar[dict[str, str]] = {
-        "job_id": names.JOB_ID,
-        "num_tasks": names.NODES,
-        "num_nodes": names.NODES,
-        "node": names.NODE_RANK,
-        "global_rank": names.NODE_RANK,
-        "local_rank": names.LOCAL_TASK,  # never set: the one task of a node is number 0
-    }
+        "job_id": names.JOB_ID, "num_tasks": names.NODES, "num_nodes": names.NODES, "node": names.NODE_RANK,
+        "global_rank": names.NODE_RANK, "local_rank": names.LOCAL_TASK,
+    }  # fmt: skip
 
     def activated(self) -> bool:
         """Whether this process belongs to a job that Muster started."""

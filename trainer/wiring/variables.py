@@ -4,8 +4,6 @@
 themselves is decided where it is set (`trainer.agent.node`, `launch/fabrics.yaml`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,20 +63,16 @@ OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "MUSTER_", "SUBMITIT_")
 
 
 def read_int(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
-    """The value of a variable that counts something. An empty value counts as unset.
-
-    Raises:
-        JobError: unset without a default, or not a number.
-    """
+    """The value of a variable that counts something. Raises JobError: unset without a default, or not a number."""
     text = environ.get(name) or default
     if text is None or not text.isdecimal():
         raise JobError(name, text, "is not a number", "The launcher or template that set it is misconfigured")
     return int(text)
 
 
-def given_run() -> Path | None:
-    """The run folder that the platform chose for this job, if it did."""
-    path = os.environ.get(RUN)
+def read_path(name: str) -> Path | None:
+    """The value of a variable that holds a path: `RUN`, `TERMINATION_LOG` or `HEARTBEAT`. None: it is not set."""
+    path = os.environ.get(name)
     return Path(path) if path else None
 
 
@@ -90,18 +84,6 @@ def run_is_shared() -> bool:
 def array_task() -> str | None:
     """The number of this task of a Slurm array; None outside one."""
     return os.environ.get(SLURM_ARRAY_TASK_ID)
-
-
-def termination_log() -> Path | None:
-    """The file whose text the platform shows when this container has ended, if it has one."""
-    path = os.environ.get(TERMINATION_LOG)
-    return Path(path) if path else None
-
-
-def heartbeat_file() -> Path | None:
-    """The file in which this rank gives signs of life; None without an agent."""
-    path = os.environ.get(HEARTBEAT)
-    return Path(path) if path else None
 
 
 def without_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
