@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from trainer.agent.rank_process import exit_code
-from trainer.config.load import merge_job, save_job, to_job
+from trainer.config.load import merge_job, to_job, to_text
 from trainer.errors import DONE, STOPPED, JobError, Stopped
 from trainer.run.folder import RunFolder, run_of
 from trainer.signals import restore_signals
@@ -53,7 +53,7 @@ def run_external_rank(path: Path, overrides: list[str]) -> int:
         chosen = run or RunFolder(choose_run(job, wiring))
         chosen.logs.mkdir(parents=True, exist_ok=True)
         if not chosen.job.exists():
-            save_job(config, chosen.job)
+            chosen.job.write_text(to_text(config))
     try:
         code = train(job, run.path if run else None, path)
     except Stopped:

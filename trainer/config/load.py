@@ -102,11 +102,6 @@ def to_text(config: DictConfig) -> str:
     return OmegaConf.to_yaml(config, resolve=False)
 
 
-def save_job(config: DictConfig, path: Path) -> None:
-    """Write the merged job."""
-    path.write_text(to_text(config))
-
-
 def read_sections(
     path: Path, is_text: IsText = never_text, what: str = "file", form: str = "Write a mapping: one `key: value` a line"
 ) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
 
 def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
     """As `_plan`, and make the run folder, or prepare the folder of a run that ended for its continuation."""
-    from trainer.config.load import save_job
+    from trainer.config.load import to_text
 
     platform, plan = _plan(job_path, overrides, on, site)
     run = _find_run(job_path)
@@ -71,7 +71,7 @@ def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path |
     handle, ask = status_of(run)
     if handle and ask().is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
-    save_job(plan.config, run.job)
+    run.job.write_text(to_text(plan.config))
     for stale in (run.failure, run.result):
         stale.unlink(missing_ok=True)
     return platform, plan

@@ -4,8 +4,6 @@ A line of the file is {"event": name, "time": seconds since 1970, **fields}. Fie
 older runs, and ranks that no agent watches, say less.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

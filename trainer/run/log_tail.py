@@ -16,8 +16,6 @@ class Tail:
     def read(self) -> bytes:
         """All that is new."""
         try:
-            if self.path.stat().st_size == self.offset:
-                return b""
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 new = file.read()
@@ -43,10 +41,7 @@ class Tail:
 
 def size(path: Path) -> int:
     """Bytes of a file; 0 when there is none."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return path.stat().st_size if path.exists() else 0
 
 
 def last_lines(path: Path, begin: int = 0, most: int = 4000) -> str:

@@ -4,8 +4,6 @@ The corpus is on every machine. It differs between Python versions: all nodes of
 figures of the same one compare.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sysconfig
@@ -63,16 +61,13 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners, 201
 
 def find_sources(folder: Path) -> list[Path]:
     """All `*.py` files under `folder`, relative to it, in the order of their names on every system."""
-    found = []
+    found: list[Path] = []
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        folders[:] = set(folders) - SKIPPED_FOLDERS
+        sources = (name for name in files if name.endswith(".py"))
         # _sysconfigdata_*: generated when Python is built, different on every machine.
-        found += [
-            Path(place, name).relative_to(folder)
-            for name in files
-            if name.endswith(".py") and not name.startswith("_sysconfigdata")
-        ]
-    return sorted(found, key=lambda path: path.as_posix())
+        found += (Path(place, name).relative_to(folder) for name in sources if not name.startswith("_sysconfigdata"))
+    return sorted(found, key=Path.as_posix)
 
 
 def is_held_out(path: Path) -> bool:
@@ -84,25 +79,19 @@ class Windows(Dataset[Tensor]):
     """Stretches of `context + 1` bytes, uint8; the last byte of one is the first of the next.
 
     So each byte but the first is predicted once. Fewer than `context` bytes at the end are left out: all windows
-    have the same length, which makes the mean over windows the mean over bytes.
+    have the same length, which makes the mean over windows the mean over bytes. All are views of the corpus.
     """
 
     deterministic = True
 
     def __init__(self, corpus: Tensor, context: int) -> None:
-        """`corpus`: uint8 of shape (bytes,), shared by all windows."""
-        self.corpus = corpus
-        self.context = context
+        self.windows = corpus.unfold(0, context + 1, context)
 
     def __len__(self) -> int:
-        """Whole windows in the corpus."""
-        return (len(self.corpus) - 1) // self.context
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """A view, not a copy: shape (context + 1,)."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.corpus[index * self.context : (index + 1) * self.context + 1]
+        return self.windows[index]
 
 
 class Layer(nn.Module):
@@ -110,8 +99,7 @@ class Layer(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        width = shape.width
-        self.heads = shape.heads
+        width, self.heads = shape.width, shape.heads
         self.norm1 = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attended = nn.Linear(width, width)
@@ -131,10 +119,12 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2's architecture over bytes: learned positions, output tied to the embedding."""
+    """GPT-2's architecture over bytes: learned positions, output tied to the embedding.
+
+    Initial weights as GPT-2: normal of deviation 0.02, smaller where a layer adds to the residual stream.
+    """
 
     def __init__(self, shape: Shape) -> None:
-        """Initial weights as GPT-2: normal of deviation 0.02, smaller where a layer adds to the residual stream."""
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, shape.width)
         self.position = nn.Parameter(torch.empty(shape.context, shape.width))
@@ -157,14 +147,12 @@ class GPT(nn.Module):
 
 
 class ByteLM(Task):
-    """Predict the next byte; reports bits per byte on held-out files."""
+    """Predict the next byte; reports bits per byte on held-out files.
+
+    `size`: one of `SIZES`; `folder`: of Python sources, default: the standard library.
+    """
 
     def __init__(self, size: str = "1m", folder: str | None = None) -> None:
-        """`size`: one of `SIZES`; `folder`: of Python sources, default: the standard library.
-
-        Raises:
-            JobError: an argument is wrong.
-        """
         if size not in SIZES:
             raise JobError("task_args.size", size, "no such model", f"Use one of {', '.join(SIZES)}")
         self.shape = SIZES[size]
@@ -174,21 +162,14 @@ class ByteLM(Task):
 
     @cached_property
     def corpora(self) -> dict[bool, Tensor]:
-        """The bytes of the held-out files (True) and of the others (False), uint8 of shape (bytes,).
-
-        Raises:
-            JobError: not enough text for one window of each.
-        """
+        """The bytes of the held-out files (True) and of the others (False), uint8 of shape (bytes,)."""
         texts: dict[bool, bytearray] = {True: bytearray(END_OF_FILE), False: bytearray(END_OF_FILE)}
         for path in find_sources(self.folder):
             texts[is_held_out(path)] += (self.folder / path).read_bytes() + END_OF_FILE
         if min(map(len, texts.values())) <= self.shape.context:
-            raise JobError(
-                "task_args.folder",
-                str(self.folder),
-                "has too few Python sources to train on and hold out",
-                "Give a folder of more *.py files, or install Python with its library as files",
-            )
+            problem = "has too few Python sources to train on and hold out"
+            remedy = "Give a folder of more *.py files, or install Python with its library as files"
+            raise JobError("task_args.folder", str(self.folder), problem, remedy)
         return {held_out: torch.frombuffer(text, dtype=torch.uint8) for held_out, text in texts.items()}
 
     def model(self) -> GPT:

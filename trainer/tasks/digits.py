@@ -3,8 +3,6 @@
 Source: E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998. Read from scikit-learn's own file.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,16 +30,15 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 class Digits(Task):
-    """Classify the digits; every fifth image is held out."""
+    """Classify the digits; every fifth image is held out. `width`: channels of the first of two convolutions."""
 
     def __init__(self, width: int = 32) -> None:
-        """`width`: channels of the first convolution; the second has twice as many."""
         self.width = width
         self.images, self.labels = load_digits()
         self.held_out = torch.arange(len(self.labels)) % 5 == 4
 
     def model(self) -> nn.Module:
-        """Two convolutions and a linear layer."""
+        """Two convolutions, the second with twice as many channels, and a linear layer."""
         width = self.width
         return nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1), nn.ReLU(),

@@ -4,8 +4,6 @@ The digits are those of `trainer.tasks.digits`. Four fifths make the training ca
 one fifth makes the evaluation canvases, always the same ones. No image is in both.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import cast
@@ -38,20 +36,19 @@ Sample = tuple[Tensor, Tensor]
 
 
 class Canvases(Dataset[Sample]):
-    """One canvas per digit image: `[i]` shows image i whole, over up to `digits - 1` others; always the same."""
+    """One canvas per digit image: `[i]` shows image i whole, over up to `digits - 1` others; always the same.
+
+    `images`: (n, 1, 8, 8) in [0, 1]; `labels`: (n,); `size`: side of a canvas, pixels.
+    """
 
     deterministic = True
 
     def __init__(self, images: Tensor, labels: Tensor, size: int, digits: int) -> None:
-        """`images`: (n, 1, 8, 8) in [0, 1]; `labels`: (n,); `size`: side of a canvas, pixels."""
-        self.images = images[:, 0].numpy()
-        self.labels = labels.numpy()
-        self.size = size
-        self.digits = digits
+        self.images, self.labels = images[:, 0].numpy(), labels.numpy()
+        self.size, self.digits = size, digits
         self.stretch = {side: _interpolation(8, side) for side in SIDES}
 
     def __len__(self) -> int:
-        """As many canvases as digit images."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
@@ -128,11 +125,11 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """Three resolutions, halved by strided convolutions and doubled by transposed ones.
 
-    Max-pooling and bilinear upsampling have no deterministic CUDA backward, which the trainer asks for.
+    `width`: channels at full resolution; each lower one has twice as many. Max-pooling and bilinear upsampling have
+    no deterministic CUDA backward, which the trainer asks for.
     """
 
     def __init__(self, width: int) -> None:
-        """`width`: channels at full resolution; each lower one has twice as many."""
         super().__init__()
         self.down1 = Block(1, width)
         self.down2 = Block(width, 2 * width, stride=2)
@@ -154,14 +151,12 @@ class UNet(nn.Module):
 
 
 class Segment(Task):
-    """Name the digit at each pixel; reports mean intersection over union and pixel accuracy."""
+    """Name the digit at each pixel; reports mean intersection over union and pixel accuracy.
+
+    `width`: channels of the U-Net; `size`: side of a canvas, pixels; `digits`: at most so many on one.
+    """
 
     def __init__(self, width: int = 16, size: int = 32, digits: int = 6) -> None:
-        """`width`: channels of the U-Net; `size`: side of a canvas, pixels; `digits`: at most so many on one.
-
-        Raises:
-            JobError: an argument is out of its limits.
-        """
         _check("width", width, GROUPS, GROUPS, "channels are normalised in groups")
         _check("size", size, SIDES[-1], 4, "it is halved twice and holds the largest digit")
         _check("digits", digits, 1, 1, "each canvas shows one at least")
@@ -202,12 +197,6 @@ class Segment(Task):
 
 def _check(name: str, value: object, minimum: int, multiple: int, reason: str) -> None:
     if type(value) is not int or value < minimum or value % multiple:
-        wanted = (
-            f"a multiple of {multiple}, {minimum} or more" if multiple > 1 else f"a whole number, {minimum} or more"
-        )
-        raise JobError(
-            f"task_args.{name}",
-            value,
-            f"is not {wanted} ({reason})",
-            f"For example {name}={max(minimum, 4 * multiple)}",
-        )
+        kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
+        problem = f"is not {kind}, {minimum} or more ({reason})"
+        raise JobError(f"task_args.{name}", value, problem, f"For example {name}={max(minimum, 4 * multiple)}")

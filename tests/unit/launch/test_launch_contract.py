@@ -20,7 +20,7 @@ from manifest_rules import container, job_spec, only
 from paths import ROOT
 
 from trainer.config.job import Job
-from trainer.config.load import load_job, merge_job, save_job, to_job
+from trainer.config.load import load_job, merge_job, to_job, to_text
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.nodes import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
@@ -140,7 +140,7 @@ def launch(platform_name: str, folder: Path, *overrides: str, **site: Any) -> li
     config = merge_job("jobs/digits.yaml", [*OVERRIDES, *overrides])
     run = folder / "digits-0123-456789-abcd"
     run.mkdir(exist_ok=True)
-    save_job(config, run / "job.yaml")
+    (run / "job.yaml").write_text(to_text(config))
     facts = platform.load_site(None)
     plan = Plan(to_job(config), config, RunFolder(run), replace(facts, **site) if site else facts)
     return READERS[platform_name](plan, platform.render(platform.build(plan)))
