@@ -26,7 +26,7 @@ from gpu_training import LongEpochs, Training, make_trainer, raw_steps, trainer_
 from measure import show, spread, table
 
 from trainer.config.job import Job
-from trainer.config.load import load_job
+from trainer.config.load import merge_job, to_job
 from trainer.tasks.bytelm import SIZES, VOCABULARY, ByteLM, Shape
 from trainer.training.determinism import choose_kernels
 from trainer.wiring.variables import HEARTBEAT
@@ -110,7 +110,7 @@ def main() -> None:
     peak, task = PEAK_TFLOPS.get(name), LongEpochs(options.size)
     given = ("parallel=single", f"device={options.device}", f"task_args.size={options.size}", "train.steps=1000000",
              f"train.batch_size={options.batch}", "train.lr=0.0006")  # fmt: skip
-    jobs = {key: load_job(JOB, [*given, *CONFIGURATIONS[key]]) for key in options.configurations}
+    jobs = {key: to_job(merge_job(JOB, [*given, *CONFIGURATIONS[key]])) for key in options.configurations}
     gflop = flops_per_token(task.shape) / 1e9
     facts = {"device": name, "cuda": torch.version.cuda, "size": options.size, "batch": options.batch,
              "gflop_per_token": gflop, "peak_tflops": peak}  # fmt: skip
@@ -124,7 +124,7 @@ def main() -> None:
             rows += measure_speed(part, task, options, peak, Path(folder))
             measure.write_results(output, **facts, speed=rows, saves=saves)  # what follows may fail
             torch.compiler.reset(), gc.collect(), torch.cuda.empty_cache()  # compiled models would stay
-        saves = measure_saves(load_job(JOB, [*given, BF16]), task, options.rounds, Path(folder))
+        saves = measure_saves(to_job(merge_job(JOB, [*given, BF16])), task, options.rounds, Path(folder))
     measure.write_results(output, **facts, speed=rows, saves=saves)
     head = ["configuration", "wall time / raw loop", "1,000 tokens/s", "raw loop's", "MFU, %", "peak GiB", "raw loop's"]
     shown = ("ratio", "kilotokens_per_s", "raw_kilotokens_per_s", "mfu_percent")

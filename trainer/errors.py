@@ -3,14 +3,10 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-DONE = 0
-"""The run reached its end."""
-FAILED = 1
-"""Anything unexpected: retried within the restart budget."""
-WRONG_JOB = 64
-"""The job file or the command is wrong (EX_USAGE of sysexits.h): never retried."""
-STOPPED = 75
-"""Stopped on request with a checkpoint saved (EX_TEMPFAIL of sysexits.h): to be requeued."""
+DONE = 0  # the run reached its end
+FAILED = 1  # anything unexpected: retried within the restart budget
+WRONG_JOB = 64  # the job file or the command is wrong (EX_USAGE of sysexits.h): never retried
+STOPPED = 75  # stopped on request with a checkpoint saved (EX_TEMPFAIL of sysexits.h): to be requeued
 
 
 class JobError(ValueError):

@@ -26,7 +26,7 @@ from typing import Any
 from faults import Fault, arm
 
 from trainer.config.job import Job
-from trainer.config.load import load_job
+from trainer.config.load import merge_job, to_job
 from trainer.errors import FAILED, WRONG_JOB, JobError
 from trainer.records import read_lines
 from trainer.run.attempts import claim, newest
@@ -40,7 +40,7 @@ LINGER_S = 15.0
 
 def make_job(*overrides: str, file: Path = HERE / "small.yaml") -> Job:
     """The tier's small job with `key=value` changes, checked as a user's."""
-    return load_job(file, overrides)
+    return to_job(merge_job(file, overrides))
 
 
 @dataclass(frozen=True)

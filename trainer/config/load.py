@@ -9,7 +9,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.config.job import Job
 from trainer.config.rules import check_job
 from trainer.config.user_code import add_import_paths
-from trainer.config.values import UNREADABLE, IsText, expand_path, is_text_type, never_text, parse_value, read_yaml
+from trainer.config.values import UNREADABLE, expand_path, is_text_type, parse_value, read_yaml
 from trainer.errors import JobError, did_you_mean, wrong_choice
 
 
@@ -35,28 +35,23 @@ def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, d
 
 KEYS = dict(valid_keys())
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
+TEXTS = {key for key, item in KEYS.items() if is_text_type(item.type)}
 PATHS = {key for key, item in KEYS.items() if item.metadata.get("path")}
-FREE = re.compile(r"^(task_args|train\.optimizer_args)\..*")
-"""Keys below those that take any."""
+FREE = re.compile(r"^(task_args|train\.optimizer_args)\..*")  # keys below those that take any
 LIMITS = {
     "minimum": ("at least", operator.ge), "maximum": ("at most", operator.le),
     "above": ("more than", operator.gt), "below": ("less than", operator.lt),
 }  # fmt: skip
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read the job file at `path`, apply `overrides` (`key=value`), check everything.
-
-    Raises JobError: unreadable file, unknown key, wrong type or range, contradicting settings.
-    """
-    return to_job(merge_job(path, overrides))
-
-
 def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """Merge defaults, job file and overrides; interpolations such as `${oc.env:X}` stay unresolved."""
+    """Merge defaults, job file and `key=value` overrides; interpolations such as `${oc.env:X}` stay unresolved.
+
+    Raises JobError: unreadable file, unknown key, wrong type.
+    """
     path = Path(path)
     add_import_paths(path / "job.yaml" if path.is_dir() else path)
-    written = read_sections(path, _is_text, "JOB", "A job file is a mapping: name, task, train, ...")
+    written = read_sections(path, TEXTS, "JOB", "A job file is a mapping: name, task, train, ...")
     given = parse_overrides(overrides)
     if given.get("parallel") == "single" and "devices" not in given:
         for key in {"nodes", "devices_per_node", "devices"} - given.keys():
@@ -82,7 +77,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def to_job(config: DictConfig) -> Job:
-    """Resolve and check a merged configuration."""
+    """Resolve and check a merged configuration. Raises JobError: wrong range, or settings that contradict."""
     try:
         job = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -103,21 +98,19 @@ def to_text(config: DictConfig) -> str:
 
 
 def read_sections(
-    path: Path, is_text: IsText = never_text, what: str = "file", form: str = "Write a mapping: one `key: value` a line"
+    path: Path, texts: Container[str] = (), what: str = "file", form: str = "Write a mapping: one `key: value` a line"
 ) -> dict[str, Any]:
     """Read a YAML file into plain dictionaries. Raises JobError for `what`: not there, or not a mapping in YAML."""
     if path.is_dir():
         path = path / "job.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        content = read_yaml(path.read_text(encoding="utf-8"), texts)
     except FileNotFoundError:
         others = map(str, sorted(path.parent.glob("*.yaml")))
         remedy = did_you_mean(path, others, f"Working directory: {os.getcwd()}", 0.3)
         raise JobError(what, str(path), "no such file", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(what, str(path), f"cannot be read ({error})", "Give a readable UTF-8 YAML file") from None
-    try:
-        content = read_yaml(text, is_text)
     except UNREADABLE as error:
         where = " ".join(str(error).split())
         raise JobError(what, str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
@@ -128,15 +121,14 @@ def read_sections(
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `a.b=value` words into nested dictionaries; values follow the grammar of `trainer.config.values`."""
+    merged = OmegaConf.create()
     for word in overrides:
         if "=" not in word or word.startswith(("=", "-")):
             remedy = "Write for example train.lr=0.1 (options such as --on go before or after, with two dashes)"
             raise JobError("argument", word, "is not key=value", remedy)
-    merged = OmegaConf.create()
-    for word in overrides:
         key, _, text = word.partition("=")
         try:
-            OmegaConf.update(merged, key, parse_value(text, _is_text(key)) if text else "", force_add=True)
+            OmegaConf.update(merged, key, parse_value(text, TEXTS, key) if text else "", force_add=True)
         except (*UNREADABLE, OmegaConfBaseException) as error:
             raise JobError(key, text, f"cannot be parsed ({_first_line(error)})", "Quote the value") from None
     return cast(dict[str, Any], OmegaConf.to_container(merged))
@@ -144,11 +136,6 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _find_field(key: str) -> dataclasses.Field[Any] | None:
     return KEYS.get(FREE.sub(r"\1", key))
-
-
-def _is_text(key: str) -> bool:
-    declared = _find_field(key)
-    return declared is not None and is_text_type(declared.type)
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

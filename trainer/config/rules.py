@@ -35,7 +35,8 @@ WHAT_TO_RUN = (
          "Remove the key from the job"),
     Rule("script_args", lambda job: job.script_args and not job.script, "would be ignored: there is no script",
          "Use task_args for a task"),
-    Rule("devices", lambda job: job.devices is not None and not _are_devices(job.devices),
+    Rule("devices", lambda job: job.devices is not None and (
+             not job.devices or min(job.devices) < 0 or len(set(job.devices)) < len(job.devices)),
          "must be different device numbers from 0 up", "For example devices=[2,3,1]: the first one is the primary"),
     Rule("devices", lambda job: job.devices is not None and job.nodes > 1,
          "physical devices can be chosen on one node only",
@@ -129,10 +130,6 @@ def _check(job: Job, rules: tuple[Rule, ...]) -> None:
             for name in rule.key.split("."):
                 value = value[name] if isinstance(value, dict) else getattr(value, name)
             raise JobError(rule.key, value, rule.problem.format(job=job), rule.remedy)
-
-
-def _are_devices(devices: list[int]) -> bool:
-    return bool(devices) and len(set(devices)) == len(devices) and min(devices) >= 0
 
 
 def _is_span(steps: list[int]) -> bool:

@@ -59,13 +59,9 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
 
 def _other_names(tree: ast.Module) -> set[str]:
     """Names that a module imports or assigns; `*` when it star-imports."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update(alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
+    nodes = list(ast.walk(tree))
+    imported = {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    return imported | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _check_arguments(item: ast.ClassDef, arguments: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ which may be an identifier. A key that is declared as text gets what was written
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Container
 from typing import Any
 
 import yaml
@@ -25,43 +25,34 @@ UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 """What reading raises: ValueError for 5000 digits, TypeError for `<<: 1`, RecursionError for what holds itself."""
 
 
-IsText = Callable[[str], bool]
-"""Whether a dotted key is declared as text."""
+def read_yaml(text: str, texts: Container[str] = (), key: str = "") -> Any:
+    """Read a document, the value of `key`; `texts` are the dotted keys that are declared as text.
 
-
-def never_text(key: str) -> bool:
-    """No key is declared as text."""
-    return False
-
-
-def read_yaml(text: str, is_text: IsText = never_text) -> Any:
-    """Read a document. Raises what `UNREADABLE` lists: no YAML, a key twice, a tag, or what holds itself."""
+    Raises what `UNREADABLE` lists: no YAML, a key twice, a tag, or what holds itself.
+    """
     colour = COLOUR.search(text)
     if colour:
         raise ValueError(f"{colour[1]} is a comment to YAML: write '{colour[1]}', in quotes")
     node = yaml.compose(text, Loader=yaml.BaseLoader)  # which leaves all scalars as they are
-    return {} if node is None else _read(node, "", is_text)
+    return {} if node is None else _read(node, texts, key)
 
 
-def parse_value(text: str, as_text: bool = False) -> Any:
-    """Read what follows `key=`: a list, a mapping or quoted text as in YAML, else one value as it stands.
-
-    Raises what `read_yaml` raises.
-    """
-    return read_yaml(text, lambda key: as_text) if text[:1] in ("[", "{", "'", '"') else _read_plain(text, as_text)
+def parse_value(text: str, texts: Container[str] = (), key: str = "") -> Any:
+    """As `read_yaml`, of what follows `key=`: a list, a mapping or quoted text, else one value as it stands."""
+    return read_yaml(text, texts, key) if text[:1] in ("[", "{", "'", '"') else _read_plain(text, key in texts)
 
 
-def _read(node: yaml.Node, key: str, is_text: IsText) -> Any:
+def _read(node: yaml.Node, texts: Container[str], key: str) -> Any:
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
-        return node.value if node.style else _read_plain(node.value, is_text(key))
+        return node.value if node.style else _read_plain(node.value, key in texts)
     if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_read(item, key, is_text) for item in node.value]
+        return [_read(item, texts, key) for item in node.value]
     if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-        return _read_mapping(node, key, is_text)
+        return _read_mapping(node, texts, key)
     raise ValueError(f"the tag {node.tag} is not supported{node.start_mark}")
 
 
-def _read_mapping(node: yaml.MappingNode, key: str, is_text: IsText) -> dict[str, Any]:
+def _read_mapping(node: yaml.MappingNode, texts: Container[str], key: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name_node, value_node in node.value:
@@ -69,10 +60,10 @@ def _read_mapping(node: yaml.MappingNode, key: str, is_text: IsText) -> dict[str
         if name in own:
             raise ValueError(f"{name!r} is given twice{name_node.start_mark}")
         if name != "<<":
-            inner = key if is_text(key) else f"{key}.{name}" if key else name
-            own[name] = _read(value_node, inner, is_text)
+            inner = key if key in texts else f"{key}.{name}" if key else name
+            own[name] = _read(value_node, texts, inner)
             continue
-        value = _read(value_node, key, is_text)
+        value = _read(value_node, texts, key)
         for part in value if isinstance(value, list) else [value]:
             merged = {**part, **merged}
     return {**merged, **own}

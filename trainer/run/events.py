@@ -13,8 +13,7 @@ class Kind:
 
     meaning: str
     fields: tuple[str, ...] = ()
-    more: bool = False
-    """Whether it also carries values that the user's code names, such as metrics."""
+    more: bool = False  # whether it also carries values that the user's code names, such as metrics
 
 
 FAILURE = ("node", "host", "rank", "code", "kind", "message", "log", "waiting")

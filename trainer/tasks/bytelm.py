@@ -22,10 +22,8 @@ from torch.utils.data import Dataset
 from trainer.errors import JobError
 from trainer.task import Task
 
-VOCABULARY = 256
-"""Every byte is a token."""
-END_OF_FILE = b"\0"
-"""Before each file and after the last; Python refuses a source that holds one."""
+VOCABULARY = 256  # every byte is a token
+END_OF_FILE = b"\0"  # before each file and after the last; Python refuses a source that holds one
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 """Third-party code, and tests, which Linux distributions package apart from the library."""
 HELD_OUT_ONE_IN = 32

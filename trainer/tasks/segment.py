@@ -19,18 +19,12 @@ from trainer.errors import JobError
 from trainer.task import Task
 from trainer.tasks.digits import load_digits
 
-CLASSES = 11
-"""0 is the background, 1 + d the digit d."""
-SIDES = range(8, 13)
-"""Side of a pasted digit, pixels; the originals have 8."""
-INK = 0.35
-"""Intensity, of 1, above which a pixel of a digit counts as written and covers what lies under it."""
-TRIES = 6
-"""Random places to try for a digit, until one covers no other digit; the last is taken all the same."""
-NOISE = 0.05
-"""Standard deviation of the noise on a canvas, in the unit of the intensity."""
-GROUPS = 4
-"""Of every group normalisation; `width` is a multiple of it."""
+CLASSES = 11  # 0 is the background, 1 + d the digit d
+SIDES = range(8, 13)  # side of a pasted digit, pixels; the originals have 8
+INK = 0.35  # intensity, of 1, above which a pixel of a digit counts as written and covers what lies under it
+TRIES = 6  # random places to try for a digit, until one covers no other digit; the last is taken all the same
+NOISE = 0.05  # standard deviation of the noise on a canvas, in the unit of the intensity
+GROUPS = 4  # of every group normalisation; `width` is a multiple of it
 
 Sample = tuple[Tensor, Tensor]
 

@@ -6,8 +6,7 @@ import hashlib
 import socket
 import struct
 
-CANDIDATES = 16
-"""Ports of a job: enough that all being taken means something else is wrong."""
+CANDIDATES = 16  # ports of a job: enough that all being taken means something else is wrong
 PORTS = range(20000, 30000)
 """Below Linux's ephemeral range, 32768 to 60999 (ip(7)), where a listener can lose its port to a connection, and below
 Kubernetes' NodePorts. Not read from this node: where nodes differ in it, they would never meet."""

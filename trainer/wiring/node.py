@@ -24,8 +24,7 @@ class NodeFacts:
 
     platform: str
     job_id: str
-    launch: int
-    """How often the platform started this job again (a requeue, a restart of the supervisor)."""
+    launch: int  # how often the platform started this job again (a requeue, a restart of the supervisor)
     nodes: int
     node_rank: int
     hostnames: tuple[str, ...]
@@ -36,16 +35,12 @@ class Wiring(NodeFacts):
     """One node's place in a job."""
 
     master_addr: str
-    ports: tuple[int, ...]
-    """Candidates for the store that the agents share, in order."""
+    ports: tuple[int, ...]  # candidates for the store that the agents share, in order
     devices_per_node: int
-    visible_devices: str | None
-    """The mask that the scheduler, the site or a lease set: CUDA_VISIBLE_DEVICES."""
+    visible_devices: str | None  # the mask that the scheduler, the site or a lease set: CUDA_VISIBLE_DEVICES
     cpus: int
-    deadline: float | None
-    """When the platform will end the job, seconds since 1970."""
-    interface: str
-    """The interface that routes to the master; empty when unknown."""
+    deadline: float | None  # when the platform will end the job, seconds since 1970
+    interface: str  # the interface that routes to the master; empty when unknown
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def explain(self) -> str:

@@ -17,10 +17,8 @@ class RankWiring:
     world_size: int = 1
     local_rank: int = 0
     attempt: int = 0
-    restarts: int = 0
-    """How often its launcher has restarted the ranks."""
-    launch: str = ""
-    """What is the same for all ranks of a launcher, and for their restarts, but not for another one."""
+    restarts: int = 0  # how often its launcher has restarted the ranks
+    launch: str = ""  # what is the same for all ranks of a launcher, and for their restarts, but not for another one
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:

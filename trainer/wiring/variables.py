@@ -16,27 +16,18 @@ JOB_ID = "MUSTER_JOB_ID"
 NODES = "MUSTER_NODES"
 NODE_RANK = "MUSTER_NODE_RANK"
 HOSTNAMES = "MUSTER_HOSTNAMES"
-LOCAL_TASK = "MUSTER_LOCAL_TASK"
-"""Never set: the one task of a node is number 0. submitit wants a name to ask for."""
-LAUNCH = "MUSTER_LAUNCH"
-"""How often the platform has started the job again."""
-RUN = "MUSTER_RUN"
-"""The run folder."""
-RUN_SHARED = "MUSTER_RUN_SHARED"
-"""0 where the run folder goes with the node."""
-VISIBLE_DEVICES = "MUSTER_VISIBLE_DEVICES"
-"""GPUs that a container was given, as it numbers them."""
-TERMINATION_LOG = "MUSTER_TERMINATION_LOG"
-"""The file whose text Kubernetes shows when a container has ended."""
-SETUP = "MUSTER_SETUP"
-"""A shell script that `slurm/job.sbatch` sources on each node."""
+LOCAL_TASK = "MUSTER_LOCAL_TASK"  # never set: the one task of a node is number 0. submitit wants a name to ask for
+LAUNCH = "MUSTER_LAUNCH"  # how often the platform has started the job again
+RUN = "MUSTER_RUN"  # the run folder
+RUN_SHARED = "MUSTER_RUN_SHARED"  # 0 where the run folder goes with the node
+VISIBLE_DEVICES = "MUSTER_VISIBLE_DEVICES"  # GPUs that a container was given, as it numbers them
+TERMINATION_LOG = "MUSTER_TERMINATION_LOG"  # the file whose text Kubernetes shows when a container has ended
+SETUP = "MUSTER_SETUP"  # a shell script that `slurm/job.sbatch` sources on each node
 
 # Set by the agent for its ranks.
 ATTEMPT = "MUSTER_ATTEMPT"
-HEARTBEAT = "MUSTER_HEARTBEAT"
-"""The file in which the ranks of a node give signs of life."""
-MEMORY = "MUSTER_MEMORY"
-"""Where ranks leave their state for the next attempt."""
+HEARTBEAT = "MUSTER_HEARTBEAT"  # the file in which the ranks of a node give signs of life
+MEMORY = "MUSTER_MEMORY"  # where ranks leave their state for the next attempt
 
 # Set by whoever launches ranks: our agent, torchrun, accelerate, PyTorchJob.
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"

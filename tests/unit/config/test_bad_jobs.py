@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.load import load_job
+from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
 
 JOB = """
@@ -142,7 +142,7 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job file without a mistake."""
     file = tmp_path_factory.mktemp("job") / "digits.yaml"
     file.write_text(JOB)
-    load_job(file)
+    to_job(merge_job(file))
     return file
 
 
@@ -152,7 +152,7 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_command_line(job_file: Path, case: tuple[Any, ...]) -> None:
     overrides, *expected = case
     with pytest.raises(JobError) as caught:
-        load_job(job_file, overrides)
+        to_job(merge_job(job_file, overrides))
     message = str(caught.value)
     for part in expected:
         assert part in message
@@ -177,7 +177,7 @@ def test_job_file(tmp_path: Path, text: str, expected: list[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(JobError) as caught:
-        load_job(file)
+        to_job(merge_job(file))
     for part in expected:
         assert part in str(caught.value)
 
@@ -185,12 +185,12 @@ def test_job_file(tmp_path: Path, text: str, expected: list[str]) -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "digits.yaml").write_text(JOB)
     with pytest.raises(JobError, match=r"digit\.yaml.*no such file.*Did you mean .*digits\.yaml\?"):
-        load_job(tmp_path / "digit.yaml")
+        to_job(merge_job(tmp_path / "digit.yaml"))
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff")
     with pytest.raises(JobError, match="cannot be read"):
-        load_job(tmp_path / "picture.yaml")
+        to_job(merge_job(tmp_path / "picture.yaml"))
     with pytest.raises(JobError, match=r"job\.yaml.*no such file"):
-        load_job(tmp_path)
+        to_job(merge_job(tmp_path))
 
 
 def test_the_users_module_is_read_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +198,6 @@ def test_the_users_module_is_read_and_not_run(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "mine.py").write_text("raise SystemExit('was run')\nclass Mine: pass\n")
     (tmp_path / "broken.py").write_text("class Mine(:\n")
     (tmp_path / "digits.yaml").write_text(JOB)
-    assert load_job(tmp_path / "digits.yaml", ["task=mine:Mine"]).task == "mine:Mine"
+    assert to_job(merge_job(tmp_path / "digits.yaml", ["task=mine:Mine"])).task == "mine:Mine"
     with pytest.raises(JobError, match=r"broken\.py line 1"):
-        load_job(tmp_path / "digits.yaml", ["task=broken:Mine"])
+        to_job(merge_job(tmp_path / "digits.yaml", ["task=broken:Mine"]))

@@ -20,7 +20,7 @@ from manifest_rules import container, job_spec, only
 from paths import ROOT
 
 from trainer.config.job import Job
-from trainer.config.load import load_job, merge_job, to_job, to_text
+from trainer.config.load import merge_job, to_job, to_text
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.nodes import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
@@ -68,7 +68,7 @@ def local(plan: Plan, text: str) -> list[Launch]:
     for node in range(plan.job.nodes):
         words, variables = Nodes(plan.run, plan.job).command(node, 0, Lease([]))
         command, path = agent_command(words)
-        launches.append(Launch(command, load_job(path), variables, plan.job.agent.grace_s))
+        launches.append(Launch(command, to_job(merge_job(path)), variables, plan.job.agent.grace_s))
     return launches
 
 
@@ -83,7 +83,7 @@ def docker(plan: Plan, text: str) -> list[Launch]:
             )
             (stop,) = (word.partition("=")[2] for word in words if word.startswith("--stop-timeout="))
             command, path = agent_command([*entrypoint(), words[-1]])
-            launches.append(Launch(command, load_job(path), options, float(stop)))
+            launches.append(Launch(command, to_job(merge_job(path)), options, float(stop)))
     return launches
 
 
@@ -98,7 +98,7 @@ def slurm(plan: Plan, text: str) -> list[Launch]:
               "SLURM_STEP_NUM_NODES": flags["--nodes"], "SLURM_NTASKS": flags["--nodes"],
               "SLURM_JOB_NODELIST": f"node[0-{int(flags['--nodes']) - 1}]", "SLURM_LOCALID": "0"}  # fmt: skip
     return [
-        Launch(command, load_job(path), {**shared, "SLURM_NODEID": str(node), "SLURM_PROCID": str(node)},
+        Launch(command, to_job(merge_job(path)), {**shared, "SLURM_NODEID": str(node), "SLURM_PROCID": str(node)},
                float(flags["--signal"].partition("@")[2]), int(gpus) if gpus else None)
         for node in range(int(flags["--nodes"]))
     ]  # fmt: skip
@@ -118,7 +118,7 @@ def kubernetes(plan: Plan, text: str) -> list[Launch]:
     }
     gpus = pod["resources"]["limits"].get("nvidia.com/gpu")
     return [
-        Launch(command, load_job(path), {**environment, "JOB_COMPLETION_INDEX": str(index)},
+        Launch(command, to_job(merge_job(path)), {**environment, "JOB_COMPLETION_INDEX": str(index)},
                spec["template"]["spec"]["terminationGracePeriodSeconds"], int(gpus) if gpus else None)
         for index in range(spec["completions"])
     ]  # fmt: skip

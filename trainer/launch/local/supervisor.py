@@ -182,10 +182,10 @@ def combined_exit_code(codes: list[int]) -> int:
 
 def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
     """Run a job to its end; return its exit code, which is kept in `exit.json`, because the parent may be gone."""
-    from trainer.config.load import load_job
+    from trainer.config.load import merge_job, to_job
 
     try:
-        job = load_job(run.job)
+        job = to_job(merge_job(run.job))
         supervised = find_platform(platform)
         assert isinstance(supervised, Supervised)
         nodes = supervised.nodes(run, job)

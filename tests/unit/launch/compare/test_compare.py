@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from paths import MUSTER
 
-from trainer.config.load import load_job
+from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
 from trainer.launch.compare.runs import NO_SYNC, plan, speed
 from trainer.launch.compare.verdict import (
@@ -148,7 +148,7 @@ def test_the_memory_of_each_device_is_its_largest_over_the_rounds() -> None:
 
 def test_all_modes_train_the_same_number_of_steps_of_the_same_batch(job_file: Path) -> None:
     _, variants, refused = plan(str(job_file), ["ddp.bucket_mb=5", "train.lr=0.5"], 70)
-    jobs = {mode: load_job(job_file, words) for mode, words in variants.items()}
+    jobs = {mode: to_job(merge_job(job_file, words)) for mode, words in variants.items()}
     assert list(jobs) == ["single", "dp", "ddp", NO_SYNC] and not refused
     assert {(job.train.batch_size, job.train.steps, job.train.lr) for job in jobs.values()} == {(64, 70, 0.5)}
     assert [job.world_size for job in jobs.values()] == [1, 1, 2, 2]
@@ -162,8 +162,8 @@ def test_a_job_that_cannot_go_without_synchronisation_is_still_compared(job_file
 
 def test_devices_are_those_of_the_job_and_single_uses_the_primary(job_file: Path) -> None:
     _, variants, _ = plan(str(job_file), ["devices=[3,1]"], 70)
-    assert load_job(job_file, variants["single"]).devices == [3]
-    assert load_job(job_file, variants["dp"]).devices == [3, 1]
+    assert to_job(merge_job(job_file, variants["single"])).devices == [3]
+    assert to_job(merge_job(job_file, variants["dp"])).devices == [3, 1]
 
 
 @pytest.mark.parametrize("words, expected", [
