@@ -19,7 +19,7 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     """The handle of a run, and a function that asks for its status; its platform may use an answer again."""
     handle = read_json(run.handle)
     if handle is None:
-        return None, lambda: _by_events(run)
+        return None, lambda: by_events(run)
     return handle, partial(find_platform(handle["platform"]).status, run, handle)
 
 
@@ -70,7 +70,7 @@ def _newest_step(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) ->
     return max((line["step"] for line in lines if line["time"] >= begun), default=None)
 
 
-def _by_events(run: RunFolder) -> JobStatus:
+def by_events(run: RunFolder) -> JobStatus:
     """The status of a run that `muster submit` did not start, from what its ranks wrote."""
     event = last_event(run.read_events(), "done", "ended", "training")
     if event is None:

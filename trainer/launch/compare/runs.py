@@ -3,8 +3,6 @@
 What their numbers mean is in `trainer.launch.compare.verdict`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json
@@ -23,7 +21,7 @@ from trainer.config.load import merge_job, to_job, to_text, valid_keys
 from trainer.errors import DONE, FAILED, JobError
 from trainer.launch import control
 from trainer.launch.compare.verdict import MODES, summarize, text
-from trainer.launch.platform import Phase, find_platform
+from trainer.launch.platform import Phase
 from trainer.launch.submit import refuse_run, submit_job
 from trainer.records import read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
@@ -38,12 +36,7 @@ POLL_S = 0.2
 
 
 class RunEnded(Exception):
-    """A run did not reach its end."""
-
-    def __init__(self, text: str, code: int) -> None:
-        """`code`: the exit code of the run."""
-        super().__init__(text)
-        self.code = code
+    """A run did not reach its end: why, and the exit code."""
 
 
 def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as_json: bool) -> int:
@@ -60,16 +53,18 @@ def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as
     window = -(-steps // 10)
     warm_up = window * -(-WARM_UP_STEPS // window)
     job, variants, refused = plan(job_path, overrides, warm_up + steps)
-    config = merge_job(job_path, overrides)
-    run = RunFolder.create(job.runs, f"{job.name}-compare", to_text(config), Path(job_path).resolve().parent)
+    config, beside = to_text(merge_job(job_path, overrides)), Path(job_path).resolve().parent
+    run = RunFolder.create(job.runs, f"{job.name}-compare", config, beside)
     run.job.unlink()  # a comparison is not a run
     folder = run.path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        losses, timed = _run_all(job_path, variants, folder, rounds, 1 if _on_cpu(job) else window, warm_up)
+        every = window if wanted_devices(job, visible_devices()) else 1
+        losses, timed = _run_all(job_path, variants, folder, rounds, every, warm_up)
     except RunEnded as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return error.code
+        reason, code = error.args
+        print(f"ERROR: {reason}", file=sys.stderr)
+        return int(code)
     facts = {
         "job": job.name, "folder": str(folder), "devices": job.devices_per_node, "batch_size": job.train.batch_size,
         "precision": job.train.precision, "device": timed["ddp"][0]["device"], "steps": steps,
@@ -102,9 +97,8 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     for word in overrides:
         key, _, value = word.partition("=")
         if key in own:
-            raise JobError(
-                key, value, "compare sets this key itself", "Remove it; --steps says how many steps are timed"
-            )
+            remedy = "Remove it; --steps says how many steps are timed"
+            raise JobError(key, value, "compare sets this key itself", remedy)
     job = to_job(merge_job(job_path, [*overrides, "parallel=ddp"]))
     if job.script:
         raise JobError("script", job.script, "a script has no modes: it decides that itself", "Give a job with a task")
@@ -112,7 +106,7 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
         raise JobError("nodes", job.nodes, "compare runs on one node, as DataParallel must", "Set nodes=1")
     if job.devices_per_node == 1:
         raise JobError("devices_per_node", 1, "leaves nothing to compare", "Set it to 2 or more")
-    if _on_cpu(job):
+    if not wanted_devices(job, visible_devices()):
         common.append("device=cpu")  # otherwise single alone would find enough GPUs
     share = job.train.batch_size // (job.devices_per_node * job.train.accumulate)
     # Keep the evaluation at the end small: the peak memory should be that of training.
@@ -136,10 +130,6 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
     return job, variants | {NO_SYNC: without}, ""
 
 
-def _on_cpu(job: Job) -> bool:
-    return not wanted_devices(job, visible_devices())
-
-
 def _run_all(
     job_path: str, variants: dict[str, list[str]], folder: Path, rounds: int, window: int, warm_up: int
 ) -> tuple[dict[str, list[float]], dict[str, list[dict[str, Any]]]]:
@@ -159,10 +149,11 @@ def _run_all(
     for turn, mode, every in turns:
         what = f"round {turn} of {rounds}, {mode}" if turn else f"losses, {mode}"
         run = complete(job_path, [*variants[mode], f"log.every_steps={every}", place], what)
+        lines = [line for line in read_lines(run.metrics) if line["kind"] == "train"]
         if every == 1 and mode in MODES:
-            losses.setdefault(mode, [line["loss"] for line in _lines(run)])
+            losses.setdefault(mode, [line["loss"] for line in lines])
         if turn:
-            timed.setdefault(mode, []).append(measure(run, warm_up))
+            timed.setdefault(mode, []).append(measure(run, lines, warm_up))
             what += f": {timed[mode][-1]['speed']:,.0f} samples/s"
         print(what, file=sys.stderr, flush=True)
         rmtree(run.checkpoints, ignore_errors=True)  # of a few steps, and as large as the model
@@ -175,13 +166,12 @@ def _run_all(
 def complete(job_path: str, words: Sequence[str], what: str) -> RunFolder:
     """Submit a run, wait for its end and return its folder; Ctrl-C stops it.
 
-    Raises:
-        RunEnded: it did not get to its end.
+    Raises RunEnded: it did not get to its end.
     """
-    run, platform = submit_job(job_path, words, "local", None), find_platform("local")
-    handle = read_json(run.handle) or {}
+    run = submit_job(job_path, words, "local", None)
+    _, ask = control.status_of(run)
     try:
-        while platform.status(run, handle).is_active:
+        while ask().is_active:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         with contextlib.suppress(JobError):
@@ -194,19 +184,12 @@ def complete(job_path: str, words: Sequence[str], what: str) -> RunFolder:
     return run
 
 
-def measure(run: RunFolder, warm_up: int) -> dict[str, Any]:
+def measure(run: RunFolder, lines: Sequence[dict[str, Any]], warm_up: int) -> dict[str, Any]:
     """Samples/s, device type and peak memory (MiB, by rank and device) of a run that is done."""
-    result = read_json(run.result)
-    training = last_event(run.read_events(), "training")
+    result, training = read_json(run.result), last_event(run.read_events(), "training")
     assert result and training
-    return {
-        "speed": speed(_lines(run), warm_up, training["steps_per_epoch"]),
-        "device": result["device"], "memory": result["peak_memory_mb"],
-    }  # fmt: skip
-
-
-def _lines(run: RunFolder) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run.metrics) if line["kind"] == "train"]
+    measured = speed(lines, warm_up, training["steps_per_epoch"])
+    return {"speed": measured, "device": result["device"], "memory": result["peak_memory_mb"]}
 
 
 def speed(lines: Sequence[dict[str, Any]], warm_up: int, steps_per_epoch: int) -> float:
@@ -215,11 +198,9 @@ def speed(lines: Sequence[dict[str, Any]], warm_up: int, steps_per_epoch: int) -
     Lines in which an epoch or the run ends are left out where others remain: they hold what happens only then.
     """
     counted = [(before["step"], line) for before, line in pairwise(lines) if before["step"] >= warm_up]
-    steady = [
-        line for before, line in counted
-        if before // steps_per_epoch == line["step"] // steps_per_epoch and line is not lines[-1]
-    ]  # fmt: skip
-    return float(statistics.median(line["samples_per_s"] for line in steady or [line for _, line in counted]))
+    within = ((step, line) for step, line in counted if step // steps_per_epoch == line["step"] // steps_per_epoch)
+    steady = [(step, line) for step, line in within if line is not lines[-1]]
+    return float(statistics.median(line["samples_per_s"] for _, line in steady or counted))
 
 
 def plot(result: dict[str, Any], losses: dict[str, list[float]], path: Path) -> str:
@@ -239,9 +220,8 @@ def plot(result: dict[str, Any], losses: dict[str, list[float]], path: Path) -> 
     for axes in (speeds, memory):
         axes.set_xticks(range(len(MODES)), MODES)
     speeds.set_title("samples/s (dots: rounds)")
-    memory.set_title(
-        "peak memory per device, MiB" if result["device"] == "cuda" else "peak resident memory per process, MiB"
-    )  # fmt: skip
+    where = "memory per device" if result["device"] == "cuda" else "resident memory per process"
+    memory.set_title(f"peak {where}, MiB")
     curves.set_title("loss by step")
     curves.legend()
     figure.suptitle(f"{result['job']}: {result['devices']} {result['device']} devices, batch {result['batch_size']}")

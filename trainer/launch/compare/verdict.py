@@ -3,8 +3,6 @@
 The numbers come from `trainer.launch.compare.runs`.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +14,16 @@ FIRST_STEPS = 10
 TOLERANCES = {"float64": (1e-12, 1e-8), "float32": (1e-4, 1e-2), "bf16": (2e-2, 1e-1), "fp16": (2e-2, 1e-1)}
 """Largest relative difference of equal losses: in the first steps, where a mode that computes something else shows
 at once, and in all steps, because rounding errors grow from step to step."""
+EQUAL = "losses: equal step by step within rounding, which grows with the steps; {}"
+APART = "losses: equal at first, apart later ({}): train.precision=float64 tells rounding from a difference"
+DIFFERENT = "losses: DIFFERENT ({}): dropout, batch statistics per device, or an option of ddp changes the training"
+ON_CPU = (
+    "On CPU every mode shares the same {processors} cores, and single uses all of them already: speed-up and "
+    "efficiency are not those of added devices, and other work here slows its threads most. Nor can these numbers show "
+    "memory per device (listed: resident memory per process), NCCL, DataParallel's imbalance (threads stand in for its "
+    "replicas) or kernel launches."
+)
+"""What numbers from a CPU cannot show."""
 METHOD = "what averaging gradients, and waiting for each other, adds to a step: ddp against ddp under no_sync"
 
 
@@ -41,7 +49,6 @@ def is_faster(some: Sequence[float], others: Sequence[float]) -> bool:
 
 def largest_difference(some: Sequence[float], others: Sequence[float]) -> float:
     """The largest relative difference of two series of losses, step by step."""
-    assert len(some) == len(others)
     return max(abs(a - b) / max(abs(a), 1e-12) for a, b in zip(some, others, strict=True))
 
 
@@ -136,25 +143,14 @@ def summarize(
     return {
         **facts, "modes": modes, "communication": shared, "losses": compare_losses(losses, facts["precision"]),
         **choose(speeds, facts["devices"], facts["batch_size"], shared["share"]),
-        "limits": cpu_limits(facts) if facts["device"] == "cpu" else "",
+        "limits": ON_CPU.format(**facts) if facts["device"] == "cpu" else "",
     }  # fmt: skip
 
 
 def peak_memory(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The largest peak, MiB, of each rank's device over all rounds."""
-    return [
-        {**items[0], "peak_mb": max(item["peak_mb"] for item in items)} for items in zip(*rounds, strict=True)
-    ]  # fmt: skip
-
-
-def cpu_limits(facts: Mapping[str, Any]) -> str:
-    """What numbers from a CPU cannot show."""
-    return (
-        f"On CPU every mode shares the same {facts['processors']} cores, and single uses all of them already: speed-up "
-        "and efficiency are not those of added devices, and other work here slows its threads most. Nor can these "
-        "numbers show memory per device (listed: resident memory per process), NCCL, DataParallel's imbalance (threads "
-        "stand in for its replicas) or kernel launches."
-    )
+    ranks = zip(*rounds, strict=True)
+    return [{**items[0], "peak_mb": max(item["peak_mb"] for item in items)} for items in ranks]
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -167,34 +163,21 @@ def text(result: Mapping[str, Any]) -> str:
     ]
     for mode, item in result["modes"].items():
         rounds = f"{min(item['rounds']):,.0f} - {max(item['rounds']):,.0f}"
-        memory = ", ".join(_device(part) for part in item["peak_memory_mb"])
+        peaks = item["peak_memory_mb"]
+        names = [f"rank {peak['rank']}" if peak["device"] == "cpu" else peak["device"] for peak in peaks]
+        memory = ", ".join(f"{name} {peak['peak_mb']:,.0f}" for name, peak in zip(names, peaks, strict=True))
         ratios = f"{item['speed_up']:9.2f}x{item['efficiency']:12.0%}"
         lines.append(f"{mode:8}{item['samples_per_s']:10,.0f}{rounds:>18}{ratios}  {memory}")
     costs = result["communication"]
-    lines += ["", f"communication in ddp: {_share(costs)}; {costs['method']}", _losses(result["losses"])]
-    return "\n".join([*lines, "", result["verdict"], *([result["limits"]] if result["limits"] else [])])
-
-
-def _device(item: Mapping[str, Any]) -> str:
-    name = f"rank {item['rank']}" if item["device"] == "cpu" else item["device"]
-    return f"{name} {item['peak_mb']:,.0f}"
-
-
-def _share(costs: Mapping[str, Any]) -> str:
     share = costs["reason"] if costs["share"] is None else f"{costs['share']:.0%} of a step"
-    if "step_ms" not in costs:
-        return share
-    return f"{share} ({costs['step_ms']:.2f} ms against {costs['step_without_ms']:.2f} ms)"
+    if "step_ms" in costs:
+        share += f" ({costs['step_ms']:.2f} ms against {costs['step_without_ms']:.2f} ms)"
+    lines += ["", f"communication in ddp: {share}; {costs['method']}", _losses(result["losses"]), "", result["verdict"]]
+    return "\n".join([*lines, *([result["limits"]] if result["limits"] else [])])
 
 
 def _losses(losses: Mapping[str, Any]) -> str:
     words = [f"{mode} {losses['first_steps'][mode]:.1e}, {whole:.1e}" for mode, whole in losses["all_steps"].items()]
-    text = (
-        f"largest relative difference from single in the first {FIRST_STEPS} steps, in all {losses['steps']}: "
-        + "; ".join(words)
-    )
-    if losses["equal"]:
-        return f"losses: equal step by step within rounding, which grows with the steps; {text}"
-    if losses["starts_equal"]:
-        return f"losses: equal at first, apart later ({text}): train.precision=float64 tells rounding from a difference"
-    return f"losses: DIFFERENT ({text}): dropout, batch statistics per device, or an option of ddp changes the training"
+    form = EQUAL if losses["equal"] else APART if losses["starts_equal"] else DIFFERENT
+    where = f"in the first {FIRST_STEPS} steps, in all {losses['steps']}"
+    return form.format(f"largest relative difference from single {where}: {'; '.join(words)}")

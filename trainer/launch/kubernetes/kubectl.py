@@ -1,7 +1,5 @@
 """kubectl, through which all requests to a cluster go. The site file may name its context and namespace."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -27,20 +25,22 @@ REMEDIES = {
 class Refused(RuntimeError):
     """kubectl failed; the message is its own."""
 
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        otherwise = "`muster render` shows what was sent, and `kubectl explain` what is allowed"
+        return next((text for known, text in REMEDIES.items() if re.search(known, str(self), re.IGNORECASE)), otherwise)
+
 
 class Kubectl:
-    """kubectl with one context and namespace."""
+    """kubectl for one submission: with the context and namespace of its handle, about its Job or JobSet, `workload`."""
 
-    def __init__(self, context: str | None, namespace: str | None) -> None:
-        """None: the current one of kubectl's configuration."""
-        self.options = [f"--context={context}"] if context else []
-        self.options += [f"--namespace={namespace}"] if namespace else []
+    def __init__(self, handle: dict[str, Any]) -> None:
+        options = (f"--{key}={handle[key]}" for key in ("context", "namespace") if handle[key])  # else kubectl's own
+        self.command = ["kubectl", *options]
+        self.workload = f"{handle['kind']}/{handle['name']}"
 
-    def command(self, *argv: str) -> list[str]:
-        """The command line."""
-        return ["kubectl", *self.options, *argv]
-
-    def run(self, *argv: str, text: str | None = None, timeout_s: float = 120) -> str:
+    def run(self, *argv: str, text: str = "", timeout_s: float = 120) -> str:
         """Run it, with `text` on its standard input, and return its output.
 
         Raises:
@@ -48,10 +48,8 @@ class Kubectl:
             Refused: it failed.
         """
         try:
-            done = subprocess.run(
-                self.command(*argv), input=text, capture_output=True, text=True, timeout=timeout_s,
-                stdin=subprocess.DEVNULL if text is None else None,
-            )  # fmt: skip
+            command = [*self.command, *argv]
+            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s)
         except FileNotFoundError:
             remedy = "Install kubectl, or apply what `muster render` prints on a machine that has it"
             raise JobError("--on", "kubernetes", "there is no kubectl on this machine", remedy) from None
@@ -62,32 +60,15 @@ class Kubectl:
             raise Refused(" ".join((done.stderr or done.stdout).split())[-2000:] or f"exit code {done.returncode}")
         return done.stdout
 
-    def run_or_raise(self, *argv: str, text: str | None = None, timeout_s: float = 120) -> str:
-        """Run it; a refusal is the user's error.
-
-        Raises:
-            JobError: it failed; with kubectl's message and a remedy.
-        """
+    def run_or_raise(self, *argv: str, text: str = "") -> None:
+        """Run it; a refusal is the user's error. Raises JobError: it failed; with kubectl's message and a remedy."""
         try:
-            return self.run(*argv, text=text, timeout_s=timeout_s)
+            self.run(*argv, text=text)
         except Refused as error:
-            raise JobError("kubectl", " ".join(argv), f"refused: {error}", remedy_for(str(error))) from None
+            raise JobError("kubectl", " ".join(argv), f"refused: {error}", error.remedy) from None
 
     def get(self, *argv: str) -> list[dict[str, Any]]:
-        """The objects that `kubectl get ARGV` finds.
-
-        Raises:
-            Refused: it failed.
-        """
+        """The objects that `kubectl get ARGV` finds. Raises Refused: it failed."""
         answer = json.loads(self.run("get", *argv, "--output=json", timeout_s=30))
-        items = answer["items"] if answer["kind"].endswith("List") else [answer]
-        assert isinstance(items, list)
+        items: list[dict[str, Any]] = answer["items"] if answer["kind"].endswith("List") else [answer]
         return items
-
-
-def remedy_for(problem: str) -> str:
-    """What to do about a message of kubectl."""
-    for pattern, text in REMEDIES.items():
-        if re.search(pattern, problem, re.IGNORECASE):
-            return text
-    return "`muster render` shows what was sent, and `kubectl explain` what is allowed"

@@ -1,7 +1,5 @@
 """From a plan to manifests: the templates of `k8s/` with OmegaConf's `${...}` filled in. Pure; nothing is submitted."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
@@ -27,32 +25,31 @@ TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
 """Mappings whose values the API takes as strings only."""
 
 
-def render_manifests(manifests: list[dict[str, Any]]) -> str:
-    """Manifests as one YAML stream."""
-    return "---\n".join(_dump(document) for document in manifests).rstrip("\n")
-
-
 def make_manifests(plan: Plan[KubernetesSite]) -> list[dict[str, Any]]:
     """The manifests of a plan: policy, claim, job file and Service before the Job that needs them.
 
-    Raises:
-        JobError: the site cannot hold the job, or a template names what does not exist.
+    Raises JobError: the site cannot hold the job, or a template names what does not exist.
     """
     site = plan.site
     check_fit(site, plan.job)
-    names = ["networkpolicy", "configmap", "jobset"] if site.kind == "jobset" else [
-        "networkpolicy", "configmap", "service", "job"]  # fmt: skip
-    if site.claim_size is not None:
-        names.insert(1, "claim")
-    documents = _resolve(["pod", *names], _values(plan))
-    _add_extras(documents["pod"]["template"]["spec"], site)
+    claim = [] if site.claim_size is None else ["claim"]
+    workload = ["jobset"] if site.kind == "jobset" else ["service", "job"]
+    names = ["networkpolicy", *claim, "configmap", *workload]
+    templates = {name: read_sections(template("k8s", f"{name}.yaml")) for name in ["pod", *names]}
+    values = _escape(_values(plan))
+    _add_extras(templates["pod"]["template"]["spec"], site)
+    templates["networkpolicy"]["spec"]["egress"] += _escape(site.egress)
     for name in names:
-        if name == "networkpolicy":
-            documents[name]["spec"]["egress"] += site.egress
-        if site.namespace is not None:
-            documents[name]["metadata"]["namespace"] = site.namespace
-    _find_template(documents[names[-1]])["spec"] = documents["pod"]["template"]["spec"]
-    return [_as_text(documents[name]) for name in names]
+        templates[name]["metadata"]["namespace"] = site.namespace
+    try:
+        config = OmegaConf.create({**values, "pod": templates["pod"], "k8s": templates})
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        name, _, key = str(getattr(error, "full_key", None) or "?").partition(".")
+        problem = " ".join(str(error).split("\n")[0].split())
+        remedy = "A template may use job.*, site.* and the names that the other templates use"
+        raise JobError(f"k8s/{name}.yaml", key, problem, remedy) from None
+    return [_clean(resolved["k8s"][name]) for name in names]
 
 
 def object_name(plan: Plan[KubernetesSite]) -> str:
@@ -76,27 +73,22 @@ def run_name(plan: Plan[KubernetesSite]) -> str:
     return plan.run.name.removesuffix("-ID")  # what `muster render` puts where `submit` puts a time
 
 
-def host_names(plan: Plan[KubernetesSite]) -> list[str]:
-    """The pods' host names in the order of their node rank."""
-    name = object_name(plan)
-    stem = f"{name}-node-0" if plan.site.kind == "jobset" else name
-    return [f"{stem}-{index}.{name}" for index in range(plan.job.nodes)]
-
-
 def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
     """What templates may name: the job, the site, and what follows from both; null leaves a key out."""
-    job, site = plan.job, plan.site
+    job, site, name = plan.job, plan.site, object_name(plan)
+    stem = f"{name}-node-0" if site.kind == "jobset" else name
     resources = {"cpu": site.cpu, "memory": site.memory, **site.resources}
     if site.gpu is not None and job.device != "cpu":
         resources[site.gpu] = str(job.devices_per_node)
     spread = {
         "maxSkew": 1, "topologyKey": site.spread, "whenUnsatisfiable": site.spread_policy,
-        "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": object_name(plan)}},
+        "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": name}},
     }  # fmt: skip
-    values = {
+    return {
         "job": dataclasses.asdict(job),
         "site": {key: None if value in ([], {}) else value for key, value in dataclasses.asdict(site).items()},
-        "name": object_name(plan), "run": run_name(plan), "hostnames": ",".join(host_names(plan)),
+        "name": name, "run": run_name(plan),
+        "hostnames": ",".join(f"{stem}-{index}.{name}" for index in range(job.nodes)),
         "job_yaml": OmegaConf.to_yaml(plan.config, resolve=False),
         "exit_code": {"wrong_job": WRONG_JOB, "stopped": STOPPED, "failed": FAILED},
         "grace_s": math.ceil(job.agent.grace_s) + GRACE_MARGIN_S,
@@ -108,9 +100,6 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         "run_shared": int(site.claim is not None),
         "claim": {"claimName": site.claim} if site.claim else None, "no_claim": None if site.claim else {},
     }  # fmt: skip
-    escaped = _escape(values)
-    assert isinstance(escaped, dict)
-    return escaped
 
 
 def _escape(value: Any) -> Any:
@@ -122,80 +111,38 @@ def _escape(value: Any) -> Any:
     return [_escape(item) for item in value] if isinstance(value, list) else value
 
 
-def _resolve(names: list[str], values: dict[str, Any]) -> dict[str, Any]:
-    """Read templates and fill them in, without the keys that came out as null."""
-    documents = {name: read_sections(template("k8s", f"{name}.yaml")) for name in names}
-    config = OmegaConf.create({**values, "pod": documents["pod"], "k8s": documents})
-    try:
-        resolved = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        name, _, key = str(getattr(error, "full_key", None) or "?").partition(".")
-        raise JobError(
-            f"k8s/{name}.yaml",
-            key,
-            " ".join(str(error).split("\n")[0].split()),
-            "A template may use job.*, site.* and the names that the other templates use",
-        ) from None
-    assert isinstance(resolved, dict)
-    return {name: _without_null(resolved["k8s"][name]) for name in names}
-
-
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
 def _add_extras(pod: dict[str, Any], site: KubernetesSite) -> None:
     """Append the site's own variables and claims to the lists of the template."""
     container = pod["containers"][0]
-    for name, value in {**fabric_environment(site.fabric), **site.env}.items():
-        container["env"].append({"name": name, "value": value})
+    own = {**fabric_environment(site.fabric), **site.env}
+    container["env"] += [{"name": name, "value": _escape(value)} for name, value in own.items()]
     for index, text in enumerate(site.mounts):
         claim, path, read_only = split_mount(text)
-        source = {"claimName": claim, **({"readOnly": True} if read_only else {})}
-        pod["volumes"].append({"name": f"mount-{index}", "persistentVolumeClaim": source})
-        mount = {"name": f"mount-{index}", "mountPath": path, **({"readOnly": True} if read_only else {})}
-        container["volumeMounts"].append(mount)
+        name, options = f"mount-{index}", {"readOnly": True} if read_only else {}
+        pod["volumes"].append({"name": name, "persistentVolumeClaim": {"claimName": claim, **options}})
+        container["volumeMounts"].append({"name": name, "mountPath": _escape(path), **options})
 
 
-def _find_template(document: dict[str, Any]) -> dict[str, Any]:
-    """The pod template of a Job or a JobSet."""
-    spec = document["spec"]
-    if document["kind"] == "JobSet":
-        spec = spec["replicatedJobs"][0]["template"]["spec"]
-    found = spec["template"]
-    assert isinstance(found, dict)
-    return found
-
-
-def _as_text(value: Any, key: str = "") -> Any:
-    """Turn numbers and booleans into strings where the API takes nothing else: labels, annotations, variables."""
+def _clean(value: Any, key: str = "", parent: str = "") -> Any:
+    """Leave out keys that came out as null, and write numbers as text where the API takes nothing else."""
     if isinstance(value, dict):
-        names = set(value)
-        return {
-            name: _text(item) if key in TEXT_MAPS or (key == "env" and name == "value" and "name" in names)
-            else _as_text(item, name)
-            for name, item in value.items()
-        }  # fmt: skip
-    return [_as_text(item, key) for item in value] if isinstance(value, list) else value
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, (int, float)) else value
+        return {name: _clean(item, name, key) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_clean(item, key, parent) for item in value]
+    is_text = parent in TEXT_MAPS or (parent, key) == ("env", "value")
+    return str(value).lower() if is_text and not isinstance(value, str) else value
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block style, as manifests are written by hand: indented lists, literal blocks, doubtful words quoted."""
+    """Block style, as manifests are written by hand: indented lists, literal blocks, doubtful words quoted.
+
+    Equal parts are written out: kubectl reads anchors, people do not.
+    """
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        """Indent lists below their key."""
         return super().increase_indent(flow, False)
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal parts out: kubectl reads anchors, people do not."""
         return True
 
 
@@ -205,15 +152,15 @@ RESERVED = re.compile(r"(?i:y|n|yes|no|on|off|true|false|null)")
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     """Quote what some YAML reader takes for a number or a boolean: kubectl's and Python's disagree on 1e3 and on."""
-    if "\n" in text:
-        style: str | None = "|"
-    else:
-        style = None if PLAIN.fullmatch(text) and not RESERVED.fullmatch(text) else '"'
+    plain = PLAIN.fullmatch(text) and not RESERVED.fullmatch(text)
+    style = "|" if "\n" in text else None if plain else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
-def _dump(document: dict[str, Any]) -> str:
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
+def render_manifests(manifests: list[dict[str, Any]]) -> str:
+    """Manifests as one YAML stream."""
+    options: dict[str, Any] = {"sort_keys": False, "width": 1000, "allow_unicode": True}
+    return str(yaml.dump_all(manifests, Dumper=_Dumper, **options)).rstrip("\n")

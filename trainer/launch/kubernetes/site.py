@@ -3,8 +3,6 @@
 The API server itself checks the rest before anything is created: `kubectl apply --dry-run=server` comes first.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -21,6 +19,7 @@ OBJECT = re.compile(r"[a-z0-9][a-z0-9.-]{,252}")
 """An object's name. Pods that refer to another are accepted, and never start."""
 IMAGE = re.compile(r"[a-z0-9]\S*")
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+POWERS = {"m": -1, "": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 OURS = re.compile(
     r"(MUSTER|TORCHELASTIC)_\w+|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|HOME|TMPDIR|"
     r"JOB_COMPLETION_INDEX|CUDA_VISIBLE_DEVICES"
@@ -73,8 +72,7 @@ class KubernetesSite:
 def load_kubernetes_site(path: Path | None) -> KubernetesSite:
     """Read and check a site file.
 
-    Raises:
-        JobError: unknown key, wrong type, or a value with which pods would be wrong or never start.
+    Raises JobError: unknown key, wrong type, or a value with which pods would be wrong or never start.
     """
     site = read_site(path, "k8s", KubernetesSite)
     names = [("claim", site.claim)]
@@ -118,8 +116,7 @@ def load_kubernetes_site(path: Path | None) -> KubernetesSite:
 def check_fit(site: KubernetesSite, job: Job) -> None:
     """Refuse a job that this site's pods cannot hold.
 
-    Raises:
-        JobError: no GPUs here, or too little shared memory for the loader workers.
+    Raises JobError: no GPUs here, or too little shared memory for the loader workers.
     """
     needed = job.data.workers * job.ranks_per_node * WORKER_SHM_MB * 2**20 if job.task else 0
     check_rules([
@@ -132,26 +129,18 @@ def check_fit(site: KubernetesSite, job: Job) -> None:
 
 
 def quantity(key: str, text: str) -> Decimal:
-    """A Kubernetes quantity as a number.
-
-    Raises:
-        JobError: it is not one.
-    """
+    """A Kubernetes quantity as a number. Raises JobError: it is not one."""
     match = QUANTITY.fullmatch(text)
     if match is None:
         raise JobError(key, text, "is not a Kubernetes quantity", "For example 500m, 2, 512Mi or 64Gi")
-    digits, unit = match.groups()
-    if unit is None or unit == "m":
-        return Decimal(digits) / (1000 if unit else 1)
-    base, power = (1024, unit[0]) if unit.endswith("i") else (1000, unit.upper())
-    return Decimal(digits) * Decimal(base) ** (1 + "KMGTPE".index(power))
+    digits, unit = match.groups("")
+    return Decimal(digits) * Decimal(1024 if unit.endswith("i") else 1000) ** POWERS[unit[:1]]
 
 
 def split_mount(text: str) -> tuple[str, str, bool]:
     """Claim, path and whether it is read-only, of one entry of `mounts`.
 
-    Raises:
-        JobError: it is not claim:/path[:ro], or would hide a folder that the job needs.
+    Raises JobError: it is not claim:/path[:ro], or would hide a folder that the job needs.
     """
     claim, _, rest = text.partition(":")
     path, _, option = rest.partition(":")

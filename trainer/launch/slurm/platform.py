@@ -1,7 +1,5 @@
 """The Slurm platform: `slurm/job.sbatch` as it stands, submitted through a submitit executor."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -66,8 +64,7 @@ class TemplateExecutor(SlurmExecutor):
     """
 
     def __init__(self, folder: Path, request: SlurmRequest) -> None:
-        """`folder`: where submitit keeps the script."""
-        super().__init__(folder)
+        super().__init__(folder)  # where it keeps the script
         self.request = request
 
     @classmethod
@@ -82,26 +79,14 @@ class TemplateExecutor(SlurmExecutor):
         inherited = [f"--unset={name}" for name in sorted(os.environ.keys() - without_job().keys())]
         return ["env", *inherited, *self.request.argv(submission_file_path)]
 
-    def send(self) -> str:
-        """Run sbatch; return the job's id.
-
-        Raises:
-            FailedJobError: Slurm refused.
-        """
-        with contextlib.redirect_stderr(open(os.devnull, "w")):  # submitit prints the error that it raises
-            # submitit keeps what it is given beside the script; the nodes run the script alone.
-            return str(self.submit(CommandFunction(self.request.argv(self.request.script_path))).job_id)
-
 
 class Slurm(Platform[SlurmSite, SlurmRequest]):
-    """A cluster under Slurm, reached by its client commands."""
+    """A cluster under Slurm, reached by its client commands. An object follows one job."""
 
     name = "slurm"
     has_arrays = True
-
-    def __init__(self) -> None:
-        """No answer is kept yet."""
-        self.kept: tuple[float, str, JobStatus] | None = None
+    kept: tuple[float, JobStatus] | None = None
+    """When Slurm last answered, and what."""
 
     def load_site(self, path: Path | None) -> SlurmSite:
         """Read and check `slurm/site.yaml` or the given file."""
@@ -114,10 +99,6 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
     def build(self, plan: Plan[SlurmSite]) -> SlurmRequest:
         """The script and the command line."""
         return self._build(plan, "slurm-%j.out", "node-%n.log", plan.run.job)
-
-    def build_sweep(self, plan: Plan[SlurmSite], count: int) -> SlurmRequest:
-        """As `build`, for an array of `count` runs, which the folder `plan.run` names."""
-        return self._build(plan, "slurm-%A_%a.out", "task-%a-node-%n.log", plan.run.path, f"--array=0-{count - 1}")
 
     def _build(self, plan: Plan[SlurmSite], log: str, node_log: str, target: Path, *flags: str) -> SlurmRequest:
         environment, logs = fabric_environment(plan.site.fabric), plan.run.logs
@@ -139,16 +120,13 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         ])  # fmt: skip
 
     def submit(self, plan: Plan[SlurmSite], request: SlurmRequest, follow: bool) -> dict[str, Any]:
-        """Submit by sbatch; Slurm's own refusal is shown once.
-
-        Raises:
-            JobError: no Slurm here, or Slurm refused.
-        """
+        """Submit by sbatch; Slurm's own refusal is shown once. Raises JobError: no Slurm here, or Slurm refused."""
         return {"job_id": _send(plan, request)}
 
     def submit_sweep(self, plan: Plan[SlurmSite], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit one array whose task i is run i."""
-        array = _send(plan, self.build_sweep(plan, len(runs)))
+        flag, names = f"--array=0-{len(runs) - 1}", ("slurm-%A_%a.out", "task-%a-node-%n.log")
+        array = _send(plan, self._build(plan, *names, plan.run.path, flag))
         for index, run in enumerate(runs):  # Slurm writes the logs beside the array; links lead to them
             links = {f"node-{node}.log": f"task-{index}-node-{node}.log" for node in range(plan.job.nodes)}
             links[f"slurm-{array}_{index}.out"] = f"slurm-{array}_{index}.out"
@@ -159,23 +137,21 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
 
     def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By squeue, scontrol, sacct or the run folder, whichever knows."""
-        job_id = str(handle["job_id"])
-        if self.kept and self.kept[1] == job_id and time.monotonic() - self.kept[0] < POLL_S:
-            return self.kept[2]
-        status = SlurmJob(run, job_id, bool(handle.get("cancelled"))).status()
-        self.kept = time.monotonic(), job_id, status
-        return status
+        if self.kept is None or time.monotonic() - self.kept[0] >= POLL_S:
+            status = SlurmJob(run, str(handle["job_id"]), bool(handle.get("cancelled"))).status()
+            self.kept = time.monotonic(), status
+        return self.kept[1]
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """scancel: the agents save within Slurm's KillWait."""
         for pause_s in (1, 0):  # twice, because the batch script may requeue the job at the same moment
-            run_client(["scancel", str(handle["job_id"])])
+            run_client("scancel", str(handle["job_id"]))
             time.sleep(pause_s)
         self.kept = None
 
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Send what Slurm sends before a preemption; the batch script requeues."""
-        run_client(["scancel", "--signal=USR2", str(handle["job_id"])])
+        run_client("scancel", "--signal=USR2", str(handle["job_id"]))
         self.kept = None
 
 
@@ -208,10 +184,8 @@ def _arguments(plan: Plan[SlurmSite], environment: dict[str, str], log: Path, ta
     options = [f"--output={log}", *site.srun_args]
     python = site.python or (sys.executable if site.runtime == "none" else "python")
     command = [python, "-m", "trainer", str(target)]
-    mounts = [
-        f"{plan.run.path.parent}:{plan.run.path.parent}",
-        *site.mounts,
-    ]  # the runs of a sweep are beside its folder
+    runs = plan.run.path.parent  # the runs of a sweep are beside its folder
+    mounts = [f"{runs}:{runs}", *site.mounts]
     if site.runtime == "pyxis":
         options += [f"--container-image={site.image}", f"--container-mounts={','.join(mounts)}",
                     f"--container-workdir={code}"]  # fmt: skip
@@ -225,11 +199,7 @@ def _arguments(plan: Plan[SlurmSite], environment: dict[str, str], log: Path, ta
 
 
 def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
-    """Run sbatch; return the job's id.
-
-    Raises:
-        JobError: no Slurm here, or Slurm refused.
-    """
+    """Run sbatch; return the job's id. Raises JobError: no Slurm here, or Slurm refused."""
     if shutil.which("sbatch") is None:
         raise JobError("--on", "slurm", "this machine has no sbatch", "Submit from a login node of the cluster")
     check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
@@ -240,7 +210,10 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
         raise JobError("RUN", str(plan.run), "belongs to another user", "Submit its job file as your own run")
     folder.chmod(0o700)
     try:
-        return TemplateExecutor(folder, request).send()
+        with contextlib.redirect_stderr(open(os.devnull, "w")):  # submitit prints the error that it raises
+            # submitit keeps what it is given beside the script; the nodes run the script alone.
+            kept = CommandFunction(request.argv(request.script_path))
+            return str(TemplateExecutor(folder, request).submit(kept).job_id)
     except FailedJobError as error:
         text = " ".join(str(error).split())
     if UNREACHABLE.search(text):

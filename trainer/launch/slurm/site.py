@@ -1,7 +1,5 @@
 """The Slurm platform's site: `slurm/site.yaml` as a dataclass, with the mistakes that Slurm would not name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,11 +32,7 @@ class SlurmSite:
 
 
 def load_slurm_site(path: Path | None) -> SlurmSite:
-    """Read and check a site file.
-
-    Raises:
-        JobError: unknown key, wrong type, or keys that contradict each other.
-    """
+    """Read and check a site file. Raises JobError: unknown key, wrong type, or keys that contradict each other."""
     site = read_site(path, "slurm", SlurmSite)
     plain, runtimes = site.runtime == "none", ("none", "pyxis", "apptainer")
     check_rules([

@@ -3,14 +3,14 @@
 sacct lags by seconds and may not exist. scontrol forgets a job after MinJobAge. The run folder never does.
 """
 
-from __future__ import annotations
-
+import contextlib
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.errors import DONE, FAILED, STOPPED, JobError
+from trainer.launch.control import by_events
 from trainer.launch.platform import JobStatus, Phase
 from trainer.run.folder import RunFolder, last_event
 
@@ -36,9 +36,12 @@ class Answer:
     """What one of Slurm's commands says about a job."""
 
     state: str
-    """Slurm's own word, such as COMPLETED."""
+    """Slurm's own word, such as COMPLETED; empty when it does not know the job."""
     reason: str = ""
     code: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.state)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,19 @@ class SlurmJob:
 
     def status(self) -> JobStatus:
         """The status, with Slurm's reason while the job waits."""
-        answer = self._squeue() or self._scontrol() or self._sacct() or Answer("")
+        answer = self._squeue() or self._scontrol() or self._sacct()
         if answer.state in PENDING:
-            return JobStatus(Phase.PENDING, f"{self._requeued()}Slurm says: {answer.reason}")
+            cause = self._cause()
+            before = f"requeued ({cause}), " if cause else "requeued, " if self.log.exists() else ""
+            return JobStatus(Phase.PENDING, f"{before}Slurm says: {answer.reason}")
         if answer.state in RUNNING:
             return JobStatus(Phase.RUNNING, "completing" if answer.state == "COMPLETING" else "")
         if answer.state in ENDED:
             return self._ended(answer)
-        return self._by_run_folder()
+        status = by_events(self.run)
+        if status.is_active:
+            status = JobStatus(Phase.LOST, "Slurm does not know the job any more, and the run folder holds no end")
+        return replace(status, phase=Phase.CANCELLED) if self.cancelled and status.phase != Phase.DONE else status
 
     def _ended(self, answer: Answer) -> JobStatus:
         phase, reason = ENDED[answer.state]
@@ -68,71 +76,43 @@ class SlurmJob:
             phase = Phase.STOPPED
         if answer.state == "NODE_FAIL" and self._cause():
             reason += f": {self._cause()}"
-        if phase == Phase.FAILED and not reason and not self._wired():
+        logs = [*self.run.logs.glob("node-*.log"), self.log]  # one of an agent that did not start says why
+        started = any(log.exists() for log in logs) or last_event(self.run.read_events(), "wired")
+        if phase == Phase.FAILED and not reason and not started:
             reason = (
                 f"no node wrote into the run folder: {self.run} must be on a file system that all nodes share "
                 "(`runs` in slurm/site.yaml), and so must the Python environment"
             )
         return JobStatus(phase, reason, DONE if phase == Phase.DONE else answer.code or FAILED)
 
-    def _squeue(self) -> Answer | None:
-        output = _ask(["squeue", "--noheader", f"--jobs={self.job_id}", "--states=all", "--format=%T|%r"])
-        line = output.strip().splitlines()[0] if output and output.strip() else ""
-        state, _, reason = line.partition("|")
-        if not state or state in ENDED:  # squeue does not know exit codes
-            return None
-        return Answer(state, reason)
+    def _squeue(self) -> Answer:
+        text = _ask("squeue", "--noheader", f"--jobs={self.job_id}", "--states=all", "--format=%T|%r")
+        state, _, reason = text.partition("\n")[0].partition("|")
+        return Answer("" if state in ENDED else state, reason)  # it does not know exit codes
 
-    def _scontrol(self) -> Answer | None:
-        output = _ask(["scontrol", "--oneliner", "show", "job", self.job_id])
-        if not output:
-            return None
-        fields = dict(word.split("=", 1) for word in output.split() if "=" in word)
+    def _scontrol(self) -> Answer:
+        words = _ask("scontrol", "--oneliner", "show", "job", self.job_id).split()
+        fields = dict(word.split("=", 1) for word in words if "=" in word)
         return Answer(fields.get("JobState", ""), fields.get("Reason", ""), _exit_code(fields.get("ExitCode", "")))
 
-    def _sacct(self) -> Answer | None:
-        output = _ask(["sacct", "-X", "-n", "-P", "-j", self.job_id, "-o", "State,ExitCode"])
-        lines = [line for line in (output or "").splitlines() if line]
-        if not lines:
-            return None
-        state, _, code = lines[-1].partition("|")
-        return Answer(state.split()[0], code=_exit_code(code))
-
-    def _requeued(self) -> str:
-        """Whether a job that waits has run before, and what ended it."""
-        if not self._log().exists():
-            return ""
-        cause = self._cause()
-        return f"requeued ({cause}), " if cause else "requeued, "
+    def _sacct(self) -> Answer:
+        text = _ask("sacct", "-X", "-n", "-P", "-j", self.job_id, "-o", "State,ExitCode")
+        state, _, code = text.rpartition("\n")[2].partition("|")
+        return Answer(state.partition(" ")[0], code=_exit_code(code))  # of CANCELLED by 1000
 
     def _cause(self) -> str:
         """Why Slurm ended the last attempt, in its own words; empty when it did not, or did not say."""
         try:
-            text = self._log().read_text(errors="replace")
+            text = self.log.read_text(errors="replace")
         except OSError:
             return ""
         causes = CAUSE.findall(re.split(r"^attempt \d+ of job ", text, flags=re.MULTILINE)[-1])  # job.sbatch's line
         return next((node for node, _ in causes if node), causes[-1][1] if causes else "")
 
-    def _log(self) -> Path:
+    @property
+    def log(self) -> Path:
         """The batch script's log: it exists as soon as this job, and not an earlier one of the run, has started."""
         return self.run.logs / f"slurm-{self.job_id}.out"
-
-    def _wired(self) -> bool:
-        """Whether an agent of this job has started, or left a log that says why not."""
-        logs = [*self.run.logs.glob("node-*.log"), self._log()]
-        return any(log.exists() for log in logs) or last_event(self.run.read_events(), "wired") is not None
-
-    def _by_run_folder(self) -> JobStatus:
-        event = last_event(self.run.read_events(), "done", "ended", "training")
-        if event and event["event"] == "done":
-            return JobStatus(Phase.DONE, code=DONE)
-        if event and event["event"] == "ended":
-            code = int(event["code"])
-            phase = Phase.CANCELLED if self.cancelled else Phase.STOPPED if code == STOPPED else Phase.FAILED
-            return JobStatus(phase, event["reason"], code)
-        reason = "Slurm does not know the job any more, and the run folder holds no end"
-        return JobStatus(Phase.CANCELLED if self.cancelled else Phase.LOST, reason)
 
 
 def _exit_code(text: str) -> int | None:
@@ -143,24 +123,19 @@ def _exit_code(text: str) -> int | None:
     return int(code) or (128 + int(number) if number.isdigit() and int(number) else 0)
 
 
-def _ask(argv: list[str]) -> str | None:
-    """What a command prints; None when it cannot answer."""
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+def _ask(*argv: str) -> str:
+    """What a command prints; nothing when it cannot answer."""
+    with contextlib.suppress(JobError):
+        return run_client(*argv).strip()
+    return ""
 
 
-def run_client(argv: list[str]) -> None:
-    """Run one of Slurm's commands.
-
-    Raises:
-        JobError: it failed; its own message is shown.
-    """
+def run_client(*argv: str) -> str:
+    """Run one of Slurm's commands; return what it prints. Raises JobError: it failed; its own message is shown."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise JobError("--on", "slurm", str(error), "Run this on a login node of the cluster") from None
     if done.returncode:
         raise JobError(argv[0], argv[-1], " ".join(done.stderr.split()), "`muster status` shows the job's state")
+    return done.stdout
