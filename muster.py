@@ -14,7 +14,6 @@ HOMES = {"Task": "trainer.task", "__version__": "trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the name from where it lives."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(HOMES[name]), name)

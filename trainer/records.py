@@ -13,11 +13,8 @@ from trainer.wiring.variables import TERMINATION_LOG, read_path
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line with one write, so that lines of several processes never mix."""
     line = json.dumps(value, default=_plain) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+    with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
+        file.write(line.encode())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -28,13 +25,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     values = []
     for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            values.append(value)
-    return values
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

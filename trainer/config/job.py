@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def _option(default: Any, help: str, **limits: Any) -> Any:
+def _key(default: Any, help: str, **limits: Any) -> Any:
     """Declare a field with its meaning and limits: `choices`, `minimum`, ..., or `path` (`~` and `$NAME` count)."""
     metadata = {"help": help, **limits}
     if isinstance(default, (list, dict)):
@@ -25,30 +25,30 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
 class Train:
     """The optimization. A step is one update from one global batch."""
 
-    batch_size: int = _option(64, "samples in each step, over all devices and nodes together", minimum=1)
-    epochs: int | None = _option(None, "passes over the training data; 1 if you do not set `steps` either", minimum=1)
-    steps: int | None = _option(None, "total number of steps; if you set `epochs` too, whichever ends first", minimum=1)
-    optimizer: str = _option("adamw", "adamw, adam, sgd, or package.module:callable(params, lr=..., **args)")
-    optimizer_args: dict[str, Any] = _option({}, "more keyword arguments for the optimizer")
-    lr: float = _option(1e-3, "highest learning rate of the schedule", above=0)
-    weight_decay: float = _option(0.0,
+    batch_size: int = _key(64, "samples in each step, over all devices and nodes together", minimum=1)
+    epochs: int | None = _key(None, "passes over the training data; 1 if you do not set `steps` either", minimum=1)
+    steps: int | None = _key(None, "total number of steps; if you set `epochs` too, whichever ends first", minimum=1)
+    optimizer: str = _key("adamw", "adamw, adam, sgd, or package.module:callable(params, lr=..., **args)")
+    optimizer_args: dict[str, Any] = _key({}, "more keyword arguments for the optimizer")
+    lr: float = _key(1e-3, "highest learning rate of the schedule", above=0)
+    weight_decay: float = _key(0.0,
         "decay of weights with 2 or more dimensions; biases and other 1-d weights are not decayed", minimum=0)
-    schedule: str = _option("cosine", "constant, cosine, linear, or package.module:callable(step, steps) -> factor")
-    warmup_steps: int = _option(0, "steps in which the learning rate rises linearly from 0", minimum=0)
-    min_lr_ratio: float = _option(0.0, "final learning rate of cosine and linear, as a fraction of `lr`",
+    schedule: str = _key("cosine", "constant, cosine, linear, or package.module:callable(step, steps) -> factor")
+    warmup_steps: int = _key(0, "steps in which the learning rate rises linearly from 0", minimum=0)
+    min_lr_ratio: float = _key(0.0, "final learning rate of cosine and linear, as a fraction of `lr`",
         minimum=0, maximum=1)
-    accumulate: int = _option(1, "micro-batches in each step; the global batch stays the same", minimum=1)
-    clip_norm: float | None = _option(None, "clip gradients to this global norm", above=0)
-    precision: str = _option("float32",
+    accumulate: int = _key(1, "micro-batches in each step; the global batch stays the same", minimum=1)
+    clip_norm: float | None = _key(None, "clip gradients to this global norm", above=0)
+    precision: str = _key("float32",
         "number format of the forward and backward pass; with bf16 and fp16 the weights stay float32",
         choices=("float32", "bf16", "fp16", "float64"))
-    ema_decay: float | None = _option(None, "keep an exponential moving average of the weights, and evaluate that",
+    ema_decay: float | None = _key(None, "keep an exponential moving average of the weights, and evaluate that",
         above=0, below=1)
-    channels_last: bool = _option(False, "store 4-d weights and inputs in NHWC layout")
-    compile: bool = _option(False, "compile the model with torch.compile")
-    on_nan: str = _option("halt", "what to do when a loss is NaN or infinite: end the run, or skip the update",
+    channels_last: bool = _key(False, "store 4-d weights and inputs in NHWC layout")
+    compile: bool = _key(False, "compile the model with torch.compile")
+    on_nan: str = _key("halt", "what to do when a loss is NaN or infinite: end the run, or skip the update",
         choices=("halt", "skip"))
-    deterministic: str = _option("true",
+    deterministic: str = _key("true",
         "use CUDA kernels that give the same bits in each run; where none exists, true ends the run and warn warns",
         choices=("true", "warn", "false"))
 
@@ -61,9 +61,9 @@ class Train:
 class Data:
     """How samples get to the device."""
 
-    workers: int = _option(0, "data loader processes of each rank; 0: the rank loads its data itself", minimum=0)
-    prefetch: int = _option(2, "batches that each worker, or the copy to a GPU, prepares in advance", minimum=1)
-    pin_memory: bool = _option(True,
+    workers: int = _key(0, "data loader processes of each rank; 0: the rank loads its data itself", minimum=0)
+    prefetch: int = _key(2, "batches that each worker, or the copy to a GPU, prepares in advance", minimum=1)
+    pin_memory: bool = _key(True,
         "use page-locked memory, so that copies to a GPU run in the background; no effect without a GPU")
 
 
@@ -71,53 +71,51 @@ class Data:
 class Ddp:
     """Options of DistributedDataParallel. With other modes, changing them is an error."""
 
-    bucket_mb: float | None = _option(None,
+    bucket_mb: float | None = _key(None,
         "size of a gradient bucket in MiB; null: torch's own sizes, 1 for the first and 25 for the others", above=0)
-    static_graph: bool = _option(False, "promise that every step uses the same parameters, which lets torch optimize")
-    find_unused_parameters: bool = _option(False, "search every step for parameters without a gradient (slower)")
-    sync_batchnorm: bool = _option(False, "compute batch norm statistics over the global batch (needs GPUs)")
-    compression: str = _option("none", "compress gradients before they are exchanged",
+    static_graph: bool = _key(False, "promise that every step uses the same parameters, which lets torch optimize")
+    find_unused_parameters: bool = _key(False, "search every step for parameters without a gradient (slower)")
+    sync_batchnorm: bool = _key(False, "compute batch norm statistics over the global batch (needs GPUs)")
+    compression: str = _key("none", "compress gradients before they are exchanged",
         choices=("none", "bf16", "fp16", "powersgd"))
-    powersgd_rank: int = _option(2, "rank of the approximation with `compression: powersgd`", minimum=1)
-    sync_every: int = _option(1, "post-local SGD: after `sync_start` steps, average the weights every this many steps "
+    powersgd_rank: int = _key(2, "rank of the approximation with `compression: powersgd`", minimum=1)
+    sync_every: int = _key(1, "post-local SGD: after `sync_start` steps, average the weights every this many steps "
         "(1: off, gradients are averaged at every step)", minimum=1)
-    sync_start: int = _option(0, "ordinary steps before post-local SGD begins", minimum=0)
+    sync_start: int = _key(0, "ordinary steps before post-local SGD begins", minimum=0)
 
 
 @dataclass
 class Evaluation:
     """Evaluation on the held-out data. It is exact: no sample is counted twice or left out."""
 
-    every_epochs: int = _option(1, "evaluate every this many epochs, and always at the end of the run", minimum=1)
-    every_steps: int | None = _option(None, "also evaluate every this many steps", minimum=1)
-    batch_size: int = _option(256, "samples in each evaluation batch of a device", minimum=1)
+    every_epochs: int = _key(1, "evaluate every this many epochs, and always at the end of the run", minimum=1)
+    every_steps: int | None = _key(None, "also evaluate every this many steps", minimum=1)
+    batch_size: int = _key(256, "samples in each evaluation batch of a device", minimum=1)
 
 
 @dataclass
 class Checkpoints:
     """When checkpoints are saved, and which ones are kept."""
 
-    every_steps: int | None = _option(None, "save every this many steps, and always at the end of an epoch", minimum=1)
-    asynchronous: bool = _option(True,
+    every_steps: int | None = _key(None, "save every this many steps, and always at the end of an epoch", minimum=1)
+    asynchronous: bool = _key(True,
         "write checkpoints in the background; rank 0 needs memory for one extra copy of the state")
-    in_memory: bool = _option(True,
+    in_memory: bool = _key(True,
         "after a failure, continue from the state in memory, so that no step is lost (ddp on CPUs)")
-    keep_last: int = _option(2, "how many of the newest checkpoints to keep", minimum=1)
-    best: str | None = _option(None, "also keep the checkpoint that is best by this metric")
-    best_mode: str = _option("max", "whether a larger or a smaller value of that metric is better",
-        choices=("max", "min"))
-    load: str | None = _option(None, "start a new run with the weights of this checkpoint folder or model.pt",
-        path=True)
+    keep_last: int = _key(2, "how many of the newest checkpoints to keep", minimum=1)
+    best: str | None = _key(None, "also keep the checkpoint that is best by this metric")
+    best_mode: str = _key("max", "whether a larger or a smaller value of that metric is better", choices=("max", "min"))
+    load: str | None = _key(None, "start a new run with the weights of this checkpoint folder or model.pt", path=True)
 
 
 @dataclass
 class Log:
     """What is recorded during training."""
 
-    every_steps: int = _option(10, "write loss, learning rate and speed every this many steps", minimum=1)
-    tensorboard: bool = _option(True, "also write these numbers for TensorBoard")
-    profile_steps: list[int] = _option([], "[first, last], counted from 1: write a profiler trace of these steps")
-    samples: bool = _option(False,
+    every_steps: int = _key(10, "write loss, learning rate and speed every this many steps", minimum=1)
+    tensorboard: bool = _key(True, "also write these numbers for TensorBoard")
+    profile_steps: list[int] = _key([], "[first, last], counted from 1: write a profiler trace of these steps")
+    samples: bool = _key(False,
         "record the index of every sample that each step used, to prove that none is lost or repeated (large files)")
 
 
@@ -125,38 +123,38 @@ class Log:
 class Agent:
     """Supervision: how failures are noticed, and how often the run is restarted."""
 
-    restarts: int = _option(3, "how many restarts without progress to allow before giving up", minimum=0)
-    hang_timeout_s: float = _option(300.0, "seconds without a heartbeat after which a rank counts as hung", above=0)
-    start_timeout_s: float = _option(600.0, "the same limit before the first step, for imports, data and compilation",
+    restarts: int = _key(3, "how many restarts without progress to allow before giving up", minimum=0)
+    hang_timeout_s: float = _key(300.0, "seconds without a heartbeat after which a rank counts as hung", above=0)
+    start_timeout_s: float = _key(600.0, "the same limit before the first step, for imports, data and compilation",
         above=0)
-    grace_s: float = _option(30.0,
+    grace_s: float = _key(30.0,
         "seconds from a stop signal until the ranks are killed; one step (on GPUs two) and one save must fit", above=0)
-    rejoin_timeout_s: float = _option(120.0, "seconds to wait for the replacement of a lost node", above=0)
+    rejoin_timeout_s: float = _key(120.0, "seconds to wait for the replacement of a lost node", above=0)
 
 
 @dataclass
 class Job:
     """One job file: what to train, how, on how many nodes and devices. Names no platform, site or host."""
 
-    name: str = _option("", "name of the job; its run folders are called NAME-ID; default: the job file's name")
-    task: str | None = _option(None,
+    name: str = _key("", "name of the job; its run folders are called NAME-ID; default: the job file's name")
+    task: str | None = _key(None,
         "package.module:Class, importable from the working directory or the job file's folder")
-    task_args: dict[str, Any] = _option({}, "keyword arguments for the constructor of the task")
-    script: str | None = _option(None, "instead of a task: a script that torchrun can start", path=True)
-    script_args: list[str] = _option([], "command-line arguments of the script")
-    parallel: str = _option("auto",
+    task_args: dict[str, Any] = _key({}, "keyword arguments for the constructor of the task")
+    script: str | None = _key(None, "instead of a task: a script that torchrun can start", path=True)
+    script_args: list[str] = _key([], "command-line arguments of the script")
+    parallel: str = _key("auto",
         "single, dp (DataParallel: one process on one node) or ddp; auto: ddp for more than one device",
         choices=("auto", "single", "dp", "ddp"))
-    nodes: int = _option(1, "number of nodes; each runs one agent", minimum=1)
-    devices_per_node: int = _option(1, "number of devices on each node; with ddp this is also the number of ranks",
+    nodes: int = _key(1, "number of nodes; each runs one agent", minimum=1)
+    devices_per_node: int = _key(1, "number of devices on each node; with ddp this is also the number of ranks",
         minimum=1)
-    devices: list[int] | None = _option(None,
+    devices: list[int] | None = _key(None,
         "which devices of the node to use, the primary one first, for example [2,3,1]")
-    device: str = _option("auto", "auto: GPUs if the node has enough of them, otherwise the CPU",
+    device: str = _key("auto", "auto: GPUs if the node has enough of them, otherwise the CPU",
         choices=("auto", "cpu", "cuda"))
-    seed: int = _option(0, "seed for initial weights, sample order, augmentation and dropout",
+    seed: int = _key(0, "seed for initial weights, sample order, augmentation and dropout",
         minimum=0, maximum=2**32 - 1)
-    runs: str = _option("runs", "folder in which run folders are created", path=True)
+    runs: str = _key("runs", "folder in which run folders are created", path=True)
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     ddp: Ddp = field(default_factory=Ddp)

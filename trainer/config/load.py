@@ -64,7 +64,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         try:
             config = OmegaConf.merge(config, values)
         except OmegaConfBaseException as error:
-            key = _key_of(error)
+            key = str(error.full_key or "?")
             remedy = f"It is set in {source}; {_expected(key)}"
             raise JobError(key, leaves.get(key), _first_line(error), remedy) from None
         for key in PATHS & leaves.keys():
@@ -82,7 +82,7 @@ def to_job(config: DictConfig) -> Job:
         job = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         remedy = "Set what the interpolation refers to"
-        raise JobError(_key_of(error), "${...}", _first_line(error), remedy) from None
+        raise JobError(str(error.full_key or "?"), "${...}", _first_line(error), remedy) from None
     assert isinstance(job, Job)
     for name, item in KEYS.items():
         value = operator.attrgetter(name)(job)
@@ -155,18 +155,15 @@ def _check_value(key: str, value: Any, source: str) -> None:
     found = _find_field(key)
     if found is None:
         raise JobError(key, value, f"unknown key in {source}", _nearest_key(key))
-    wanted = str(found.type).partition("[")[0]
-    problem = None
-    if wanted == "dict" and isinstance(value, list):
-        problem = "is a list, not a mapping"
-    elif wanted == "list" and isinstance(value, dict):
-        problem = "is a mapping, not a list"
-    elif wanted == "list" and isinstance(value, (str, int, float)) and "${" not in str(value):
-        problem = "is not a list"
-    elif wanted == "list" and isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
-        problem = "holds more than single values"
-    elif isinstance(value, int) and value.bit_length() > 64:
-        problem = "is too large a number"
+    to_list, is_list = str(found.type).startswith("list"), isinstance(value, list)
+    problems = {
+        "is a list, not a mapping": str(found.type).startswith("dict") and is_list,
+        "is a mapping, not a list": to_list and isinstance(value, dict),
+        "is not a list": to_list and isinstance(value, (str, int, float)) and "${" not in str(value),
+        "holds more than single values": to_list and is_list and any(isinstance(part, (list, dict)) for part in value),
+        "is too large a number": isinstance(value, int) and value.bit_length() > 64,
+    }
+    problem = next((problem for problem, broken in problems.items() if broken), None)
     if problem:
         raise JobError(key, value, problem, f"It is set in {source}; {_expected(key)}")
 
@@ -195,10 +192,6 @@ def _check_limits(key: str, value: Any, limits: Any) -> None:
 def _expected(key: str) -> str:
     found = _find_field(key)
     return f"expected {found.type}: {found.metadata.get('help', '')}" if found else "see docs/configuration.md"
-
-
-def _key_of(error: OmegaConfBaseException) -> str:
-    return str(getattr(error, "full_key", None) or "?")
 
 
 def _first_line(error: BaseException) -> str:

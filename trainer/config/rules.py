@@ -3,6 +3,7 @@
 A rule is broken when its condition holds. `problem` may name fields of the job, as in {job.nodes}.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -77,7 +78,8 @@ TRAINING = (
          "torch implements it for GPUs only", "Remove it, or device=cuda"),
     Rule("checkpoint.best_mode", lambda job: job.checkpoint.best_mode != "max" and job.checkpoint.best is None,
          "would be ignored", "Name the metric in checkpoint.best"),
-    Rule("log.profile_steps", lambda job: job.log.profile_steps and not _is_span(job.log.profile_steps),
+    Rule("log.profile_steps", lambda job: (steps := job.log.profile_steps) and not (
+             len(steps) == 2 and 1 <= steps[0] <= steps[1]),
          "must be [first, last], counted from 1", "For example log.profile_steps=[10,12]"),
     Rule("train.optimizer_args.lr", lambda job: "lr" in job.train.optimizer_args, "is set twice", "Use train.lr"),
     Rule("train.optimizer_args.weight_decay", lambda job: "weight_decay" in job.train.optimizer_args,
@@ -119,8 +121,12 @@ def check_job(job: Job) -> None:
             _check(job, LOCAL_SGD)
         _check_batch(job)
         check_symbol("task", job.task, job.task_args)
-        _check_choice("train.optimizer", job.train.optimizer, OPTIMIZERS)
-        _check_choice("train.schedule", job.train.schedule, SCHEDULES)
+        for key, known in {"train.optimizer": OPTIMIZERS, "train.schedule": SCHEDULES}.items():
+            value = operator.attrgetter(key)(job)
+            if value not in known and ":" not in value:
+                raise wrong_choice(key, value, known, "Or give package.module:callable")
+            if value not in known:
+                check_symbol(key, value, None)
 
 
 def _check(job: Job, rules: tuple[Rule, ...]) -> None:
@@ -130,10 +136,6 @@ def _check(job: Job, rules: tuple[Rule, ...]) -> None:
             for name in rule.key.split("."):
                 value = value[name] if isinstance(value, dict) else getattr(value, name)
             raise JobError(rule.key, value, rule.problem.format(job=job), rule.remedy)
-
-
-def _is_span(steps: list[int]) -> bool:
-    return len(steps) == 2 and 1 <= steps[0] <= steps[1]
 
 
 def _check_batch(job: Job) -> None:
@@ -148,10 +150,3 @@ def _check_batch(job: Job) -> None:
         problem = f"does not divide among {job.world_size} ranks x {job.train.accumulate} micro-batches"
         nearest = f"{below} or {above}" if below else str(above)
         raise JobError("train.batch_size", batch, problem, f"The nearest sizes that do: {nearest}")
-
-
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known and ":" not in value:
-        raise wrong_choice(key, value, known, "Or give package.module:callable")
-    if value not in known:
-        check_symbol(key, value, None)

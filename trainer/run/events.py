@@ -16,8 +16,6 @@ class Kind:
     more: bool = False  # whether it also carries values that the user's code names, such as metrics
 
 
-FAILURE = ("node", "host", "rank", "code", "kind", "message", "log", "waiting")
-
 EVENTS = {
     # The submitting side.
     "submitted": Kind("The run folder was made.", ("by",)),
@@ -34,13 +32,12 @@ EVENTS = {
     "restart": Kind("All ranks start again after a failure.", ("attempt", "round")),
     "ranks": Kind("An agent started its ranks.", ("node", "attempt", "agent", "pids")),
     "hung": Kind("A rank gave no sign of life for too long.", ("rank", "step", "attempt")),
-    "failure": Kind("An attempt failed; this is its first cause.", (*FAILURE, "step", "restarts_left")),
+    "failure": Kind("An attempt failed; this is its first cause.", ("node", "host", "rank", "code", "kind", "message",
+                                                                    "log", "waiting", "step", "restarts_left")),
     "ended": Kind("A node's part in the run ended, but not well.", ("node", "code", "reason")),
     # Rank 0, and other ranks about themselves.
-    "training": Kind(
-        "The training loop begins, or goes on.",
-        ("attempt", "step", "steps", "steps_per_epoch", "device", "world_size", "parallel"),
-    ),
+    "training": Kind("The training loop begins, or goes on.", ("attempt", "step", "steps", "steps_per_epoch", "device",
+                                                               "world_size", "parallel")),
     "first_step": Kind("The first step of this attempt is done.", ("attempt", "step")),
     "checkpoint": Kind("A checkpoint was committed.", ("attempt", "step", "folder")),
     "resume": Kind("The state of an earlier attempt was loaded.", ("attempt", "step", "folder")),
@@ -50,4 +47,4 @@ EVENTS = {
     "nonfinite_loss": Kind("A loss was NaN or infinite.", ("attempt", "loss", "step", "rank", "samples")),
     "stopped": Kind("All ranks stopped on request, with a checkpoint.", ("attempt", "step")),
     "done": Kind("The run reached its end.", ("attempt", "step"), more=True),
-}
+}  # fmt: skip

@@ -111,11 +111,7 @@ class RunFolder:
 
     def steps_committed(self) -> int:
         """The step of the newest checkpoint, -1 before the first."""
-        try:
-            names = os.listdir(self.checkpoints)
-        except FileNotFoundError:
-            return -1
-        steps = (name.removeprefix(CHECKPOINT) for name in names if name.startswith(CHECKPOINT))
+        steps = (path.name.removeprefix(CHECKPOINT) for path in self.checkpoints.glob(f"{CHECKPOINT}*"))
         return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
     # Making and finding runs.
@@ -174,10 +170,7 @@ def last_event(events: list[Event], *names: str) -> Event | None:
 
 
 def find_job(path: Path) -> Path:
-    """The job file that a path means: of a task of an array, the one that its number chooses.
-
-    Raises JobError: outside an array, or more tasks than runs.
-    """
+    """The job file that a path means, of a sweep that of this task. Raises JobError: outside an array of its size."""
     sweep = read_json(RunFolder(path).sweep) if path.is_dir() else None
     if sweep is None:
         return path

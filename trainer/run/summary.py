@@ -14,15 +14,13 @@ def plain_table(run: RunFolder) -> str:
     result = read_json(run.result)
     if result is None:
         return ""
-    table = {
-        name: f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}" for name, value in result["metrics"].items()
-    } | {
+    metrics = result["metrics"].items()
+    memory = (f"rank {item['rank']} {item['device']} {item['peak_mb']:,.0f} MiB" for item in result["peak_memory_mb"])
+    table = {name: f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}" for name, value in metrics} | {
         "samples/s": f"{result['samples_per_s']:,.0f}",
         "time": f"{result['train_s']:.1f} s for {result['steps']} steps",
         "mode": f"{result['parallel']}, {result['world_size']} rank(s), {result['device']}",
-        "peak memory": "; ".join(
-            f"rank {item['rank']} {item['device']} {item['peak_mb']:,.0f} MiB" for item in result["peak_memory_mb"]
-        ),
+        "peak memory": "; ".join(memory),
         "run folder": str(run),
         "continue with": resume_command(run),
     }

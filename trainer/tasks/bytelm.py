@@ -171,19 +171,15 @@ class ByteLM(Task):
         return {held_out: torch.frombuffer(text, dtype=torch.uint8) for held_out, text in texts.items()}
 
     def model(self) -> GPT:
-        """Parameters: `SIZES[size].parameters`."""
         return GPT(self.shape)
 
     def train_dataset(self) -> Windows:
-        """Of Python 3.11: 11.8 MB."""
         return Windows(self.corpora[False], self.shape.context)
 
     def eval_dataset(self) -> Windows:
-        """Of Python 3.11: 0.3 MB."""
         return Windows(self.corpora[True], self.shape.context)
 
     def inputs(self, batch: Tensor) -> Tensor:
-        """All bytes but the last, as int64."""
         return batch[:, :-1].long()
 
     def loss(self, output: Tensor, batch: Tensor) -> Tensor:

@@ -47,17 +47,13 @@ class Digits(Task):
         )  # fmt: skip
 
     def train_dataset(self) -> TensorDataset:
-        """Four fifths: 1,438 images."""
         return TensorDataset(self.images[~self.held_out], self.labels[~self.held_out])
 
     def eval_dataset(self) -> TensorDataset:
-        """One fifth: 359 images."""
         return TensorDataset(self.images[self.held_out], self.labels[self.held_out])
 
     def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross entropy of each image."""
         return functional.cross_entropy(output, batch[1], reduction="none")
 
     def metrics(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
-        """Whether each image was recognised."""
         return {"accuracy": output.argmax(1) == batch[1]}

@@ -163,11 +163,9 @@ class Segment(Task):
         return UNet(self.width)
 
     def train_dataset(self) -> FreshCanvases:
-        """1,438 canvases of four fifths of the images."""
         return FreshCanvases(self.images[~self.held_out], self.labels[~self.held_out], self.size, self.digits)
 
     def eval_dataset(self) -> Canvases:
-        """359 canvases of the other fifth."""
         return Canvases(self.images[self.held_out], self.labels[self.held_out], self.size, self.digits)
 
     def loss(self, output: Tensor, batch: Sample) -> Tensor:

@@ -45,16 +45,11 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
     """
     mask = environ.get(names.CUDA_VISIBLE_DEVICES)
     files = gpu_files()
-    if mask is None or not files:
-        return [str(place) for place in range(len(files))]
-    return _entries(mask)
+    return list(map(str, range(len(files)))) if mask is None or not files else _entries(mask)
 
 
 def wanted_devices(job: DeviceWishes, visible: list[str]) -> list[str] | int:
-    """Which of the `visible` GPUs a job needs on this machine: names, a number of any, or 0 to run on the CPU.
-
-    Raises JobError: more than there are, or outside the mask.
-    """
+    """Which of the `visible` GPUs a job needs here: names, a number of any, 0 for the CPU. Raises JobError: too few."""
     if job.device == "cpu":
         return 0
     if job.devices is not None and visible:
@@ -72,10 +67,7 @@ def wanted_devices(job: DeviceWishes, visible: list[str]) -> list[str] | int:
 
 
 def choose_mask(environ: Mapping[str, str], devices: list[int] | None) -> tuple[str | None, str]:
-    """CUDA_VISIBLE_DEVICES for the ranks of a node, None to set none, and where it comes from.
-
-    Raises JobError: the job chooses `devices` outside the mask that is set already.
-    """
+    """The GPU mask for the ranks of a node, or None, and its source. Raises JobError: `devices` are outside of it."""
     leased = environ.get(names.VISIBLE_DEVICES)
     if leased:
         return leased, f"{names.VISIBLE_DEVICES}: the lease, as this container numbers its devices"

@@ -50,21 +50,17 @@ def interface_of(address: str) -> str:
 
 def same_host(first: str, second: str) -> bool:
     """Whether two names or addresses resolve to a common address."""
-    try:
+    with contextlib.suppress(OSError):
         one, other = ({item[4][0] for item in socket.getaddrinfo(name, None)} for name in (first, second))
         return bool(one & other)
-    except OSError:
-        return False
+    return False
 
 
 def own_address(name: str) -> str:
     """The address of this host that `name` leads to; the loopback while it leads nowhere or to another host."""
-    try:
-        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
-    except OSError:
-        found = []
-    for family, kind, _, _, target in found:
-        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
-            probe.bind(target)  # fails for an address that is not ours
-            return str(target[0])
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, target in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+                probe.bind(target)  # fails for an address that is not ours
+                return str(target[0])
     return "127.0.0.1"

@@ -45,10 +45,10 @@ class Wiring(NodeFacts):
 
     def explain(self) -> str:
         """Each value with where it came from, a line each."""
-        rows = {name: str(value) for name, value in vars(self).items() if name != "provenance"}
+        rows = [(name, str(value), self.provenance.get(name, "")) for name, value in vars(self).items()]
         return "\n".join(
-            f"{name:16} {value:40} {self.provenance.get(name, '')}".rstrip() for name, value in rows.items()
-        )
+            f"{name:16} {value:40} {source}".rstrip() for name, value, source in rows[:-1]
+        )  # the last is provenance
 
 
 def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
@@ -81,7 +81,6 @@ def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = N
 
 
 def _platform() -> tuple[str, str]:
-    """The platform, and what says so."""
     named = os.environ.get(names.PLATFORM)
     if named and named not in PLATFORMS:
         raise wrong_choice(names.PLATFORM, named, PLATFORMS, "Unset it on Slurm, which needs no such variable")

@@ -53,13 +53,11 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
     """This rank's place; alone when no launcher said anything. Raises JobError: they are partial or contradictory."""
     if not is_rank(environ):
         return RankWiring()
-    rank, world_size = read_int(environ, names.RANK), read_int(environ, names.WORLD_SIZE)
-    local_rank = read_int(environ, names.LOCAL_RANK, "0")
-    local_size = read_int(environ, names.LOCAL_WORLD_SIZE, str(world_size))
-    for name, value, size_name, size in (
-        (names.RANK, rank, names.WORLD_SIZE, world_size),
-        (names.LOCAL_RANK, local_rank, names.LOCAL_WORLD_SIZE, local_size),
-    ):
+    world_size = read_int(environ, names.WORLD_SIZE)
+    rank, local_rank = read_int(environ, names.RANK), read_int(environ, names.LOCAL_RANK, "0")
+    sizes = (names.RANK, rank, names.WORLD_SIZE), (names.LOCAL_RANK, local_rank, names.LOCAL_WORLD_SIZE)
+    for name, value, size_name in sizes:
+        size = read_int(environ, size_name, str(world_size))
         if value >= size:
             remedy = "Both are set by the launcher that started this process: it must count from 0"
             raise JobError(name, value, f"contradicts {size_name}={size}", remedy)
