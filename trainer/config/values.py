@@ -82,7 +82,7 @@ def _read_plain(text: str, as_text: bool) -> Any:
 
 def is_text_type(declared: object) -> bool:
     """Whether a field's declared type, as written, is text, or a list or mapping of texts."""
-    return str(declared).replace(" | None", "") in ("str", "list[str]", "dict[str, str]")
+    return declared is str or str(declared).replace(" | None", "") in ("str", "list[str]", "dict[str, str]")
 
 
 def split_values(text: str) -> list[str]:

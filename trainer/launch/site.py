@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import trainer
 from trainer.config.load import read_sections
+from trainer.config.values import is_text_type
 from trainer.errors import JobError
 
 Site = TypeVar("Site")
@@ -52,8 +53,8 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
         JobError: unknown key or wrong type, naming the nearest key.
     """
     path = path or template(folder, "site.yaml")
-    values = read_sections(path)
     known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = read_sections(path, {name for name, item in known.items() if is_text_type(item.type)})
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)

@@ -183,8 +183,7 @@ def find_job(path: Path) -> Path:
 
 def run_of(job_file: Path) -> RunFolder | None:
     """The run that a job file belongs to: the platform's choice, or its own folder when that is a run's."""
-    given = read_path(RUN)
-    if given is not None:
+    if (given := read_path(RUN)) is not None:
         return RunFolder(given)
     run = RunFolder((job_file if job_file.is_dir() else job_file.parent).resolve())
     return run if (job_file.is_dir() or job_file.name == JOB) and run.events.exists() else None

@@ -99,3 +99,13 @@ def test_every_field_is_documented_beside_its_key() -> None:
     assert [item.name for item in fields(KubernetesSite)] == [
         line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()
     ]
+
+
+def test_text_in_a_site_file_stays_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("cpu: 1.10\nenv: {DEBUG: true, VERSION: 1.10, ID: 1e5}\ncommand: [run, 0x10]\nuser_id: 1000\n")
+    site = load_kubernetes_site(path)
+    assert site.cpu == "1.10"
+    assert site.env == {"DEBUG": "true", "VERSION": "1.10", "ID": "1e5"}
+    assert site.command == ["run", "0x10"]
+    assert site.user_id == 1000
