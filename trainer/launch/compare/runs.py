@@ -44,8 +44,7 @@ def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as
 
     `steps`: of each run that count; `rounds`: timed runs of each mode, in turn.
 
-    Raises:
-        JobError: the job has no modes to compare, or some mode refuses it; nothing was started.
+    Raises JobError: the job has no modes to compare, or some mode refuses it; nothing was started.
     """
     for key, value in (("--steps", steps), ("--rounds", rounds)):
         if value < 1:
@@ -84,8 +83,7 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
 
     `total`: steps of each run.
 
-    Raises:
-        JobError: a script, one device, several nodes, a key that compare sets itself, or what a mode refuses.
+    Raises JobError: a script, one device, several nodes, a key that compare sets itself, or what a mode refuses.
     """
     refuse_run(job_path)
     common = [
@@ -138,8 +136,7 @@ def _run_all(
     `window`: steps between two lines of `metrics.jsonl`. Where it is more than one, the losses come from a round of
     their own: to read the loss of each step makes a GPU wait for it.
 
-    Raises:
-        RunEnded: a run failed or was stopped.
+    Raises RunEnded: a run failed or was stopped.
     """
     place = f"runs={json.dumps(str(folder / 'runs'))}"
     turns = [(0, mode, 1) for mode in MODES] if window > 1 else []

@@ -162,5 +162,5 @@ _Dumper.add_representer(str, _represent_text)
 
 def render_manifests(manifests: list[dict[str, Any]]) -> str:
     """Manifests as one YAML stream."""
-    options: dict[str, Any] = {"sort_keys": False, "width": 1000, "allow_unicode": True}
-    return str(yaml.dump_all(manifests, Dumper=_Dumper, **options)).rstrip("\n")
+    text: str = yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
+    return text.rstrip("\n")

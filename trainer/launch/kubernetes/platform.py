@@ -29,17 +29,14 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     """A cluster, reached by kubectl. An object follows one submission."""
 
     name = "kubernetes"
-
     kept: tuple[float, JobStatus] | None = None
     """When the cluster last answered, and what."""
     following = False
 
     def load_site(self, path: Path | None) -> KubernetesSite:
-        """Read and check `k8s/site.yaml` or the given file."""
         return load_kubernetes_site(path)
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
-        """The manifests."""
         return make_manifests(plan)
 
     def render(self, request: Manifests) -> str:
@@ -101,7 +98,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         return status
 
     def _ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
-        """Ask the cluster. Raises Refused: by kubectl."""
+        """The status by the cluster. Raises Refused: by kubectl."""
         kubectl, name = Kubectl(handle), handle["name"]
         selector = f"--selector=app.kubernetes.io/instance={name}"
         objects = kubectl.get(f"{handle['kind']},pods", selector)

@@ -77,21 +77,13 @@ def load_kubernetes_site(path: Path | None) -> KubernetesSite:
     site = read_site(path, "k8s", KubernetesSite)
     names = [("claim", site.claim)]
     names += [(key, name) for key in ("secrets", "image_pull_secrets") for name in getattr(site, key)]
-    check_rules(
-        (name is not None and not OBJECT.fullmatch(name), key, name, "is not a valid object name",
-         "Use a-z, 0-9, '-' and '.'")
-        for key, name in names
-    )  # fmt: skip
-    check_rules(
-        (bool(OURS.fullmatch(name)), f"env.{name}", value, "is set by Muster itself", "Remove it")
-        for name, value in site.env.items()
-    )
-    check_rules(
-        (name in ("cpu", "memory", site.gpu), f"resources.{name}", value, "has a key of its own",
-         "Set cpu, memory or gpu; the number of GPUs comes from the job")
-        for name, value in site.resources.items()
-    )  # fmt: skip
     check_rules([
+        *((name is not None and not OBJECT.fullmatch(name), key, name, "is not a valid object name",
+           "Use a-z, 0-9, '-' and '.'") for key, name in names),
+        *((bool(OURS.fullmatch(name)), f"env.{name}", value, "is set by Muster itself", "Remove it")
+          for name, value in site.env.items()),
+        *((name in ("cpu", "memory", site.gpu), f"resources.{name}", value, "has a key of its own",
+           "Set cpu, memory or gpu; the number of GPUs comes from the job") for name, value in site.resources.items()),
         (site.kind not in ("job", "jobset"), "kind", site.kind, "must be one of job, jobset", "Choose one of them"),
         (not IMAGE.fullmatch(site.image), "image", site.image, "is not a valid image name",
          "For example registry.example/team/muster:1"),

@@ -25,8 +25,8 @@ class Pod:
     message: str
     waiting: str
     """Why it does not run yet; empty when it runs or has ended."""
-    disrupted: str
-    """Why the cluster took it away: the message of its DisruptionTarget."""
+    gone: str
+    """Why it failed: what the cluster says when it took the pod away, else its exit code."""
 
 
 def read_pod(item: dict[str, Any]) -> Pod:
@@ -34,7 +34,8 @@ def read_pod(item: dict[str, Any]) -> Pod:
     status, metadata = item.get("status", {}), item["metadata"]
     phase = status.get("phase", "Pending")
     container = (status.get("containerStatuses") or [{}])[0].get("state", {})
-    ended, conditions = container.get("terminated") or {}, _true_conditions(item)
+    ended = container.get("terminated") or {}
+    code, disrupted = ended.get("exitCode"), _true_conditions(item).get("DisruptionTarget", {}).get("message")
     message = ended.get("message", "").strip()
     if ended.get("reason") == "OOMKilled":
         message = f"out of memory: the pod used more than its limit; raise memory in the site file. {message}".strip()
@@ -45,9 +46,9 @@ def read_pod(item: dict[str, Any]) -> Pod:
     return Pod(
         metadata["name"], int(metadata.get("annotations", {}).get(INDEX, 0)), phase,
         bool(ended) or "running" in container, metadata.get("creationTimestamp", ""),
-        ended.get("finishedAt", ""), ended.get("exitCode"),
+        ended.get("finishedAt", ""), code,
         message or (status.get("message", "") if phase == "Failed" else ""), waiting if phase == "Pending" else "",
-        conditions.get("DisruptionTarget", {}).get("message", ""),
+        disrupted or ("stopped on request" if code == STOPPED else f"exit code {code}"),
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def read_status(owner: dict[str, Any], pods: list[Pod], warnings: list[str]) -> 
         return JobStatus(Phase.PENDING, f"suspended: waits in queue {queue}" if queue else "suspended")
     newest = _newest_pods(pods)
     late = [f"{pod.name} waits: {pod.waiting}" for pod in newest if pod.waiting]
-    lost = [f"{pod.name} is gone ({_why_gone(pod)}) and will be replaced" for pod in newest if pod.phase == "Failed"]
+    lost = [f"{pod.name} is gone ({pod.gone}) and will be replaced" for pod in newest if pod.phase == "Failed"]
     running = any(pod.phase in ("Running", "Succeeded") for pod in newest)
     reason = "; ".join(late + lost if newest else warnings[-1:])
     return JobStatus(Phase.RUNNING if running else Phase.PENDING, reason)
@@ -79,10 +80,6 @@ def _newest_pods(pods: list[Pod]) -> list[Pod]:
     """Each node's newest pod, by node: replaced pods remain until their Job is deleted."""
     newest = {pod.node: pod for pod in sorted(pods, key=lambda pod: pod.created)}
     return [newest[node] for node in sorted(newest)]
-
-
-def _why_gone(pod: Pod) -> str:
-    return pod.disrupted or ("stopped on request" if pod.code == STOPPED else f"exit code {pod.code}")
 
 
 def _read_failure(condition: dict[str, Any], pods: list[Pod]) -> JobStatus:

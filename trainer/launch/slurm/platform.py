@@ -30,8 +30,7 @@ POLL_S = 5.0
 """For how long an answer of the controller is used again: following a run asks ten times a second."""
 SAVE_MARGIN_S = 30
 """Seconds between the end of our grace period and Slurm's kill, in which the batch script requeues."""
-
-UNREACHABLE = re.compile("Unable to contact slurm controller|Could not establish a configuration source")
+UNREACHABLE = "Unable to contact slurm controller|Could not establish a configuration source"
 """What sbatch says when no controller answers; then neither the site file nor the job is wrong."""
 
 
@@ -57,11 +56,7 @@ class SlurmRequest:
 
 
 class TemplateExecutor(SlurmExecutor):
-    """submitit's Slurm executor with our script and command line instead of generated ones.
-
-    submitit has no public name for either, so two private methods are overridden: one makes the script, the other the
-    command line.
-    """
+    """submitit's Slurm executor with our script and command line, for which it has private methods only."""
 
     def __init__(self, folder: Path, request: SlurmRequest) -> None:
         super().__init__(folder)  # where it keeps the script
@@ -89,7 +84,6 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
     """When Slurm last answered, and what."""
 
     def load_site(self, path: Path | None) -> SlurmSite:
-        """Read and check `slurm/site.yaml` or the given file."""
         return load_slurm_site(path)
 
     def runs_folder(self, site: SlurmSite) -> str | None:
@@ -97,7 +91,6 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         return site.runs
 
     def build(self, plan: Plan[SlurmSite]) -> SlurmRequest:
-        """The script and the command line."""
         return self._build(plan, "slurm-%j.out", "node-%n.log", plan.run.job)
 
     def _build(self, plan: Plan[SlurmSite], log: str, node_log: str, target: Path, *flags: str) -> SlurmRequest:
@@ -203,9 +196,7 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
     if shutil.which("sbatch") is None:
         raise JobError("--on", "slurm", "this machine has no sbatch", "Submit from a login node of the cluster")
     check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
-    folder = plan.run.plan
-    folder.mkdir(mode=0o700, exist_ok=True)
-    # submitit reads pickles from such folders, so nobody else may write there.
+    folder = plan.run.plan  # submitit reads pickles from such folders, so nobody else may write there
     if folder.stat().st_uid != os.geteuid():
         raise JobError("RUN", str(plan.run), "belongs to another user", "Submit its job file as your own run")
     folder.chmod(0o700)
@@ -216,6 +207,6 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
             return str(TemplateExecutor(folder, request).submit(kept).job_id)
     except FailedJobError as error:
         text = " ".join(str(error).split())
-    if UNREACHABLE.search(text):
+    if re.search(UNREACHABLE, text):
         raise JobError("--on", "slurm", text, "Wait until `scontrol ping` says that the controller is up")
     raise JobError("sbatch", shlex.join(request.flags), f"Slurm refused: {text}", "Correct slurm/site.yaml or the job")

@@ -31,17 +31,8 @@ CAUSE = re.compile(r"^srun: error: (Node failure on \S+)|CANCELLED AT \S+ (DUE T
 """Why Slurm ended a job, as srun writes it into the batch script's log; the first form names the node."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one of Slurm's commands says about a job."""
-
-    state: str
-    """Slurm's own word, such as COMPLETED; empty when it does not know the job."""
-    reason: str = ""
-    code: int | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.state)
+Answer = tuple[str, str, int | None]
+"""What one of Slurm's commands says about a job: its state, such as COMPLETED, the reason, and the exit code."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +45,27 @@ class SlurmJob:
 
     def status(self) -> JobStatus:
         """The status, with Slurm's reason while the job waits."""
-        answer = self._squeue() or self._scontrol() or self._sacct()
-        if answer.state in PENDING:
+        state, reason, code = self._squeue() or self._scontrol() or self._sacct() or ("", "", None)
+        if state in PENDING:
             cause = self._cause()
             before = f"requeued ({cause}), " if cause else "requeued, " if self.log.exists() else ""
-            return JobStatus(Phase.PENDING, f"{before}Slurm says: {answer.reason}")
-        if answer.state in RUNNING:
-            return JobStatus(Phase.RUNNING, "completing" if answer.state == "COMPLETING" else "")
-        if answer.state in ENDED:
-            return self._ended(answer)
+            return JobStatus(Phase.PENDING, f"{before}Slurm says: {reason}")
+        if state in RUNNING:
+            return JobStatus(Phase.RUNNING, "completing" if state == "COMPLETING" else "")
+        if state in ENDED:
+            return self._ended(state, code)
         status = by_events(self.run)
         if status.is_active:
             status = JobStatus(Phase.LOST, "Slurm does not know the job any more, and the run folder holds no end")
         return replace(status, phase=Phase.CANCELLED) if self.cancelled and status.phase != Phase.DONE else status
 
-    def _ended(self, answer: Answer) -> JobStatus:
-        phase, reason = ENDED[answer.state]
+    def _ended(self, state: str, code: int | None) -> JobStatus:
+        phase, reason = ENDED[state]
         if self.cancelled and phase in (Phase.FAILED, Phase.STOPPED):
             phase = Phase.CANCELLED
-        if answer.state == "FAILED" and answer.code == STOPPED:
+        if state == "FAILED" and code == STOPPED:
             phase = Phase.STOPPED
-        if answer.state == "NODE_FAIL" and self._cause():
+        if state == "NODE_FAIL" and self._cause():
             reason += f": {self._cause()}"
         logs = [*self.run.logs.glob("node-*.log"), self.log]  # one of an agent that did not start says why
         started = any(log.exists() for log in logs) or last_event(self.run.read_events(), "wired")
@@ -83,22 +74,23 @@ class SlurmJob:
                 f"no node wrote into the run folder: {self.run} must be on a file system that all nodes share "
                 "(`runs` in slurm/site.yaml), and so must the Python environment"
             )
-        return JobStatus(phase, reason, DONE if phase == Phase.DONE else answer.code or FAILED)
+        return JobStatus(phase, reason, DONE if phase == Phase.DONE else code or FAILED)
 
-    def _squeue(self) -> Answer:
+    def _squeue(self) -> Answer | None:
         text = _ask("squeue", "--noheader", f"--jobs={self.job_id}", "--states=all", "--format=%T|%r")
         state, _, reason = text.partition("\n")[0].partition("|")
-        return Answer("" if state in ENDED else state, reason)  # it does not know exit codes
+        return (state, reason, None) if state and state not in ENDED else None  # it does not know exit codes
 
-    def _scontrol(self) -> Answer:
+    def _scontrol(self) -> Answer | None:
         words = _ask("scontrol", "--oneliner", "show", "job", self.job_id).split()
         fields = dict(word.split("=", 1) for word in words if "=" in word)
-        return Answer(fields.get("JobState", ""), fields.get("Reason", ""), _exit_code(fields.get("ExitCode", "")))
+        code = _exit_code(fields.get("ExitCode", ""))
+        return (fields["JobState"], fields.get("Reason", ""), code) if "JobState" in fields else None
 
-    def _sacct(self) -> Answer:
+    def _sacct(self) -> Answer | None:
         text = _ask("sacct", "-X", "-n", "-P", "-j", self.job_id, "-o", "State,ExitCode")
         state, _, code = text.rpartition("\n")[2].partition("|")
-        return Answer(state.partition(" ")[0], code=_exit_code(code))  # of CANCELLED by 1000
+        return (state.split()[0], "", _exit_code(code)) if state else None  # of CANCELLED by 1000
 
     def _cause(self) -> str:
         """Why Slurm ended the last attempt, in its own words; empty when it did not, or did not say."""
