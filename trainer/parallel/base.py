@@ -3,9 +3,6 @@
 The modes themselves are in `trainer.parallel.modes` (single, dp) and `trainer.parallel.ddp`.
 """
 
-from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,26 +15,23 @@ from trainer.wiring.rank import RankWiring
 
 
 class DeferredScalars:
-    """Numbers that a GPU is still computing. They are copied to the CPU in the background.
+    """Numbers that a GPU is still computing, shape (n,), the first of them a loss; a copy to the CPU is queued.
 
     Reading them waits only for the work that was queued before the copy. `Tensor.item()` would wait for everything
     that is queued, which one step later includes the next forward and backward pass.
     """
 
     def __init__(self, values: Tensor) -> None:
-        """`values`: on a GPU, of shape (n,); the first of them is a loss."""
         self.values = values.to("cpu", non_blocking=True)  # torch uses page-locked memory for such a copy
         self.copied = torch.cuda.Event()
         self.copied.record()
 
     def read(self) -> list[float]:
-        """Wait for the numbers and return them."""
         self.copied.synchronize()
         numbers: list[float] = self.values.tolist()
         return numbers
 
     def __float__(self) -> float:
-        """The loss."""
         return self.read()[0]
 
 
@@ -56,7 +50,6 @@ class Parallel:
     """Whether this rank was asked to stop."""
 
     def __init__(self, job: Job, wiring: RankWiring) -> None:
-        """Choose the devices of this rank."""
         self.job = job
         self.rank, self.world_size = wiring.rank, wiring.world_size
         self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
@@ -70,14 +63,13 @@ class Parallel:
 
     def wrap(self, step: Step) -> None:
         """Take the module that computes the losses of a step. Call this once, before any step."""
-        self.step = step
-        self.module = step
+        self.step = self.module = step
 
     def warm_up(self, batch: Any) -> None:
         """Compute a backward pass of zeros, so that the mode can arrange what only a step can arrange."""
 
-    def losses(self, batch: Any) -> Tensor:
-        """The losses of this rank's batch, one for each sample, on the first device."""
+    def losses(self, batch: Any, last: bool = True) -> Tensor:
+        """The losses of this rank's micro-batch, one for each sample, on the first device; `last`: of the step."""
         losses: Tensor = self.module(batch)
         return losses
 
@@ -87,46 +79,29 @@ class Parallel:
         return result
 
     def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
-        """Add the gradients of a micro-batch, and remember what `agree` tells the other ranks.
+        """Add the gradients of a micro-batch, and remember its loss and `stop` for `agree`.
 
-        Args:
-            losses: of each sample.
-            weight: their sum times this is the rank's part of the global mean loss.
-            scaler: multiplies the loss before the backward pass (fp16).
-            stop: whether this rank was asked to stop.
+        The sum of the losses times `weight` is this rank's part of the global mean loss; `scaler` multiplies it (fp16).
         """
-        losses.backward(self._begin_backward(losses, weight, scaler, stop))
-
-    def _begin_backward(
-        self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool
-    ) -> Tensor:  # fmt: skip
-        """Add a micro-batch to this rank's loss and stop request; return the gradient that its losses begin with."""
         gradient = torch.full_like(losses, weight)  # of their weighted sum, without computing that sum in autograd
         loss = torch.dot(losses.detach(), gradient)
         self._loss = loss if self._loss is None else self._loss + loss
         self._stop = self._stop or stop
-        return gradient if scaler is None else scaler.scale(gradient)
+        self._backward(losses, gradient if scaler is None else scaler.scale(gradient))
 
-    def _forget(self) -> None:
-        """Begin a new step."""
-        self._loss, self._stop = None, False
+    def _backward(self, losses: Tensor, gradient: Tensor) -> None:
+        losses.backward(gradient)
 
     def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
         """End a step's backward passes: its global mean loss, and whether any rank was asked to stop.
 
-        Ranks on GPUs learn of a stop one step late, because no rank waits for its GPU.
-
-        Args:
-            due: the step ends an epoch, or an evaluation or a checkpoint follows it.
+        Ranks on GPUs learn of a stop one step late, because no rank waits for its GPU. `due`: the step ends an epoch,
+        or an evaluation or a checkpoint follows it.
         """
         loss, stop = self._loss, self._stop
         assert loss is not None
-        self._forget()
+        self._loss, self._stop = None, False
         return DeferredScalars(loss.view(1)) if self.cuda else loss.item(), stop
-
-    def accumulating(self, more: bool) -> AbstractContextManager[None]:
-        """Surround the forward and backward pass of a micro-batch; `more` of them may follow before the update."""
-        return nullcontext()
 
     def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
         """Do what the mode does after an update; return whether all ranks hold the same weights now."""

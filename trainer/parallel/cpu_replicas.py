@@ -3,28 +3,25 @@
 `torch.nn.DataParallel` does nothing on a CPU. On GPUs it is used itself (`trainer.parallel.modes`).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.data.nested import map_tensors
 
 
 class ThreadReplicas(nn.Module):
-    """Replicate the module, scatter the batch along dimension 0, apply in threads, gather the outputs.
+    """Replicate the module, scatter the batch along dimension 0, apply in `replicas` threads, gather the outputs.
 
     Chunks of different sizes are exact, because outputs are per sample. The gradients of all replicas add up in the
     original. Layers that draw random numbers share one generator, in the order in which the threads reach it.
     """
 
     def __init__(self, module: nn.Module, replicas: int) -> None:
-        """`replicas`: how many threads compute at the same time."""
         super().__init__()
         self.module = module
         self.replicas = replicas
@@ -40,28 +37,21 @@ class ThreadReplicas(nn.Module):
             with torch.set_grad_enabled(grad):
                 return replica(chunk, evaluate)
 
-        work = [self.threads.submit(apply, replica, chunk) for replica, chunk in zip(replicas, chunks, strict=True)]
-        return gather([item.result() for item in work])
+        outputs = list(self.threads.map(apply, replicas, chunks))
+        if isinstance(outputs[0], Mapping):
+            return {key: torch.cat([output[key] for output in outputs]) for key in outputs[0]}
+        return torch.cat(outputs)
 
 
 def scatter(batch: Any, parts: int) -> list[Any]:
     """Cut the tensors of a batch as `torch.chunk` does, into at most `parts`; everything else goes into each part."""
-    columns: list[tuple[Tensor, ...]] = []
-    map_tensors(batch, lambda tensor: columns.append(tensor.chunk(parts)))
-    pieces = zip(*columns, strict=False) if columns else [()] * parts
+    counts: list[int] = []
+    map_tensors(batch, lambda tensor: counts.append(len(tensor.chunk(parts))))
 
-    def put(piece: tuple[Tensor, ...]) -> Any:
-        tensors = iter(piece)  # the walk meets the tensors in the same order again
-        return map_tensors(batch, lambda _: next(tensors))
+    def part(index: int) -> Any:
+        return map_tensors(batch, lambda tensor: tensor.chunk(parts)[index])
 
-    return [put(piece) for piece in pieces]
-
-
-def gather(outputs: list[Any]) -> Any:
-    """Join outputs along dimension 0."""
-    if isinstance(outputs[0], Mapping):
-        return {key: torch.cat([output[key] for output in outputs]) for key in outputs[0]}
-    return torch.cat(outputs)
+    return [part(index) for index in range(min(counts, default=parts))]
 
 
 def replicate(module: nn.Module) -> nn.Module:

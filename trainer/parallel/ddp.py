@@ -3,10 +3,7 @@
 Compression of gradients is in `trainer.parallel.compression`, the other modes in `trainer.parallel.modes`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -31,8 +28,8 @@ class VotingStep(nn.Module):
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
-        """Make the parameter like the others, because all gradients of a bucket have the same type."""
         super().__init__()
+        # All gradients of a bucket have the same type.
         dtype = next((value.dtype for value in step.parameters() if value.requires_grad), torch.float32)
         self.vote = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
         self.step = step
@@ -51,35 +48,26 @@ class Distributed(Parallel):
         `supervised`: an agent watches heartbeats. It has to notice and name a hang before a collective gives up.
         """
         super().__init__(job, wiring)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self.cuda else "gloo",
-            timeout=timedelta(seconds=job.agent.hang_timeout_s + (60 if supervised else 0)),
-            device_id=self.device if self.cuda else None,
-        )
+        backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+        timeout = timedelta(seconds=job.agent.hang_timeout_s + (60 if supervised else 0))
+        dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
 
     def wrap(self, step: Step) -> None:
-        """Wrap the step in DDP."""
         options: Ddp = self.job.ddp
         if options.sync_batchnorm:
             if not self.cuda:
                 raise JobError("ddp.sync_batchnorm", True, "torch implements it for GPUs only", "Remove it")
             step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
-        self.step = step
-        # Compressed to 16 bits the vote would lose its digits, or overflow.
-        self.voting = None if options.compression in HALF else VotingStep(step, self.device)
-        self.module = self.ddp = DistributedDataParallel(
-            self.voting or step,
-            device_ids=[self.device] if self.cuda else None,
-            bucket_cap_mb=options.bucket_mb,
-            gradient_as_bucket_view=True,
-            static_graph=options.static_graph,
+        super().wrap(step)
+        self.voting = VotingStep(step, self.device)
+        self.votes = options.compression not in HALF  # in 16 bits the vote would lose its digits, or overflow
+        self.ddp = DistributedDataParallel(
+            self.voting, device_ids=[self.device] if self.cuda else None, bucket_cap_mb=options.bucket_mb,
+            gradient_as_bucket_view=True, static_graph=options.static_graph,
             find_unused_parameters=options.find_unused_parameters,
-        )
+        )  # fmt: skip
         add_comm_hook(self.ddp, options)
-        self.steps = 0
         self.warms_up = self.world_size > 2 or options.compression != "none"
-        self._vote: Tensor | None = None
-        """The vote, as an output of the current forward pass."""
         self._before: DeferredScalars | None = None
         """What the ranks agreed on one step ago."""
         self._stopping = False
@@ -91,50 +79,45 @@ class Distributed(Parallel):
         in which order the values of the ranks are added, so the first step after a resume would differ in its last
         bits.
         """
-        zero = self.losses(batch).sum() * 0
-        (zero if self._vote is None else zero + self._vote.sum() * 0).backward()
+        self.backward(self.losses(batch), 0.0, None, False)
         self._check_unused()
-        if self.voting is not None:
-            self.voting.vote.grad = None
+        self._forget()
 
-    def losses(self, batch: Any) -> Tensor:
-        """The losses of this rank's batch, one for each sample."""
-        outputs: Any = self.ddp(batch)
+    def losses(self, batch: Any, last: bool = True) -> Tensor:
+        """Gradients are averaged with the last micro-batch, but not under post-local SGD after its start."""
+        self.ddp.require_backward_grad_sync = last and not self._local()
         losses: Tensor
-        losses, self._vote = (outputs, None) if self.voting is None else outputs
+        losses, self._vote = self.ddp(batch)
         return losses
 
-    def evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Losses and metrics of a batch that this rank alone computes, hence without DDP's wrapper."""
-        result: dict[str, Tensor] = self.step(batch, True)
-        return result
-
-    def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
-        """Add gradients. The last micro-batch takes the vote along, if it averages gradients."""
-        gradient = self._begin_backward(losses, weight, scaler, stop)
-        if self._vote is None or not self.ddp.require_backward_grad_sync:
-            losses.backward(gradient)
-        else:
+    def _backward(self, losses: Tensor, gradient: Tensor) -> None:
+        """The vote goes along where gradients are averaged."""
+        if self.ddp.require_backward_grad_sync:
             torch.autograd.backward((losses, self._vote), (gradient, self._ballot().to(self._vote.dtype)))
+        else:
+            super()._backward(losses, gradient)
 
     def _ballot(self) -> Tensor:
         """What this rank tells the others, shape (2,): its part of the loss, and 1 if it was asked to stop."""
         assert self._loss is not None
         return torch.stack((self._loss, torch.full_like(self._loss, float(self._stop))))
 
+    def _forget(self) -> None:
+        """Begin a new step."""
+        self._loss, self._stop, self.voting.vote.grad = None, False, None
+
     def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
         """The means over ranks of loss and stop requests. Without a vote in the gradients this is a collective.
 
         A step of post-local SGD after which ranks may differ tells this rank's own loss and request.
         """
-        local = self._local()
+        local, averages = self._local(), self._averages(due)
         if not local:
             self._check_unused()
-        if self._vote is not None and not local:
-            ballot: Any = self._vote_gradient()
-        else:
+        ballot = self.voting.vote.grad  # None: no gradients were averaged
+        if ballot is None or not self.votes:
             ballot = self._ballot()
-            if self._averages(due):
+            if averages:
                 self._average(ballot)
         self._forget()
         if not self.cuda:
@@ -143,16 +126,9 @@ class Distributed(Parallel):
         deferred = DeferredScalars(ballot)
         # The averages of post-local SGD are rare, so its ranks wait for the votes of that step itself.
         asked, self._before = deferred if local else self._before, deferred
-        if asked is not None and self._averages(due):
+        if asked is not None and averages:
             self._stopping = self._stopping or asked.read()[1] > 0
         return deferred, self._stopping
-
-    def _vote_gradient(self) -> Tensor | None:
-        """The averaged vote, taken out of the gradients."""
-        assert self.voting is not None
-        vote = self.voting.vote
-        gradient, vote.grad = vote.grad, None
-        return gradient
 
     def _check_unused(self) -> None:
         """Name the parameters that DDP waits for in vain: their bucket, and all after it, were not averaged.
@@ -167,16 +143,9 @@ class Distributed(Parallel):
             unused = [name for name, value in parameters if value.requires_grad and value.grad is None]
             names = ", ".join(unused[:8]) or "parameters in the last micro-batch that an earlier one used"
             more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-            raise JobError(
-                "ddp.find_unused_parameters",
-                False,
-                f"the loss does not use {names}{more}",
-                "Set it to true, use them in the forward pass, or set requires_grad=False on them",
-            ) from None
-
-    def accumulating(self, more: bool) -> AbstractContextManager[None]:
-        """Average no gradients while micro-batches follow, nor under post-local SGD after its start."""
-        return self.ddp.no_sync() if more or self._local() else super().accumulating(more)
+            problem = f"the loss does not use {names}{more}"
+            remedy = "Set it to true, use them in the forward pass, or set requires_grad=False on them"
+            raise JobError("ddp.find_unused_parameters", False, problem, remedy) from None
 
     def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
         """Under post-local SGD, average weights and optimizer state when that is due.
@@ -185,15 +154,14 @@ class Distributed(Parallel):
         """
         averages = self._averages(due)
         if averages and self._local():
-            states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
             coalesced(self._average, [parameter.data for parameter in self.step.model.parameters()])
+            states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
             coalesced(self._average, states)
             self.share_buffers()
         self.steps += 1
         return averages
 
     def _average(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over all ranks."""
         dist.all_reduce(tensor)
         tensor /= self.world_size
 
@@ -211,25 +179,21 @@ class Distributed(Parallel):
         coalesced(lambda flat: dist.broadcast(flat, 0), list(self.step.model.buffers()))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank (one collective)."""
         tensor = torch.tensor([float(flag)])
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return bool(tensor.item())
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Small picklable values of all ranks."""
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, value)
         return parts
 
     def share(self, value: Any, source: int = 0) -> Any:
-        """The value of rank `source`, on all ranks."""
         box = [value]
         dist.broadcast_object_list(box, source)
         return box[0]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         dist.barrier()
 
     def close(self) -> None:

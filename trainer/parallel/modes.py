@@ -1,7 +1,5 @@
 """The modes of one process, single and DataParallel, and the choice of a mode."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from trainer.config.job import Job

@@ -1,8 +1,7 @@
 """One step's module: the model with the task's loss, which the modes replicate or wrap."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 
 from trainer.errors import JobError
 from trainer.task import Task
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class Step(nn.Module):
@@ -24,43 +21,29 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        self.autocast = autocast
+        self.autocast = autocast or nullcontext
         self.apply_model = torch.compile(apply_model) if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
-        if self.autocast is None:
-            output, losses = self._compute(batch)
-        else:
-            with self.autocast():
-                output, losses = self._compute(batch)
+        with self.autocast():
+            output = self.apply_model(self.model, self.task.inputs(batch))
+            losses = self.task.loss(output, batch)
         if losses.dim() != 1:
-            raise JobError(
-                "task.loss",
-                tuple(losses.shape),
-                "must have one value per sample, shape (batch,)",
-                'With torch losses use reduction="none", and average what remains over other dimensions',
-            )
-        if losses.dtype in HALVES:
+            problem = "must have one value per sample, shape (batch,)"
+            remedy = 'With torch losses use reduction="none", and average what remains over other dimensions'
+            raise JobError("task.loss", tuple(losses.shape), problem, remedy)
+        if losses.dtype in (torch.bfloat16, torch.float16):
             losses = losses.float()  # a sum of them would keep three digits
-        if evaluate:
-            return {"loss": losses, **self._metrics(output, batch, len(losses))}
-        return losses
-
-    def _compute(self, batch: Any) -> tuple[Any, Tensor]:
-        output = self.apply_model(self.model, self.task.inputs(batch))
-        return output, self.task.loss(output, batch)
+        return {"loss": losses, **self._metrics(output, batch, len(losses))} if evaluate else losses
 
     def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
         metrics = self.task.metrics(output, batch)
         for name, value in metrics.items():
             if value.shape[:1] != (count,):
-                raise JobError(
-                    "task.metrics",
-                    {name: tuple(value.shape)},
-                    f"must have a value for each of the {count} samples, shape ({count}, ...)",
-                    "Leave sums and means to the trainer and to Task.summary",
-                )
+                problem = f"must have a value for each of the {count} samples, shape ({count}, ...)"
+                remedy = "Leave sums and means to the trainer and to Task.summary"
+                raise JobError("task.metrics", {name: tuple(value.shape)}, problem, remedy)
         return metrics
 
 

@@ -1,7 +1,5 @@
 """Heartbeats: each rank writes its step into shared memory, and its agent notices when a rank no longer does."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import struct
@@ -29,21 +27,17 @@ class Beat:
 
 
 class Heartbeat:
-    """The slots of one node's ranks, in a file that both sides map."""
+    """The slots of one node's ranks, in a file that both sides map; whoever comes first makes it."""
 
     def __init__(self, path: Path, ranks: int) -> None:
-        """Open the file. Make it if it does not exist yet."""
         size = SLOT.size * ranks
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.posix_fallocate(handle, 0, size)  # never shortens what another rank just made
-            self.memory = mmap.mmap(handle, size)
-        finally:
-            os.close(handle)
+        with path.open("a+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # never shortens what another rank just made
+            self.memory = mmap.mmap(file.fileno(), size)
 
-    def beat(self, local_rank: int, step: int, phase: int) -> None:
-        """Write a sign of life: 0.4 microseconds."""
-        SLOT.pack_into(self.memory, local_rank * SLOT.size, time.monotonic(), step, phase)
+    def beat(self, local_rank: int, step: int, phase: str) -> None:
+        """Write a sign of life: half a microsecond."""
+        SLOT.pack_into(self.memory, local_rank * SLOT.size, time.monotonic(), step, PHASES.index(phase))
 
     def read(self, local_rank: int) -> Beat:
         """The last sign of life; time 0 before the first."""
@@ -56,15 +50,13 @@ class Heartbeat:
 
 
 class Pulse:
-    """One rank's side. Without an agent it does nothing."""
+    """One rank's side. Without an agent, whose file the environment names, it does nothing."""
 
     def __init__(self, local_rank: int) -> None:
-        """Find the agent's file through the environment."""
         path = variables.read_path(variables.HEARTBEAT)
         self.local_rank = local_rank
         self.heartbeat = Heartbeat(path, local_rank + 1) if path else None
 
     def beat(self, step: int, phase: str) -> None:
-        """Write a sign of life."""
         if self.heartbeat is not None:
-            self.heartbeat.beat(self.local_rank, step, PHASES.index(phase))
+            self.heartbeat.beat(self.local_rank, step, phase)

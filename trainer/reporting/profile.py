@@ -1,7 +1,5 @@
 """The trace of the steps that a job names, for chrome://tracing or Perfetto."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

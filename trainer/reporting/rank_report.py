@@ -3,8 +3,6 @@
 The sinks of metrics are in `trainer.reporting.metrics`, heartbeats in `trainer.reporting.heartbeat`.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys
@@ -28,10 +26,10 @@ class Report:
     """What one rank writes into the run folder. Rank 0 writes what all ranks share."""
 
     def __init__(self, job: Job, run: RunFolder, attempt: int, parallel: Parallel, pulse: Pulse) -> None:
-        """Open no file before the training starts."""
         self.job, self.run, self.attempt, self.parallel, self.pulse = job, run, attempt, parallel, pulse
         self.is_first = parallel.rank == 0
         self.sinks: list[Sink] = []
+        """Made when there is something to write: the first step need not wait for the import of TensorBoard."""
         self.profile = Profile(job.log.profile_steps, run.profile / f"rank{parallel.rank}.json")
         self.samples_file: TextIO | None = None
         self.samples_done = 0
@@ -39,15 +37,12 @@ class Report:
         self.paused_s = 0.0
         """Spent on evaluations and saves."""
         self.losses: list[DeferredScalars | float] = []
-        """Of the steps since metrics were last written."""
+        """Of the steps since metrics were last written, which had so many samples:"""
         self.samples_since = 0
-        """Samples of those steps."""
 
     def start(self, position: Position, steps: int, steps_per_epoch: int) -> None:
         """The loop begins at `position` and is to do `steps` in all."""
         self.first_step, self.steps, self.steps_per_epoch = position.step + 1, steps, steps_per_epoch
-        if self.is_first:
-            self.sinks = make_sinks(self.run, self.attempt, position.step, self.job.log.tensorboard)
         self.event(
             "training", step=position.step, steps=steps, steps_per_epoch=steps_per_epoch,
             device=str(self.parallel.device), world_size=self.parallel.world_size, parallel=self.job.parallel,
@@ -70,11 +65,8 @@ class Report:
             self.event("first_step", step=step)
         self.losses.append(loss)
         self.samples_since += samples
-        if step % self.job.log.every_steps == 0 or step == self.steps:
-            self._write_training(step, rate)
-
-    def _write_training(self, step: int, rate: float) -> None:
-        """Write the metrics of the steps since the last time."""
+        if step % self.job.log.every_steps and step != self.steps:
+            return
         now = time.perf_counter()
         losses = [float(loss) for loss in self.losses]
         speed = self.samples_since / max(now - self.written, 1e-9)
@@ -85,12 +77,14 @@ class Report:
         self.written, self.samples_since = now, 0
 
     def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        if not self.sinks:
+            self.sinks = make_sinks(self.run, self.attempt, self.first_step - 1, self.job.log.tensorboard)
         for sink in self.sinks:
             sink.write(step, kind, values)
 
     def evaluation(self, position: Position, values: Mapping[str, float]) -> None:
-        """An evaluation is done."""
-        self._write(position.step, "evaluation", values)
+        if self.is_first:
+            self._write(position.step, "evaluation", values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         epoch = -(-position.step // self.steps_per_epoch)
         self.say(f"step {position.step}/{self.steps}  epoch {epoch}  {shown}")
@@ -157,7 +151,6 @@ class Report:
         return [{"rank": rank, "device": device, "peak_mb": round(peak, 1)} for device, peak in peaks.items()]
 
     def close(self) -> None:
-        """Write and close what is open."""
         self.profile.close()
         for sink in self.sinks:
             sink.close()

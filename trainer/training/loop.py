@@ -129,15 +129,14 @@ class Trainer:
         self.seed_generators(parallel.rank, STEPS)
         set_rate(self.optimizer, self.rate(position.step))
         for micro, batch in micros:
-            with parallel.accumulating(more=not micro.last):
-                losses = parallel.losses(batch)
-                check_count(losses, len(micro.indices))
-                # The mean over the global batch: DDP will divide the sum over ranks by their number.
-                weight = parallel.world_size * bool(micro.count) / micro.step_count
-                if micro.last:
-                    self.report.samples(position, micros)
-                    self.handover.note_buffers()
-                parallel.backward(losses, weight, self.scaler, self.stop())
+            losses = parallel.losses(batch, micro.last)
+            check_count(losses, len(micro.indices))
+            # The mean over the global batch: DDP will divide the sum over ranks by their number.
+            weight = parallel.world_size * bool(micro.count) / micro.step_count
+            if micro.last:
+                self.report.samples(position, micros)
+                self.handover.note_buffers()
+            parallel.backward(losses, weight, self.scaler, self.stop())
         due = position.step + 1 == self.next_due
         loss, stop = parallel.agree(due)
         self.handover.begin_update()
