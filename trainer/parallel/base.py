@@ -28,8 +28,7 @@ class DeferredScalars:
 
     def read(self) -> list[float]:
         self.copied.synchronize()
-        numbers: list[float] = self.values.tolist()
-        return numbers
+        return list(self.values.tolist())
 
     def __float__(self) -> float:
         return self.read()[0]
@@ -54,12 +53,12 @@ class Parallel:
         self.rank, self.world_size = wiring.rank, wiring.world_size
         self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
         self.cuda = use_cuda(job)
-        self.devices = [torch.device("cpu")]
+        gpus = rank_gpus(job, self.local_rank) if self.cuda else []
+        self.devices = [torch.device("cuda", index) for index in gpus] or [torch.device("cpu")]
         """All that this rank computes on. Results are on the first."""
-        if self.cuda:
-            self.devices = [torch.device("cuda", index) for index in rank_gpus(job, self.local_rank)]
-            torch.cuda.set_device(self.devices[0])
         self.device = self.devices[0]
+        if self.cuda:
+            torch.cuda.set_device(self.device)
 
     def wrap(self, step: Step) -> None:
         """Take the module that computes the losses of a step. Call this once, before any step."""
@@ -122,8 +121,5 @@ class Parallel:
         """The value of rank `source`, on all ranks."""
         return value
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group when all ranks have come here."""

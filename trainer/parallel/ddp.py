@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config.job import Ddp, Job
+from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.parallel.base import DeferredScalars, Parallel
 from trainer.parallel.compression import HALF, add_comm_hook
@@ -53,16 +53,16 @@ class Distributed(Parallel):
         dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
 
     def wrap(self, step: Step) -> None:
-        options: Ddp = self.job.ddp
+        options = self.job.ddp
         if options.sync_batchnorm:
             if not self.cuda:
                 raise JobError("ddp.sync_batchnorm", True, "torch implements it for GPUs only", "Remove it")
             step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
         super().wrap(step)
-        self.voting = VotingStep(step, self.device)
-        self.votes = options.compression not in HALF  # in 16 bits the vote would lose its digits, or overflow
+        voting = VotingStep(step, self.device)
+        self.vote = voting.vote
         self.ddp = DistributedDataParallel(
-            self.voting, device_ids=[self.device] if self.cuda else None, bucket_cap_mb=options.bucket_mb,
+            voting, device_ids=[self.device] if self.cuda else None, bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True, static_graph=options.static_graph,
             find_unused_parameters=options.find_unused_parameters,
         )  # fmt: skip
@@ -70,7 +70,6 @@ class Distributed(Parallel):
         self.warms_up = self.world_size > 2 or options.compression != "none"
         self._before: DeferredScalars | None = None
         """What the ranks agreed on one step ago."""
-        self._stopping = False
 
     def warm_up(self, batch: Any) -> None:
         """Let DDP choose its gradient buckets.
@@ -87,13 +86,13 @@ class Distributed(Parallel):
         """Gradients are averaged with the last micro-batch, but not under post-local SGD after its start."""
         self.ddp.require_backward_grad_sync = last and not self._local()
         losses: Tensor
-        losses, self._vote = self.ddp(batch)
+        losses, self._vote_output = self.ddp(batch)
         return losses
 
     def _backward(self, losses: Tensor, gradient: Tensor) -> None:
         """The vote goes along where gradients are averaged."""
         if self.ddp.require_backward_grad_sync:
-            torch.autograd.backward((losses, self._vote), (gradient, self._ballot().to(self._vote.dtype)))
+            torch.autograd.backward((losses, self._vote_output), (gradient, self._ballot().to(self.vote.dtype)))
         else:
             super()._backward(losses, gradient)
 
@@ -104,7 +103,7 @@ class Distributed(Parallel):
 
     def _forget(self) -> None:
         """Begin a new step."""
-        self._loss, self._stop, self.voting.vote.grad = None, False, None
+        self._loss, self._stop, self.vote.grad = None, False, None
 
     def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
         """The means over ranks of loss and stop requests. Without a vote in the gradients this is a collective.
@@ -114,8 +113,8 @@ class Distributed(Parallel):
         local, averages = self._local(), self._averages(due)
         if not local:
             self._check_unused()
-        ballot = self.voting.vote.grad  # None: no gradients were averaged
-        if ballot is None or not self.votes:
+        ballot = self.vote.grad
+        if ballot is None or self.job.ddp.compression in HALF:  # 16 bits would lose its digits, or overflow
             ballot = self._ballot()
             if averages:
                 self._average(ballot)
@@ -126,9 +125,7 @@ class Distributed(Parallel):
         deferred = DeferredScalars(ballot)
         # The averages of post-local SGD are rare, so its ranks wait for the votes of that step itself.
         asked, self._before = deferred if local else self._before, deferred
-        if asked is not None and averages:
-            self._stopping = self._stopping or asked.read()[1] > 0
-        return deferred, self._stopping
+        return deferred, averages and asked is not None and asked.read()[1] > 0
 
     def _check_unused(self) -> None:
         """Name the parameters that DDP waits for in vain: their bucket, and all after it, were not averaged.
@@ -193,18 +190,15 @@ class Distributed(Parallel):
         dist.broadcast_object_list(box, source)
         return box[0]
 
-    def barrier(self) -> None:
-        dist.barrier()
-
     def close(self) -> None:
-        """Destroy the process group.
+        """Wait for all ranks and destroy the process group.
 
         Its objects stay referenced: gloo's destructor joins a thread that may wait for the lock of the interpreter,
         which the destructor holds (torch 2.13: one end of ten with 4 ranks hung).
         """
-        if dist.is_initialized():
-            _ended.append((self, dist.group.WORLD))
-            dist.destroy_process_group()
+        dist.barrier()
+        _ended.append((self, dist.group.WORLD))
+        dist.destroy_process_group()
 
 
 _ended: list[Any] = []

@@ -13,7 +13,6 @@ class DataParallel(Parallel):
     """One process that computes each batch in parts: on several GPUs, or in several threads."""
 
     def wrap(self, step: Step) -> None:
-        """Replicate the step for each batch."""
         super().wrap(step)
         replicas = self.job.devices_per_node
         self.module = nn.DataParallel(step, self.devices) if self.cuda else ThreadReplicas(step, replicas)

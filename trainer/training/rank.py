@@ -71,13 +71,12 @@ def train(
         report.finish(metrics)
         report.say("\n" + plain_table(folder))
         pulse.beat(trainer.position.step, "finishing")
-        parallel.barrier()
+        parallel.close()
     except BaseException as error:
         on_failure(error)
         raise
     finally:
         report.close()
-    parallel.close()
     return DONE
 
 
