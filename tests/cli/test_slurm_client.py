@@ -115,7 +115,7 @@ def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path
     with pytest.raises(JobError, match=r"Slurm refused: .*invalid partition.*slurm/site\.yaml"):
         submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
     client.write("sbatch", "echo Submitted batch job 8")
-    (run,) = runs.iterdir()
+    (run,) = runs.glob("*-*")
     submit_job(str(run), [], None, None)
     assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
 

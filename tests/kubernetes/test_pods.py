@@ -108,7 +108,7 @@ def test_two_pods_train_and_muster_run_follows(runs: Runs, undisturbed: Any, cap
     assert run_job("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
     printed = capfd.readouterr().out
     assert "step 60/60" in printed
-    (run,) = (runs.folder / "runs").iterdir()
+    (run,) = (runs.folder / "runs").glob("*-*")
     found = control.status(str(run))
     assert found["state"] == "done"
     assert "accuracy" in found["reason"]

@@ -60,8 +60,11 @@ def life(slurm_session: Cluster) -> Iterator[Life]:
         with subprocess.Popen([MUSTER, "logs", "-f", run.folder], stdout=subprocess.PIPE, text=True) as follower:
             muster("preempt", run.folder)
             run.until("a requeue", lambda: run.state().phase == "pending")
+            slurm_session.run("scontrol", "update", f"JobId={run.job_id}", "StartTime=now+600")  # Slurm's own hold: 6 s
+            run.until("its next look at the job", lambda: "BeginTime" in run.state().reason)
             said["requeued"] = ask(run)
             (folder / "go on").touch()
+            slurm_session.run("scontrol", "update", f"JobId={run.job_id}", "StartTime=now")
             run.wait_end()
             followed, _ = follower.communicate(timeout=30)
         said["done"] = ask(run)

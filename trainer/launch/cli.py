@@ -1,7 +1,5 @@
 """The `muster` command."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -18,27 +16,29 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Run one PyTorch training job as processes or containers here, on Slurm or on Kubernetes.",
 )  # fmt: skip
+Argument, Option = typer.Argument, typer.Option
 
-JobFile = Annotated[str, typer.Argument(help="A job file, or the folder of a run to continue.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.lr=0.1.")]
-On = Annotated[
-    str | None,
-    typer.Option("--on", help="local, docker, slurm or kubernetes; default: where the run was submitted, or local."),
-]
-Site = Annotated[
-    Path | None, typer.Option("--site", help="Site file; default: the one of the run, or of the platform.")
-]
-RunFolder = Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+JobFile = Annotated[str, Argument(help="A job file, or the folder of a run to continue.", show_default=False)]
+JobFileOnly = Annotated[str, Argument(help="A job file.", show_default=False)]
+Overrides = Annotated[list[str] | None, Argument(help="key=value, for example train.lr=0.1.")]
+ON = "local, docker, slurm or kubernetes; default: where the run was submitted, or local."
+On = Annotated[str | None, Option("--on", help=ON)]
+Site = Annotated[Path | None, Option("--site", help="Site file; default: the one of the run, or of the platform.")]
+RunFolder = Annotated[str, Argument(help="The folder of a run.", show_default=False)]
+RunsFolder = Annotated[Path, Argument(help="The folder of run folders.")]
+Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
+AllRanks = Annotated[bool, Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")]
+Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: submit a run for each value.")]
+Rank = Annotated[int | None, Option("--rank", help="Print the log of one rank; default: of all nodes.")]
+Follow = Annotated[bool, Option("-f", "--follow", help="Go on printing as the log grows.")]
+Steps = Annotated[int, Option("--steps", help="Timed steps of each run, after its warm-up.")]
+Rounds = Annotated[int, Option("--rounds", help="Timed runs of each mode, in turn.")]
 
 
 @app.command()
 def run(
-    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None,
-    all_ranks: Annotated[
-        bool, typer.Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")
-    ] = False,
-) -> None:  # fmt: skip
+    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None, all_ranks: AllRanks = False
+) -> None:
     """Submit a job and follow it to its end.
 
     The exit code is that of the job. Ctrl-C stops the job, which saves a checkpoint first.
@@ -47,16 +47,11 @@ def run(
 
 
 @app.command()
-def submit(
-    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None,
-    sweep: Annotated[str | None, typer.Option("--sweep", help="key=value,value: submit a run for each value.")] = None,
-) -> None:  # fmt: skip
+def submit(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None, sweep: Sweep = None) -> None:
     """Submit a job, print its run folder and return."""
-    if sweep is None:
-        print(submit_job(job, overrides or [], on, site))
-    else:
-        for folder in submit_sweep(job, overrides or [], on, site, sweep):
-            print(folder)
+    words = overrides or []
+    for folder in [submit_job(job, words, on, site)] if sweep is None else submit_sweep(job, words, on, site, sweep):
+        print(folder)
 
 
 @app.command()
@@ -73,13 +68,7 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 
 @app.command()
-def logs(
-    run: RunFolder,
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="Print the log of one rank; default: of all nodes.")
-    ] = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing as the log grows.")] = False,
-) -> None:
+def logs(run: RunFolder, rank: Rank = None, follow: Follow = False) -> None:
     """Print the logs of a run."""
     control.logs(run, rank, follow)
 
@@ -98,11 +87,8 @@ def preempt(run: RunFolder) -> None:
 
 @app.command()
 def compare(
-    job: Annotated[str, typer.Argument(help="A job file.", show_default=False)], overrides: Overrides = None,
-    steps: Annotated[int, typer.Option("--steps", help="Timed steps of each run, after its warm-up.")] = 100,
-    rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each mode, in turn.")] = 3,
-    as_json: Json = False,
-) -> None:  # fmt: skip
+    job: JobFileOnly, overrides: Overrides = None, steps: Steps = 100, rounds: Rounds = 3, as_json: Json = False
+) -> None:
     """Measure single, DP and DDP on a job here, and say which to use."""
     from trainer.launch.compare import runs as compare  # here: no other verb shall wait for it
 
@@ -110,9 +96,7 @@ def compare(
 
 
 @app.command("list")
-def list_(
-    runs: Annotated[Path, typer.Argument(help="The folder of run folders.")] = Path("runs"), as_json: Json = False
-) -> None:
+def list_(runs: RunsFolder = Path("runs"), as_json: Json = False) -> None:
     """List the runs of a folder, the newest last."""
     found = control.list_all(runs)
     print(json.dumps(found) if as_json else control.list_text(found))
@@ -132,12 +116,12 @@ def main() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))  # the code of typer.Exit, or nothing
     except JobError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        sys.exit(WRONG_JOB)
+        message = str(error)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            print(f"ERROR: {error.format_message()} (see muster --help)", file=sys.stderr)
-            sys.exit(WRONG_JOB)
-        raise
+        if not (type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message")):
+            raise
+        message = f"{error.format_message()} (see muster --help)"
+    print(f"ERROR: {message}", file=sys.stderr)
+    sys.exit(WRONG_JOB)

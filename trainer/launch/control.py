@@ -1,7 +1,5 @@
 """What can be asked of a run: its status, its logs, to stop, to come back. Parsing the arguments is in `cli`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
+from trainer.launch.follow import values
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.records import read_json, read_lines, write_json
-from trainer.run.folder import RunFolder, last_event
+from trainer.run.folder import Event, RunFolder, last_event
 from trainer.run.log_tail import Tail
 
 
@@ -19,7 +18,7 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     """The handle of a run, and a function that asks for its status; its platform may use an answer again."""
     handle = read_json(run.handle)
     if handle is None:
-        return None, lambda: by_events(run)
+        return None, partial(by_events, run)
     return handle, partial(find_platform(handle["platform"]).status, run, handle)
 
 
@@ -27,12 +26,8 @@ def _submitted(run: RunFolder) -> tuple[AnyPlatform, dict[str, Any]]:
     """The platform and the handle of a run that has not ended."""
     handle = read_json(run.handle)
     if handle is None:
-        raise JobError(
-            "RUN",
-            str(run),
-            "was not submitted by muster",
-            "Stop it with its platform's own tools",
-        )
+        problem = "was not submitted by muster"
+        raise JobError("RUN", str(run), problem, "Stop it with its platform's own tools")
     platform = find_platform(handle["platform"])
     now = platform.status(run, handle)
     if not now.is_active and now.phase != Phase.LOST:  # the platform itself explains what became of a lost one
@@ -46,24 +41,22 @@ def status(run_path: str) -> dict[str, Any]:
     handle, ask = status_of(run)
     now = ask()
     events = run.read_events()
-    training = last_event(events, "training") or {}
     metrics = read_lines(run.metrics)
     evaluated = [line for line in metrics if line["kind"] == "evaluation"]
-    attempts = last_event(events, "attempt", "restart") or {}
-    failure = read_json(run.failure) or {}
-    ended = last_event(events, "ended") or {}
+    training, attempts, ended = (
+        last_event(events, *names) or {} for names in (["training"], ["attempt", "restart"], ["ended"])
+    )
+    reason = (read_json(run.failure) or {}).get("reason") or ended.get("reason") or ""
     good = now.is_active or now.phase == Phase.DONE
-    skip = ("kind", "step", "attempt", "time")
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
-        "reason": now.reason or ("" if good else failure.get("reason") or ended.get("reason") or ""),
+        "reason": now.reason or ("" if good else reason),
         "code": now.code, "step": _newest_step(events, metrics), "steps": training.get("steps"),
-        "attempt": attempts.get("attempt"), "handle": handle,
-        "metrics": {k: v for k, v in evaluated[-1].items() if k not in skip} if evaluated else {},
+        "attempt": attempts.get("attempt"), "handle": handle, "metrics": values(evaluated[-1]) if evaluated else {},
     }  # fmt: skip
 
 
-def _newest_step(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> int | None:
+def _newest_step(events: list[Event], metrics: list[dict[str, Any]]) -> int | None:
     """The last known step since the training last began; a restart goes back."""
     begun = (last_event(events, "training") or {}).get("time", 0)
     lines = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
@@ -87,23 +80,19 @@ def status_text(status: dict[str, Any]) -> str:
     lines = [f"{status['state']}: {status['run']}"]
     if status["steps"]:
         lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
-    if status["metrics"]:
-        lines.append("  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items()))
-    if status["reason"]:
-        lines.append(status["reason"])
-    return "\n".join(lines)
+    lines += ["  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items()), status["reason"]]
+    return "\n".join(line for line in lines if line)
 
 
 def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
     run = RunFolder.open(run_path)
-    folder = run.logs
     _, ask = status_of(run)
-    pattern = "node-*.log" if rank is None else f"rank-{rank}.log"
+    patterns = ("node-*.log", "rank-*.log") if rank is None else (f"rank-{rank}.log",)
     tails: dict[Path, Tail] = {}
     while True:
         now = ask()  # in any case: on Kubernetes this copies the pods' logs here
-        for path in sorted(folder.glob(pattern)) or sorted(folder.glob("rank-*.log" if rank is None else pattern)):
+        for path in next(filter(None, (sorted(run.logs.glob(pattern)) for pattern in patterns)), []):
             if path not in tails:
                 tails[path] = Tail(path)
                 tails[path].offset = 0
@@ -148,10 +137,6 @@ def list_all(runs: Path) -> list[dict[str, Any]]:
 
 def list_text(statuses: list[dict[str, Any]]) -> str:
     """A table for people."""
-    if not statuses:
-        return "no runs"
-    return "\n".join(
-        f"{item['state']:10} {item['platform'] or '-':10} "
-        f"step {item['step'] or 0}/{item['steps'] or '?':<8} {item['run']}"
-        for item in statuses
-    )
+    line = "{state:10} {platform:10} step {step}/{steps:<8} {run}"
+    rows = ({"platform": "-", "step": 0, "steps": "?"} | {k: v for k, v in item.items() if v} for item in statuses)
+    return "\n".join(line.format(**row) for row in rows) or "no runs"

@@ -3,21 +3,17 @@
 A new platform is a package, a template folder and a line of the registry.
 """
 
-from __future__ import annotations
-
 import importlib
+import shlex
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from trainer.config.job import Job
-from trainer.errors import JobError
+from trainer.errors import wrong_choice
 from trainer.run.folder import RunFolder
-
-if TYPE_CHECKING:  # the verbs that only read start faster without it
-    from omegaconf import DictConfig
 
 REGISTRY = {
     "local": "trainer.launch.local.platform:Local",
@@ -35,12 +31,28 @@ class Plan(Generic[SiteT]):
     """One job, ready to become a request to its platform."""
 
     job: Job
-    config: DictConfig
+    job_text: str
+    """The merged job as YAML."""
     run: RunFolder
     """For a rendering, where it would be."""
     site: SiteT
     site_file: Path | None = None
     """Where `site` was read; None: the platform's own file."""
+
+    def folder_lines(self, has_code: bool) -> list[str]:
+        """Shell lines for `muster render` that make the run folder; none where it exists.
+
+        `has_code`: whether the ranks find the user's code in the folder.
+        """
+        if self.run.source.exists():
+            return []
+        logs, events, code, job = (
+            shlex.quote(str(path)) for path in (self.run.logs, self.run.events, self.run.code, self.run.job)
+        )
+        marker = f"touch {events}  # marks it as a run's folder, so that nobody makes another"
+        modules = [f"mkdir -p {code}  # copy modules of your own here"] if has_code else []
+        text = [f"cat >{job} <<'END_OF_JOB'", *self.job_text.splitlines(), "END_OF_JOB"]
+        return [f"mkdir -p {logs}", marker, *modules, *text]
 
 
 class Phase(str, Enum):
@@ -82,11 +94,7 @@ class Platform(ABC, Generic[SiteT, RequestT]):
 
     @abstractmethod
     def load_site(self, path: Path | None) -> SiteT:
-        """Read and check the site file; None: the platform's own.
-
-        Raises:
-            JobError: unknown key or wrong value.
-        """
+        """Read and check the site file; None: the platform's own. Raises JobError: unknown key or wrong value."""
 
     def runs_folder(self, site: SiteT) -> str | None:
         """Where the site wants run folders to be; None: where the job says."""
@@ -102,10 +110,7 @@ class Platform(ABC, Generic[SiteT, RequestT]):
 
     @abstractmethod
     def submit(self, plan: Plan[SiteT], request: RequestT, follow: bool) -> dict[str, Any]:
-        """Send the request of `plan`; return the handle that is kept in `handle.json`.
-
-        `follow`: the caller waits for the end.
-        """
+        """Send the request; return the handle that `handle.json` keeps. `follow`: the caller waits for the end."""
 
     def submit_sweep(self, plan: Plan[SiteT], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
@@ -129,14 +134,9 @@ AnyPlan = Plan[Any]
 
 
 def find_platform(name: str) -> AnyPlatform:
-    """The platform of that name.
-
-    Raises:
-        JobError: there is none.
-    """
+    """The platform of that name. Raises JobError: there is none."""
     if name not in REGISTRY:
-        raise JobError("--on", name, "must be one of " + ", ".join(REGISTRY), "Choose one of them")
+        raise wrong_choice("--on", name, list(REGISTRY))
     module, _, symbol = REGISTRY[name].partition(":")
-    platform = getattr(importlib.import_module(module), symbol)()
-    assert isinstance(platform, Platform)
+    platform: AnyPlatform = getattr(importlib.import_module(module), symbol)()
     return platform

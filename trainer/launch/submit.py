@@ -1,11 +1,10 @@
 """How a job becomes a run on its platform: `muster run`, `submit` and `render`, apart from parsing."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,18 @@ def _find_run(job_path: str) -> RunFolder | None:
 
 
 def refuse_run(job_path: str) -> None:
-    """Refuse a run where only a job file will do.
-
-    Raises:
-        JobError: it is one, or a folder of something else.
-    """
+    """Refuse a run where only a job file will do. Raises JobError: it is one, or a folder of something else."""
     if _find_run(job_path):
         raise JobError("JOB", job_path, "is a run, not a job file", "Give the job file that it was made from")
 
 
 def _make_run(plan: AnyPlan, job_path: str, suffix: str = "") -> RunFolder:
-    from trainer.config.load import to_text
-
-    beside = Path(job_path).resolve().parent
-    return RunFolder.create(plan.job.runs, plan.job.name + suffix, to_text(plan.config), beside)
+    return RunFolder.create(plan.job.runs, plan.job.name + suffix, plan.job_text, Path(job_path).resolve().parent)
 
 
 def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
     """The job on its platform; for a run, the platform that it was submitted to. A new run has no folder yet."""
-    from trainer.config.load import merge_job, to_job
+    from trainer.config.load import merge_job, to_job, to_text  # here: `muster status` starts faster without
 
     run = _find_run(job_path)
     before = (read_json(run.handle) or read_json(run.platform) or {}) if run else {}
@@ -57,65 +49,62 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     runs = platform.runs_folder(facts)
     if run is None and runs and not any(word.startswith("runs=") for word in overrides):
         config.runs = job.runs = runs
-    return platform, Plan(job, config, run or RunFolder(Path(job.runs).resolve() / f"{job.name}-ID"), facts, site)
+    run = run or RunFolder(Path(job.runs).resolve() / f"{job.name}-ID")
+    return platform, Plan(job, to_text(config), run, facts, site)
 
 
 def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
     """As `_plan`, and make the run folder, or prepare the folder of a run that ended for its continuation."""
-    from trainer.config.load import to_text
-
     platform, plan = _plan(job_path, overrides, on, site)
-    run = _find_run(job_path)
-    if run is None:
+    run = plan.run
+    if not run.job.exists():
         return platform, replace(plan, run=_make_run(plan, job_path))
     handle, ask = status_of(run)
     if handle and ask().is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
-    run.job.write_text(to_text(plan.config))
+    run.job.write_text(plan.job_text)
     for stale in (run.failure, run.result):
         stale.unlink(missing_ok=True)
     return platform, plan
 
 
-def _remember(platform: AnyPlatform, plan: AnyPlan, run: RunFolder) -> dict[str, Any]:
-    """The part of a handle that is known before: where a run goes on, also one that the platform refuses at first."""
-    run.plan.mkdir(exist_ok=True)
-    place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
-    write_json(run.platform, place)
-    return place
-
-
-def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
-    place, request = _remember(platform, plan, plan.run), platform.build(plan)
-    (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
-    with _record_refusal([plan.run]):
-        handle = {**place, **platform.submit(plan, request, following)}
-    write_json(plan.run.handle, handle)
-    return handle
-
-
 @contextmanager
-def _record_refusal(runs: list[RunFolder]) -> Iterator[None]:
-    """Record in the runs that the platform refuses them; otherwise they would be pending forever."""
+def _sending(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> Iterator[dict[str, Any]]:
+    """Keep where the runs go before the platform is asked: one that it refuses at first goes on there too.
+
+    A refusal is recorded in the runs; otherwise they would be pending forever.
+    """
+    place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
+    for run in runs:
+        run.plan.mkdir(exist_ok=True)
+        write_json(run.platform, place)
     try:
-        yield
+        yield place
     except JobError as error:
         for run in runs:
             run.record("ended", code=WRONG_JOB, reason=str(error))
         raise
 
 
+def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
+    with _sending(platform, plan, [plan.run]) as place:
+        request = platform.build(plan)
+        (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
+        handle = place | platform.submit(plan, request, following)
+    write_json(plan.run.handle, handle)
+    return handle
+
+
 def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, all_ranks: bool = False) -> int:
     """Submit and follow; pass a stop request on to the job. Return the job's exit code."""
     platform, plan = _begin(job_path, overrides, on, site)
-    print(f"run folder: {plan.run}", flush=True)
+    run = plan.run
+    print(f"run folder: {run}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     handle = _submit(platform, plan, True)
-
-    def stop() -> None:
-        platform.cancel(plan.run, handle)
-
-    return follow(plan.run, plan.job, lambda: platform.status(plan.run, handle), stop, all_ranks)
+    return follow(
+        run, plan.job, partial(platform.status, run, handle), partial(platform.cancel, run, handle), all_ranks
+    )
 
 
 def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> RunFolder:
@@ -143,11 +132,10 @@ def submit_sweep(
     folder = _make_run(first, job_path, "-sweep")
     folder.job.unlink()  # a sweep is not a run
     write_json(folder.sweep, {"sweep": sweep, "runs": [str(run) for run in runs]})
-    places = [_remember(platform, first, run) for run in runs]
-    with _record_refusal(runs):
+    with _sending(platform, first, runs) as place:
         handles = platform.submit_sweep(replace(first, run=folder), runs)
-    for run, place, handle in zip(runs, places, handles, strict=True):
-        write_json(run.handle, {**place, **handle})
+    for run, handle in zip(runs, handles, strict=True):
+        write_json(run.handle, place | handle)
     return runs
 
 

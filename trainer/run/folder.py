@@ -124,7 +124,9 @@ class RunFolder:
         """
         root = Path(runs).resolve()
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            if not root.exists():
+                root.mkdir(parents=True, exist_ok=True)
+                (root / ".gitignore").write_text("*\n")  # no repository, and no snapshot of its code, takes runs along
             run = cls(_make_unique(root, name))
             run.logs.mkdir()
             run.plan.mkdir()

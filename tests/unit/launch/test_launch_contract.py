@@ -142,7 +142,7 @@ def launch(platform_name: str, folder: Path, *overrides: str, **site: Any) -> li
     run.mkdir(exist_ok=True)
     (run / "job.yaml").write_text(to_text(config))
     facts = platform.load_site(None)
-    plan = Plan(to_job(config), config, RunFolder(run), replace(facts, **site) if site else facts)
+    plan = Plan(to_job(config), to_text(config), RunFolder(run), replace(facts, **site) if site else facts)
     return READERS[platform_name](plan, platform.render(platform.build(plan)))
 
 

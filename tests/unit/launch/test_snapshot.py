@@ -23,6 +23,8 @@ def source(tmp_path: Path) -> Path:
         "job.yaml",
         ".hidden/a.py",
         "runs/one/code/task.py",
+        "runs/one/events.jsonl",
+        "runs/one/job.yaml",
         "start.sh",
         "data.bin",
     )
@@ -56,6 +58,32 @@ def test_what_git_does_not_ignore(source: Path, tmp_path: Path) -> None:
 
 def test_without_git_python_and_yaml_files(source: Path, tmp_path: Path) -> None:
     assert copied(source, tmp_path / "run") == ["job.yaml", "my folder/runs.py", "task.py"]
+
+
+@pytest.mark.parametrize("has_git", [True, False])
+def test_runs_do_not_contain_earlier_runs(source: Path, tmp_path: Path, has_git: bool) -> None:
+    """Wherever they are: in a folder that nobody ignores, beside the code, as a sweep, and in the job's own runs."""
+    if has_git:
+        subprocess.run(["git", "init", "--quiet", source], check=True)
+        (source / "data.bin").unlink()
+    for name in ("my folder/run-1/job.yaml", "my folder/sweep-1/sweep.json", "results/half made/job.yaml"):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_text("{}")
+        (source / name).with_name("task.py").touch()
+        if "results" not in name:
+            (source / name).with_name("events.jsonl").touch()
+    expected = ["job.yaml", "my folder/runs.py", "task.py"]
+    assert copied(source, source / "results/run-2") == sorted([*expected, *[".hidden/a.py", "start.sh"] * has_git])
+
+
+def test_a_new_runs_folder_ignores_itself(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    RunFolder.create(str(tmp_path / "runs"), "digits", "name: digits\n")
+    status = ["git", "-C", str(tmp_path), "status", "--porcelain", "--untracked-files=all"]
+    assert subprocess.run(status, capture_output=True, check=True).stdout == b""
+    (tmp_path / "code").mkdir()
+    RunFolder.create(str(tmp_path / "code"), "digits", "name: digits\n")  # the user's own folder stays as it is
+    assert not (tmp_path / "code/.gitignore").exists()
 
 
 def test_data_is_refused_by_its_largest_file(source: Path, tmp_path: Path) -> None:

@@ -1,35 +1,10 @@
 """The `docker` command, through which all requests to the engine go. A refusal becomes an error with a remedy."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import subprocess
 
 from trainer.errors import JobError
-
-
-def check_engine(image: str, registry: bool, gpus: bool) -> None:
-    """Check that the engine can run this image.
-
-    `registry`: whether the image comes from one; `gpus`: whether the containers need GPUs.
-
-    Raises:
-        JobError: it cannot; with the remedy.
-    """
-    if shutil.which("docker") is None:
-        raise JobError("--on", "docker", "this machine has no docker command", "Install Docker, or use --on local")
-    docker(["version", "--format", "{{.Server.Version}}"])
-    if subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
-        remedy = (
-            f"Run docker pull {image}"
-            if registry
-            else "Run make docker-build, or set another image in docker/site.yaml"
-        )
-        raise JobError("image", image, "is not on this machine", remedy)
-    if gpus and "nvidia" not in docker(["info", "--format", "{{json .Runtimes}} {{json .CDISpecDirs}}"]):
-        raise refusal(["info"], "could not select device driver")
-
 
 REFUSALS = (
     ("permission denied while trying to connect", "your user may not use the engine's socket",
@@ -41,28 +16,39 @@ REFUSALS = (
 )  # fmt: skip
 
 
-def docker(argv: list[str]) -> str:
-    """Run a docker command and return what it prints.
+def check_engine(image: str, registry: bool, gpus: bool) -> None:
+    """Check that the engine can run this image. Raises JobError: it cannot; with the remedy.
 
-    Raises:
-        JobError: it failed; the remedy depends on the message.
+    `registry`: whether the image comes from one; `gpus`: whether the containers need GPUs.
     """
+    if shutil.which("docker") is None:
+        raise JobError("--on", "docker", "this machine has no docker command", "Install Docker, or use --on local")
+    docker("version", "--format", "{{.Server.Version}}")
+    if subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
+        build = "Run make docker-build, or set another image in docker/site.yaml"
+        raise JobError("image", image, "is not on this machine", f"Run docker pull {image}" if registry else build)
+    if gpus and "nvidia" not in docker("info", "--format", "{{json .Runtimes}} {{json .CDISpecDirs}}"):
+        raise refusal("could not select device driver")
+
+
+def docker(*argv: str) -> str:
+    """Run a docker command and return what it prints. Raises JobError: it failed; the remedy depends on the message."""
     done = subprocess.run(["docker", *argv], capture_output=True, text=True)
     if done.returncode:
-        raise refusal(argv, done.stderr)
+        raise refusal(done.stderr, " ".join(argv))
     return done.stdout
 
 
-def refusal(argv: list[str], message: str) -> JobError:
+def refusal(message: str, command: str = "run") -> JobError:
     """The error for a message of docker."""
     text = " ".join(message.split())
     for pattern, problem, remedy in REFUSALS:
         if pattern in text.lower():
             return JobError("--on", "docker", problem, remedy)
-    return JobError("docker", " ".join(argv), text[:400], "Correct docker/site.yaml")
+    return JobError("docker", command, text[:400], "Correct docker/site.yaml")
 
 
-def run_quietly(command: list[str]) -> None:
-    """Run a command whose failure means that there was nothing to do."""
+def run_quietly(*argv: str) -> None:
+    """Run a docker command whose failure means that there was nothing to do."""
     with contextlib.suppress(OSError):
-        subprocess.run(command, capture_output=True)
+        subprocess.run(["docker", *argv], capture_output=True)

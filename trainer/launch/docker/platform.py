@@ -1,15 +1,12 @@
 """The docker platform: one container per node on this machine, under the same supervisor as local processes."""
 
-from __future__ import annotations
-
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import WRONG_JOB
-from trainer.launch.by_hand import run_folder_lines
 from trainer.launch.docker.engine import check_engine, docker, refusal
 from trainer.launch.docker.nodes import DockerNodes
 from trainer.launch.docker.site import DockerSite, load_docker_site
@@ -28,50 +25,28 @@ OF_THE_RUN = ("--rm", "--name=", "--network=", "--network-alias=")
 """Options that only make sense once the run's own network exists."""
 
 
-@dataclass(frozen=True)
-class DockerRequest:
-    """Command lines of `docker`. The supervisor makes them again when it has leased the GPUs."""
-
-    run_folder: list[str]
-    """Shell lines that make the run folder, where nobody submitted the run."""
-    network: list[str]
-    """Empty: the network exists."""
-    containers: list[list[str]]
-    """By node."""
-
-
-class Docker(Supervised[DockerSite, DockerRequest]):
+class Docker(Supervised[DockerSite]):
     """Containers on this machine."""
 
     name = "docker"
 
     def load_site(self, path: Path | None) -> DockerSite:
-        """Read and check `docker/site.yaml` or the given file."""
         return load_docker_site(path)
 
-    def build(self, plan: Plan[DockerSite]) -> DockerRequest:
-        """The network and the containers, with the GPUs that are named or come first."""
+    def build(self, plan: Plan[DockerSite]) -> list[str]:
+        """`docker run` for each node, with the GPUs that are named or come first; only the last in the foreground."""
         nodes = DockerNodes(plan.run, plan.job, plan.site)
         visible = visible_devices()
         wanted = wanted_devices(plan.job, visible)
         lease = Lease(wanted if isinstance(wanted, list) else visible[:wanted])
-        return DockerRequest(
-            run_folder_lines(plan.run, plan.config, True),
-            ["docker", "network", "create", nodes.name] if nodes.own_network else [],
-            [nodes.command(node, 0, lease)[0] for node in range(plan.job.nodes)],
-        )
+        network = [shlex.join(["docker", "network", "create", nodes.name])] if nodes.own_network else []
+        containers = " &\n".join(shlex.join(nodes.command(node, 0, lease)[0]) for node in range(plan.job.nodes))
+        return [*plan.folder_lines(True), *network, containers]
 
-    def render(self, request: DockerRequest) -> str:
-        """The command lines as they can be typed; all containers but the last in the background."""
-        *others, last = [shlex.join(argv) for argv in request.containers]
-        network = [shlex.join(request.network)] if request.network else []
-        return "\n".join([*request.run_folder, *network, *(f"{line} &" for line in others), last])
-
-    def submit(self, plan: Plan[DockerSite], request: DockerRequest, follow: bool) -> dict[str, Any]:
+    def submit(self, plan: Plan[DockerSite], request: list[str], follow: bool) -> dict[str, Any]:
         """Check the engine and start the supervisor.
 
-        Raises:
-            JobError: no engine, no permission, no image, no GPU support, or the engine refuses the command line.
+        Raises JobError: no engine, no permission, no image, no GPU support, or the engine refuses the command line.
         """
         site = plan.site
         check_engine(site.reference, bool(site.registry), bool(wanted_devices(plan.job, visible_devices())))
@@ -81,7 +56,6 @@ class Docker(Supervised[DockerSite, DockerRequest]):
         return self.supervise(plan, follow)
 
     def nodes(self, run: RunFolder, job: Job) -> DockerNodes:
-        """The containers of a run that was submitted."""
         return DockerNodes(run, job, DockerSite(**(read_json(run.plan / "docker.json") or {})))
 
     def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
@@ -91,17 +65,16 @@ class Docker(Supervised[DockerSite, DockerRequest]):
             return status
         logs = [last_lines(log).splitlines() for log in sorted(run.logs.glob("node-*.log"))]
         reasons = [line for lines in logs for line in lines[::-1] if line.startswith("docker:")]
-        return JobStatus(Phase.FAILED, str(refusal(["run"], reasons[0])), WRONG_JOB) if reasons else status
+        return JobStatus(Phase.FAILED, str(refusal(reasons[0])), WRONG_JOB) if reasons else status
 
 
 def check_container(nodes: DockerNodes) -> None:
     """Let the engine create the first node's container and remove it: this checks options, mounts and disk space.
 
-    Raises:
-        JobError: the engine refused.
+    Raises JobError: the engine refused.
     """
     if nodes.site.network not in ("auto", "host"):
-        docker(["network", "inspect", nodes.site.network])
+        docker("network", "inspect", nodes.site.network)
     argv, _ = nodes.command(0, 0, Lease([]))
-    created = docker(["create", *(word for word in argv[2:] if not word.startswith(OF_THE_RUN))])
-    docker(["rm", "--force", created.split()[-1]])
+    created = docker("create", *(word for word in argv[2:] if not word.startswith(OF_THE_RUN)))
+    docker("rm", "--force", created.split()[-1])

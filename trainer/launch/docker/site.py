@@ -1,7 +1,5 @@
 """The Docker platform's site: `docker/site.yaml` as a dataclass, with the mistakes that the engine would not name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,23 +27,18 @@ class DockerSite:
 
 
 def load_docker_site(path: Path | None) -> DockerSite:
-    """Read and check a site file.
-
-    Raises:
-        JobError: unknown key, wrong type, or something that is not on this machine.
-    """
+    """Read and check a site file. Raises JobError: unknown key, wrong type, or what it names is not on this machine."""
     site = read_site(path, "docker", DockerSite)
     for mount in site.mounts:
         source, *rest = mount.split(":")
-        well_formed = rest[1:] in ([], ["ro"]) and rest[:1] != [] and rest[0].startswith("/")
+        well_formed = rest[:1] != [] and rest[0].startswith("/") and rest[1:] in ([], ["ro"])
         check_rules([
             (not well_formed, "mounts", mount, "is not source:target or source:target:ro", "Both are absolute paths"),
             (not Path(source).exists(), "mounts", mount, f"{source} does not exist here",
              "Make the folder first: the engine would create it as root"),
         ])  # fmt: skip
     missing = bool(site.env_file) and not Path(site.env_file).is_file()
-    check_rules(
-        [(missing, "env_file", site.env_file, "does not exist here", "Give the path of a file with NAME=value lines")]
-    )
+    remedy = "Give the path of a file with NAME=value lines"
+    check_rules([(missing, "env_file", site.env_file, "does not exist here", remedy)])
     fabric_environment(site.fabric)
     return site

@@ -89,7 +89,7 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         "site": {key: None if value in ([], {}) else value for key, value in dataclasses.asdict(site).items()},
         "name": name, "run": run_name(plan),
         "hostnames": ",".join(f"{stem}-{index}.{name}" for index in range(job.nodes)),
-        "job_yaml": OmegaConf.to_yaml(plan.config, resolve=False),
+        "job_yaml": plan.job_text,
         "exit_code": {"wrong_job": WRONG_JOB, "stopped": STOPPED, "failed": FAILED},
         "grace_s": math.ceil(job.agent.grace_s) + GRACE_MARGIN_S,
         "time_limit_s": site.time_limit_min * 60, "keep_finished_s": site.keep_finished_min * 60,

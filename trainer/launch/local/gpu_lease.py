@@ -1,7 +1,5 @@
 """GPU leases of local jobs: a locked file per device, released by the kernel when its holders are gone."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from contextlib import suppress
@@ -21,28 +19,25 @@ class Lease:
 
     def release(self) -> None:
         """Give them back now."""
-        for handle in self.handles:
-            os.close(handle)
-        self.handles.clear()
+        while self.handles:
+            os.close(self.handles.pop())
 
 
 def try_lease(wanted: list[str] | int, visible: list[str], folder: Path = FOLDER) -> Lease | None:
     """Lock the devices, all or none; None while too few are free."""
-    count = wanted if isinstance(wanted, int) else len(wanted)
-    if count == 0:
-        return Lease([])
+    count, devices = (wanted, visible) if isinstance(wanted, int) else (len(wanted), wanted)
     lease = Lease([])
-    for device in visible if isinstance(wanted, int) else wanted:
-        handle = _open_lock(folder / f"{device}.lock")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            continue
-        lease.handles.append(handle)
-        lease.devices.append(device)
+    for device in devices:
         if len(lease.devices) == count:
-            return lease
+            break
+        lease.handles.append(_open_lock(folder / f"{device}.lock"))
+        try:
+            fcntl.flock(lease.handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lease.devices.append(device)
+        except BlockingIOError:
+            os.close(lease.handles.pop())
+    if len(lease.devices) == count:
+        return lease
     lease.release()
     return None
 

@@ -3,9 +3,8 @@
 Which node is started when, and what follows from its end, is decided in `trainer.launch.local.supervisor`.
 """
 
-from __future__ import annotations
-
 import sys
+from dataclasses import dataclass
 
 from trainer.config.job import Job
 from trainer.launch.local.gpu_lease import Lease
@@ -13,12 +12,12 @@ from trainer.run.folder import RunFolder
 from trainer.wiring import variables as names
 
 
+@dataclass
 class Nodes:
     """Nodes as processes, each with an address of its own on the loopback."""
 
-    def __init__(self, run: RunFolder, job: Job) -> None:
-        """Remember the run."""
-        self.run, self.job = run, job
+    run: RunFolder
+    job: Job
 
     def prepare(self) -> None:
         """Make what the nodes share."""

@@ -1,7 +1,5 @@
 """The local platform: agents as processes of this machine; `nodes: 2` means two agents with their own addresses."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import os
@@ -12,15 +10,13 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import DONE, STOPPED, JobError
-from trainer.launch.by_hand import run_folder_lines
 from trainer.launch.local.nodes import Nodes
-from trainer.launch.platform import JobStatus, Phase, Plan, Platform, RequestT, SiteT
+from trainer.launch.platform import JobStatus, Phase, Plan, Platform, SiteT
 from trainer.launch.snapshot import check_files
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
@@ -28,17 +24,14 @@ from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signa
 from trainer.wiring.devices import visible_devices, wanted_devices
 
 
-@dataclass(frozen=True)
-class LocalRequest:
-    """The supervisor's command line."""
+class Supervised(Platform[SiteT, list[str]]):
+    """A platform of this machine: a supervisor process keeps the nodes of each run going.
 
-    run_folder: list[str]
-    """Shell lines that make the run folder, where nobody submitted the run."""
-    argv: list[str]
+    The request are lines for a shell. The supervisor of a submitted run makes them again for the GPUs that it leased.
+    """
 
-
-class Supervised(Platform[SiteT, RequestT]):
-    """A platform of this machine: a supervisor process keeps the nodes of each run going."""
+    def render(self, request: list[str]) -> str:
+        return "\n".join(request)
 
     @abstractmethod
     def nodes(self, run: RunFolder, job: Job) -> Nodes:
@@ -53,19 +46,19 @@ class Supervised(Platform[SiteT, RequestT]):
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
                 preexec_fn=functools.partial(_prepare, os.getpid() if follow else None),
             )  # fmt: skip
-        return {"pid": process.pid, "started": _start_time(process.pid)}
+        return {"pid": process.pid, "started": _state_and_start(process.pid)[1]}
 
     def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
-        alive = _alive(handle)  # first: it may write exit.json and end between the two checks
+        alive = _is_alive(handle)  # first: it may write exit.json and end between the two checks
         ended = read_json(run.exit)
-        if ended is not None:
-            code = int(ended["code"])
-            phase = {DONE: Phase.DONE, STOPPED: Phase.STOPPED}.get(code, Phase.FAILED)
-            return JobStatus(Phase.CANCELLED if handle.get("cancelled") and code == STOPPED else phase, code=code)
-        if alive:
+        if ended is None and alive:
             return JobStatus(Phase.RUNNING)
-        return JobStatus(Phase.LOST, "its supervisor is gone: it was killed, or the machine restarted")
+        if ended is None:
+            return JobStatus(Phase.LOST, "its supervisor is gone: it was killed, or the machine restarted")
+        stopped = Phase.CANCELLED if handle.get("cancelled") else Phase.STOPPED
+        code = int(ended["code"])
+        return JobStatus({DONE: Phase.DONE, STOPPED: stopped}.get(code, Phase.FAILED), code=code)
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Ask the supervisor to end: the ranks save first."""
@@ -76,7 +69,7 @@ class Supervised(Platform[SiteT, RequestT]):
         self._signal(run, handle, signal.SIGUSR2)
 
     def _signal(self, run: RunFolder, handle: dict[str, Any], number: signal.Signals) -> None:
-        if not _alive(handle):
+        if not _is_alive(handle):
             raise JobError("RUN", str(run), "is not running", "`muster status` says how it ended")
         os.kill(int(handle["pid"]), number)
 
@@ -93,37 +86,27 @@ def _prepare(follower: int | None) -> None:
         set_parent_death_signal(follower, ORPHANED)
 
 
-class Local(Supervised[None, LocalRequest]):
+class Local(Supervised[None]):
     """Processes on this machine."""
 
     name = "local"
 
     def load_site(self, path: Path | None) -> None:
-        """There is none.
-
-        Raises:
-            JobError: one was given.
-        """
+        """There is none. Raises JobError: one was given."""
         if path is not None:
             raise JobError("--site", str(path), "the local platform has no site file", "Remove it")
 
-    def build(self, plan: Plan[None]) -> LocalRequest:
-        """The supervisor's command line."""
-        return LocalRequest(run_folder_lines(plan.run, plan.config, False), supervisor_argv(plan.run))
+    def build(self, plan: Plan[None]) -> list[str]:
+        return [*plan.folder_lines(False), shlex.join(supervisor_argv(plan.run))]
 
-    def render(self, request: LocalRequest) -> str:
-        """The command line, after lines that make the run folder."""
-        return "\n".join([*request.run_folder, shlex.join(request.argv)])
-
-    def submit(self, plan: Plan[None], request: LocalRequest, follow: bool) -> dict[str, Any]:
-        """Start the supervisor."""
+    def submit(self, plan: Plan[None], request: list[str], follow: bool) -> dict[str, Any]:
+        """Check what the ranks need and start the supervisor."""
         wanted_devices(plan.job, visible_devices())
         source = read_json(plan.run.source) or {}
         check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
         return self.supervise(plan, follow)
 
     def nodes(self, run: RunFolder, job: Job) -> Nodes:
-        """Processes."""
         return Nodes(run, job)
 
 
@@ -131,8 +114,7 @@ class Local(Supervised[None, LocalRequest]):
 def lock(run: RunFolder) -> Iterator[int]:
     """Open and lock a file that the supervisor and its agents then hold: nobody starts a run that still has some.
 
-    Raises:
-        JobError: it has.
+    Raises JobError: it has.
     """
     handle = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -144,17 +126,15 @@ def lock(run: RunFolder) -> Iterator[int]:
         os.close(handle)
 
 
-def _start_time(pid: int) -> str:
-    """When a process started, in clock ticks since boot (proc(5)): tells it from a later one with its number."""
+def _state_and_start(pid: int) -> tuple[str, str]:
+    """A process's state and when it started, in clock ticks since boot, which tells it from a later one (proc(5))."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
 
 
-def _alive(handle: dict[str, Any]) -> bool:
-    pid = int(handle["pid"])
-    started = _start_time(pid)
-    if not started or started != handle["started"]:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+def _is_alive(handle: dict[str, Any]) -> bool:
+    state, started = _state_and_start(int(handle["pid"]))
+    return state not in ("", "Z") and started == handle["started"]

@@ -3,8 +3,6 @@
 It holds the lease of the GPUs, starts an agent that was killed again, and starts all again after a preemption.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math
@@ -42,27 +40,24 @@ class Supervisor:
     def __init__(self, run: RunFolder, job: Job, nodes: Nodes, held: Sequence[int] = ()) -> None:
         """`nodes`: how an agent is started; `held`: files that the supervisor and its agents keep open."""
         self.run, self.job, self.nodes, self.held = run, job, nodes, held
-        source = read_json(run.source)
-        self.folder = source["working_directory"] if source and os.path.isdir(source["working_directory"]) else None
+        folder = (read_json(run.source) or {}).get("working_directory", "")
+        self.folder = folder if os.path.isdir(folder) else None
+        self.lease = Lease([])
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
         self.codes: dict[int, int] = {}
-        self.launch = 0
-        self.stop_requests = self.passed_on = 0
+        self.launch = self.stop_requests = self.passed_on = 0
         self.preempted = False
         self.stopping = False
         """Whether the agents of this launch are to end, whoever asked for it."""
         self.deadline = math.inf
         """When those that are still there are killed."""
         self.used, self.progress = 0, -1
-        self.lease = Lease([])
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal: USR2 preempts, TERM and INT end for good, a second time at once; HUP counts once."""
         if number == signal.SIGUSR2:
             self.preempted = True
-        elif number == ORPHANED:
-            self.stop_requests = max(1, self.stop_requests)
-        else:
+        elif number != ORPHANED or not self.stop_requests:
             self.stop_requests += 1
 
     def main(self) -> int:
@@ -72,23 +67,52 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
         if not self.take_lease():
             return STOPPED
-        self.start_all()
         while True:
+            self.run_launch()
+            code = STOPPED if self.passed_on > 1 else combined_exit_code(list(self.codes.values()))
+            if code != STOPPED or self.passed_on:
+                return code
+            self.launch += 1
+            self.run.record("requeued", launch=self.launch)
+
+    def take_lease(self) -> bool:
+        """Wait for the GPUs that the job needs; False when asked to stop meanwhile."""
+        visible = visible_devices()
+        wanted = wanted_devices(self.job, visible)
+        lease = try_lease(wanted, visible)
+        if lease is None:
+            self.run.record("pending", reason=f"waiting for GPUs: {wanted} of {', '.join(visible)}")
+        while lease is None:
+            if self.stop_requests:
+                return False
+            time.sleep(0.5)
+            lease = try_lease(wanted, visible)
+        self.lease = lease
+        return True
+
+    def run_launch(self) -> None:
+        """Start all agents, and see them to their ends."""
+        self.codes.clear()
+        self.stopping, self.deadline = self.passed_on > 0, math.inf
+        for node in range(self.job.nodes):
+            self.start(node)
+        while self.agents:
+            time.sleep(POLL_S)
             self.pass_requests_on()
             for node, agent in list(self.agents.items()):
                 code = agent.poll()
                 if code is not None:
                     self.handle_end(node, code)
-            if not self.agents:
-                code = combined_exit_code(list(self.codes.values()))
-                if self.passed_on > 1:
-                    return STOPPED
-                if code != STOPPED or self.passed_on:
-                    return code
-                self.launch += 1
-                self.run.record("requeued", launch=self.launch)
-                self.start_all()
-            time.sleep(POLL_S)
+
+    def start(self, node: int) -> None:
+        """Start the agent of a node."""
+        command, variables = self.nodes.command(node, self.launch, self.lease)
+        with self.run.node_log(node).open("ab") as log:
+            self.agents[node] = subprocess.Popen(
+                command, env=without_ranks() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.folder, start_new_session=True, pass_fds=[*self.lease.handles, *self.held],
+                preexec_fn=functools.partial(set_parent_death_signal, os.getpid()),
+            )  # fmt: skip
 
     def pass_requests_on(self) -> None:
         """Hand stop requests on to the agents: the first lets them save, the second ends them at once."""
@@ -109,6 +133,11 @@ class Supervisor:
             self.deadline = min(self.deadline, time.monotonic() + self.job.agent.grace_s + LINGER_S)
         self.send(number)
 
+    def send(self, number: signal.Signals) -> None:
+        """Signal all agents. One that has ended is not signalled."""
+        for agent in self.agents.values():
+            agent.send_signal(number)
+
     def handle_end(self, node: int, code: int) -> None:
         """An agent ended: start it again, or see that the others end too."""
         del self.agents[node]
@@ -123,40 +152,6 @@ class Supervisor:
             self.stop(signal.SIGTERM)
         self.deadline = min(self.deadline, time.monotonic() + LINGER_S)
 
-    def start_all(self) -> None:
-        """Start a launch."""
-        self.codes.clear()
-        self.stopping, self.deadline = self.passed_on > 0, math.inf
-        for node in range(self.job.nodes):
-            self.start(node)
-
-    def take_lease(self) -> bool:
-        """Wait for the GPUs that the job needs; False when asked to stop meanwhile."""
-        visible = visible_devices()
-        wanted = wanted_devices(self.job, visible)
-        recorded = False
-        while True:
-            lease = try_lease(wanted, visible)
-            if lease is not None:
-                self.lease = lease
-                return True
-            if not recorded:
-                self.run.record("pending", reason=f"waiting for GPUs: {wanted} of {', '.join(visible)}")
-                recorded = True
-            if self.stop_requests:
-                return False
-            time.sleep(0.5)
-
-    def start(self, node: int) -> None:
-        """Start the agent of a node."""
-        command, variables = self.nodes.command(node, self.launch, self.lease)
-        with (self.run.node_log(node)).open("ab") as log:
-            self.agents[node] = subprocess.Popen(
-                command, env=without_ranks() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.folder, start_new_session=True, pass_fds=[*self.lease.handles, *self.held],
-                preexec_fn=functools.partial(set_parent_death_signal, os.getpid()),
-            )  # fmt: skip
-
     def may_restart(self, node: int, code: int) -> bool:
         """Whether a killed agent is started again: the budget counts restarts without progress."""
         step = self.run.steps_committed()
@@ -165,19 +160,11 @@ class Supervisor:
         self.run.record("agent_lost", node=node, code=code)
         return self.used <= self.job.agent.restarts
 
-    def send(self, number: signal.Signals) -> None:
-        """Signal all agents."""
-        for agent in self.agents.values():
-            if agent.poll() is None:
-                agent.send_signal(number)
-
 
 def combined_exit_code(codes: list[int]) -> int:
     """One exit code for all nodes: the job is wrong, else it failed, else it was stopped, else it is done."""
-    if WRONG_JOB in codes:
-        return WRONG_JOB
     failed = [code for code in codes if code not in (DONE, STOPPED)]
-    return failed[0] if failed else max(codes, default=FAILED)
+    return WRONG_JOB if WRONG_JOB in codes else failed[0] if failed else max(codes, default=FAILED)
 
 
 def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
@@ -202,15 +189,10 @@ def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
     return code
 
 
-def main() -> int:
-    """Parse the command line, and supervise."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m trainer.launch.local.supervisor")
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--platform", default="local", help="what an agent is: a process (local) or a container")
     parser.add_argument("--held", type=int, nargs="*", default=[], help="open files to keep, such as the run's lock")
     options = parser.parse_args()
-    return supervise(RunFolder(options.run), options.platform, options.held)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(supervise(RunFolder(options.run), options.platform, options.held))

@@ -16,7 +16,6 @@ from submitit.core.utils import CommandFunction, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from trainer.errors import JobError
-from trainer.launch.by_hand import run_folder_lines
 from trainer.launch.fabric import fabric_environment
 from trainer.launch.platform import JobStatus, Plan, Platform
 from trainer.launch.site import template
@@ -98,7 +97,7 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         if plan.site.setup:
             environment |= {SETUP: str(Path(plan.site.setup).resolve())}
         return SlurmRequest(
-            run_folder_lines(plan.run, plan.config, True), environment, _flags(plan, logs / log, *flags),
+            plan.folder_lines(True), environment, _flags(plan, logs / log, *flags),
             template("slurm", "job.sbatch").read_text(), plan.run.path / "job.sbatch",
             _arguments(plan, environment, logs / node_log, target),
         )  # fmt: skip

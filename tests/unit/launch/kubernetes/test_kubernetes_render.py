@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from manifest_rules import Manifest, container, job, only, problems, variables
 from omegaconf import OmegaConf
 from paths import ROOT
 
-from trainer.config.load import merge_job, to_job
+from trainer.config.load import merge_job, to_job, to_text
 from trainer.errors import JobError
 from trainer.launch.kubernetes.manifests import make_manifests, object_name, render_manifests
 from trainer.launch.kubernetes.site import KubernetesSite
@@ -34,7 +34,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_plan(*overrides: str, run: str = "digits-ID", **site: Any) -> Plan:
     config = merge_job(ROOT / "jobs/digits.yaml", ["nodes=2", "devices_per_node=1", *overrides])
-    return Plan(to_job(config), config, RunFolder(Path("/somewhere", run)), KubernetesSite(**site))
+    return Plan(to_job(config), to_text(config), RunFolder(Path("/somewhere", run)), KubernetesSite(**site))
 
 
 def load(text: str) -> list[Manifest]:
@@ -74,7 +74,7 @@ def test_the_schemas_take_every_site_key() -> None:
         runtime_class="nvidia", annotations={"sidecar.istio.io/inject": "false"}, env={"A": "1"}, secrets=["tracker"],
         fabric="efa", egress=[{"ports": [{"port": 443, "protocol": "TCP"}]}],
     )  # fmt: skip
-    documents = make_manifests(Plan(make_plan().job, make_plan().config, RunFolder(Path("digits-ID")), site))
+    documents = make_manifests(Plan(make_plan().job, make_plan().job_text, RunFolder(Path("digits-ID")), site))
     for document in documents:
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)
@@ -126,12 +126,12 @@ def test_the_job_of_the_pods_is_the_job() -> None:
 def test_values_of_the_job_arrive_as_they_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above all: an interpolation is left to the pod, so that no secret of this machine is written down."""
     monkeypatch.setenv("SECRET", "hush")
-    plan = make_plan()
-    plan.config.script_args = [text if text.startswith("${oc") else text.replace("${", r"\${")]
-    rendered = render_manifests(make_manifests(plan))
+    config = merge_job(ROOT / "jobs/digits.yaml")
+    config.script_args = [text if text.startswith("${oc") else text.replace("${", r"\${")]
+    rendered = render_manifests(make_manifests(replace(make_plan(), job_text=to_text(config))))
     assert "hush" not in rendered
     sent = OmegaConf.create(only(load(rendered), "ConfigMap")["data"]["job.yaml"])
-    assert OmegaConf.to_container(sent)["script_args"] == OmegaConf.to_container(plan.config)["script_args"]
+    assert OmegaConf.to_container(sent)["script_args"] == OmegaConf.to_container(config)["script_args"]
 
 
 @pytest.mark.parametrize(

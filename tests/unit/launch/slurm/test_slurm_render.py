@@ -92,5 +92,5 @@ def test_run_folders_are_made_where_the_site_says(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", "")
     with pytest.raises(JobError, match="no sbatch"):  # the folder is made first: what was rendered is kept in it
         submit_job("jobs/digits.yaml", [], "slurm", site)
-    (run,) = (tmp_path / "project space").iterdir()
+    (run,) = (tmp_path / "project space").glob("digits-*")
     assert f"--chdir={run}/code" in shlex.split((run / "plan/slurm.txt").read_text().splitlines()[-1])
