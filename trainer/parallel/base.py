@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.job import Job
+from trainer.parallel.fast_path import run_backward
 from trainer.parallel.step import Step
 from trainer.wiring.devices import rank_gpus, use_cuda
 from trainer.wiring.rank import RankWiring
@@ -89,7 +90,7 @@ class Parallel:
         self._backward(losses, gradient if scaler is None else scaler.scale(gradient))
 
     def _backward(self, losses: Tensor, gradient: Tensor) -> None:
-        losses.backward(gradient)
+        run_backward((losses,), (gradient,))
 
     def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
         """End a step's backward passes: its global mean loss, and whether any rank was asked to stop.

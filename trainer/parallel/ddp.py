@@ -16,6 +16,7 @@ from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.parallel.base import DeferredScalars, Parallel
 from trainer.parallel.compression import HALF, add_comm_hook
+from trainer.parallel.fast_path import run_backward
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
 
@@ -92,7 +93,7 @@ class Distributed(Parallel):
     def _backward(self, losses: Tensor, gradient: Tensor) -> None:
         """The vote goes along where gradients are averaged."""
         if self.ddp.require_backward_grad_sync:
-            torch.autograd.backward((losses, self._vote_output), (gradient, self._ballot().to(self.vote.dtype)))
+            run_backward((losses, self._vote_output), (gradient, self._ballot().to(self.vote.dtype)))
         else:
             super()._backward(losses, gradient)
 

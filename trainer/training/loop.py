@@ -17,12 +17,12 @@ from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
 from trainer.data.sampler import MicroBatch, Position, Sampler
 from trainer.errors import JobError, Stopped
 from trainer.parallel.base import Parallel
+from trainer.parallel.fast_path import make_step
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.cadence import Cadence
 from trainer.training.determinism import any_kernels, missing_kernels_named
 from trainer.training.evaluation import check_count, computing_with, evaluate
-from trainer.training.fast_path import make_step
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
 from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, set_rate
 from trainer.training.warm_up import warm_up

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainer.config.job import Train
-from trainer.training.fast_path import make_step
+from trainer.parallel.fast_path import make_step
 from trainer.training.optimizer import OPTIMIZERS, make_optimizer
 
 
