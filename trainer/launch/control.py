@@ -22,8 +22,9 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     return handle, partial(find_platform(handle["platform"]).status, run, handle)
 
 
-def _submitted(run: RunFolder) -> tuple[AnyPlatform, dict[str, Any]]:
-    """The platform and the handle of a run that has not ended."""
+def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
+    """A run that has not ended, its platform and its handle."""
+    run = RunFolder.open(run_path)
     handle = read_json(run.handle)
     if handle is None:
         problem = "was not submitted by muster"
@@ -32,7 +33,7 @@ def _submitted(run: RunFolder) -> tuple[AnyPlatform, dict[str, Any]]:
     now = platform.status(run, handle)
     if not now.is_active and now.phase != Phase.LOST:  # the platform itself explains what became of a lost one
         raise JobError("RUN", str(run), f"is not running: it is {now.phase}", "`muster run` continues it")
-    return platform, handle
+    return run, platform, handle
 
 
 def status(run_path: str) -> dict[str, Any]:
@@ -43,9 +44,9 @@ def status(run_path: str) -> dict[str, Any]:
     events = run.read_events()
     metrics = read_lines(run.metrics)
     evaluated = [line for line in metrics if line["kind"] == "evaluation"]
-    training, attempts, ended = (
-        last_event(events, *names) or {} for names in (["training"], ["attempt", "restart"], ["ended"])
-    )
+    training = last_event(events, "training") or {}
+    attempts = last_event(events, "attempt", "restart") or {}
+    ended = last_event(events, "ended") or {}
     reason = (read_json(run.failure) or {}).get("reason") or ended.get("reason") or ""
     good = now.is_active or now.phase == Phase.DONE
     return {
@@ -115,8 +116,7 @@ def _no_log(run: RunFolder, rank: int) -> JobError:
 
 def cancel(run_path: str) -> None:
     """Stop for good."""
-    run = RunFolder.open(run_path)
-    platform, handle = _submitted(run)
+    run, platform, handle = _submitted(run_path)
     platform.cancel(run, handle)
     run.record("cancel_requested")
     write_json(run.handle, handle | {"cancelled": True})
@@ -124,8 +124,7 @@ def cancel(run_path: str) -> None:
 
 def preempt(run_path: str) -> None:
     """Stop and come back."""
-    run = RunFolder.open(run_path)
-    platform, handle = _submitted(run)
+    run, platform, handle = _submitted(run_path)
     platform.preempt(run, handle)
     run.record("preempt_requested")
 

@@ -116,17 +116,14 @@ class Bar(Lines):
         self.bar, self.task, self.best = bar, bar.add_task("", total=None, text="starting"), ""
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
         self.bar.console.print(text, highlight=False, markup=False)
 
     def event(self, event: Event) -> None:
-        """Events that change the bar, and those worth a line."""
         if event["event"] == "training":
             self.bar.update(self.task, total=event["steps"], completed=event["step"])
         super().event(event)
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Move the bar."""
         text = numbers(line)
         if line["kind"] == "evaluation":
             self.best = text
@@ -156,6 +153,8 @@ def numbers(line: dict[str, Any]) -> str:
 
 
 TEXTS = {
+    "training": "training {begun}to {steps}: {parallel}, {world_size} rank(s) on {device}",
+    "failure": "{who}node {node} failed [{kind}]: {message:.300}",
     "restart": "restarting: attempt {attempt}", "resume": "resumed from {folder}", "requeued": "requeued",
     "checkpoint_refused": "checkpoint refused: {problem}", "pending": "pending: {reason}",
     "agent_lost": "the agent of node {node} was lost (exit {code}); starting it again",
@@ -166,11 +165,6 @@ TEXTS = {
 
 def describe(event: Event) -> str:
     """An event in words, empty for those that only machines read."""
-    if event["event"] == "training":
-        begun = f"from step {event['step']} " if event["step"] else ""
-        where = f"{event['parallel']}, {event['world_size']} rank(s) on {event['device']}"
-        return f"training {begun}to {event['steps']}: {where}"
-    if event["event"] == "failure":
-        who = "" if event.get("rank") is None else f"rank {event['rank']} on "
-        return f"{who}node {event['node']} failed [{event['kind']}]: {event['message'][:300]}"
-    return TEXTS.get(event["event"], "").format(**event)
+    begun = f"from step {event['step']} " if event.get("step") else ""
+    who = "" if event.get("rank") is None else f"rank {event['rank']} on "
+    return TEXTS.get(event["event"], "").format(**event, begun=begun, who=who)

@@ -18,7 +18,6 @@ class Lease:
     handles: list[int] = field(default_factory=list)
 
     def release(self) -> None:
-        """Give them back now."""
         while self.handles:
             os.close(self.handles.pop())
 

@@ -105,7 +105,6 @@ class Supervisor:
                     self.handle_end(node, code)
 
     def start(self, node: int) -> None:
-        """Start the agent of a node."""
         command, variables = self.nodes.command(node, self.launch, self.lease)
         with self.run.node_log(node).open("ab") as log:
             self.agents[node] = subprocess.Popen(
@@ -134,7 +133,6 @@ class Supervisor:
         self.send(number)
 
     def send(self, number: signal.Signals) -> None:
-        """Signal all agents. One that has ended is not signalled."""
         for agent in self.agents.values():
             agent.send_signal(number)
 
