@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -37,11 +36,7 @@ def connect(port: int, node: int = 1, identity: str = JOB) -> KeyValueClient:
     return KeyValueClient("127.0.0.1", port, identity, node)
 
 
-def framed(body: bytes) -> bytes:
-    return struct.pack("!I", len(body)) + body
-
-
-GREETING = framed(f"muster {JOB} 2".encode())
+GREETING = f"muster {JOB} 2\n".encode()
 
 
 def test_all_sides_see_the_same_values(served: tuple[KeyValueServer, int]) -> None:
@@ -49,8 +44,9 @@ def test_all_sides_see_the_same_values(served: tuple[KeyValueServer, int]) -> No
     first, second = connect(port), connect(port, 2)
     first.set("plan", {"attempt": 3, "names": ["a", "b"]})
     assert second.get("plan", "nothing") == [{"attempt": 3, "names": ["a", "b"]}, None]
-    assert [first.add("count", 1), server.add("count", 1), second.add("count", 0)] == [1, 2, 2]
-    assert server.get("count") == [2]
+    assert [first.join("who", "1"), server.join("who", "0"), second.join("who", "2", "3")] == [1, 2, 4]
+    assert first.join("who", "1", "0") == 4, "who is in it already counts once"
+    assert server.get("who") == second.get("who") == [dict.fromkeys("1023", True)]
     for client in (first, second):
         client.close()
 
@@ -58,31 +54,33 @@ def test_all_sides_see_the_same_values(served: tuple[KeyValueServer, int]) -> No
 @pytest.mark.parametrize(
     "data",
     [
-        b"[" * 50_000,
+        b"[" * 5_000_000,
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\xff\xff\xff\xff" + b"x" * 100_000,
-        framed(b"[" * 1000),
-        framed(b"muster another/0 2"),
-        framed(f"muster {JOB} 3".encode()),
-        framed(f"muster {JOB} 0".encode()),
-        framed(f"muster {JOB} x".encode()),
-        framed(f"muster {JOB} ".encode() + b"1" * 5000),
-        GREETING + framed(b"[" * 50_000),
-        GREETING + framed(b"\xff\xfe"),
-        GREETING + framed(b"7"),
-        GREETING + framed(b"[]"),
-        GREETING + framed(b'["set", [], 1]'),
-        GREETING + framed(b'["add", "text", {}]'),
-        GREETING + framed(b'["set", "key"]'),
-        GREETING + framed(b'["format", "disk"]'),
-        GREETING + struct.pack("!I", (1 << 20) + 1),
-        GREETING + framed(json.dumps(["get", *["text"] * 2000]).encode()),
+        b"[" * 1000 + b"\n",
+        b"muster another/0 2\n",
+        f"muster {JOB} 3\n".encode(),
+        f"muster {JOB} 0\n".encode(),
+        f"muster {JOB} x\n".encode(),
+        f"muster {JOB} ".encode() + b"1" * 5000 + b"\n",
+        GREETING + b"[" * 50_000 + b"\n",
+        GREETING + b"\xff\xfe\n",
+        GREETING + b"7\n",
+        GREETING + b"[]\n",
+        GREETING + b'["set", [], 1]\n',
+        GREETING + b'["join", "text", "a"]\n',
+        GREETING + b'["join", "words", []]\n',
+        GREETING + b'["set", "key"]\n',
+        GREETING + b'["format", "disk"]\n',
+        GREETING + b'["set", "key", "' + b"x" * (1 << 20) + b'"]\n',
+        GREETING + json.dumps(["get", *["text"] * 2000]).encode() + b"\n",
     ],
     ids=lambda data: repr(data[:40]) + str(len(data)),
 )
 def test_whatever_a_stranger_or_a_broken_agent_sends_ends_its_own_connection_alone(
-    served: tuple[KeyValueServer, int], data: bytes
+    served: tuple[KeyValueServer, int], data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kv_store, "GREETING_S", 1.0)
     server, port = served
     agent = connect(port)
     agent.set("text", "x" * 1000)
@@ -101,7 +99,7 @@ def test_a_stranger_that_says_nothing_does_not_stay(
 ) -> None:
     monkeypatch.setattr(kv_store, "GREETING_S", 0.2)
     with socket.create_connection(("127.0.0.1", served[1]), 5) as stranger:
-        stranger.sendall(b"\x00\x00")
+        stranger.sendall(b"mu")
         assert stranger.recv(1) == b""
 
 
@@ -150,14 +148,14 @@ def test_a_server_that_does_not_answer_is_missed_within_the_bound(monkeypatch: p
 
         def greet() -> None:
             held.append(stack.enter_context(listener.accept()[0]))
-            held[0].sendall(framed(f"muster {JOB} ".encode()))
+            held[0].sendall(f"muster {JOB} \n".encode())
 
         thread = threading.Thread(target=greet)
         thread.start()
         client = connect(listener.getsockname()[1])
         thread.join()
         if drips:
-            held[0].sendall(b"\x00\x00\x01\x00")
+            held[0].sendall(b'["pl')
         began = time.monotonic()
         with pytest.raises(PeerLost, match="does not answer"):
             client.get("plan")

@@ -20,6 +20,8 @@ from trainer.wiring.network import candidate_ports
 from trainer.wiring.node import Wiring
 
 Pair = tuple[NodeRendezvous, NodeRendezvous]
+told: list[list[Failure]] = []
+"""The failures that node 0 was told of in each round of the present test."""
 
 multiprocessing.set_forkserver_preload(["torch.distributed", "trainer.agent.rank_store"])
 
@@ -27,7 +29,7 @@ multiprocessing.set_forkserver_preload(["torch.distributed", "trainer.agent.rank
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
     """The agents of two nodes on this machine; attempts are numbered from 7."""
-    told: list[list[Failure]] = []
+    told.clear()
 
     def next_attempt(number: int, failures: list[Failure]) -> int:
         told.append(failures)
@@ -69,6 +71,15 @@ def test_both_get_the_same_plan_and_a_new_one_in_each_round(pair: Pair) -> None:
     assert first[0] == first[1] and second[0] == second[1]
     assert [plan.attempt for plan in (first[0], second[0]) if isinstance(plan, Round)] == [7, 8]
     assert [node.master_addr() for node in pair] == ["127.0.0.1"] * 2
+
+
+def test_what_failed_arrives_as_it_was_and_once(pair: Pair) -> None:
+    meet(pair)
+    for node in pair:
+        node.failure = failure(node.wiring.node_rank, "killed")
+    meet(pair)
+    meet(pair)
+    assert told == [[], [failure(0, "killed"), failure(1, "killed")], []]
 
 
 def test_a_node_with_another_torch_ends_the_job_on_both(pair: Pair) -> None:

@@ -1,7 +1,6 @@
 """A failure: its class, its remedy, which of several came first, and the paragraph that tells all this."""
 
-from __future__ import annotations
-
+import contextlib
 import re
 import signal
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from trainer.errors import WRONG_JOB
+from trainer.signals import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Failure:
     time: float
     code: int
     kind: str
-    """The class: a key of `REMEDIES`."""
+    """The class: a key of `KINDS`."""
     message: str
     log: str
     waiting: bool = False
@@ -42,56 +42,52 @@ class Failure:
         return self.distance > 1
 
 
-REMEDIES = {
-    "config": "Correct the job file or the command",
-    "out of memory": "Lower train.batch_size or raise train.accumulate, or ask for more memory in the site file",
-    "shm": "Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
-    "port": "Another process holds the port; unset MASTER_PORT so that a free one is chosen",
-    "interface": "Name the interface in the site's network profile (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
-    "DNS": "Check that the host names resolve on every node (Kubernetes: headless Service, publishNotReadyAddresses)",
-    "peer lost": "Look at the named peer: its node or process went away first",
-    "preempted": "Nothing is wrong: resume the run, it continues from its checkpoint",
-    "hung": "Read logs/stacks-rank-*.txt; raise agent.hang_timeout_s if the step is really that slow",
-    "killed": "Something outside killed it: look at the scheduler's and the kernel's log of that host",
-    "crashed": "Native code crashed; the Python stack is in the rank's log",
-    "disk full": "Free space in the runs folder, or lower checkpoint.keep_last; committed checkpoints are intact",
-    "loss": "Lower train.lr, set train.clip_norm, look at the named samples, or set train.on_nan=skip",
-    "data": "Look at the named samples or files",
-    "user code": "Correct the code at the line that the log names",
-}
-
-PATTERNS: tuple[tuple[str, str], ...] = (
-    ("disk full", r"No space left on device|Disk quota exceeded"),
-    ("shm", r"shared memory|/dev/shm|unable to (open|allocate) shared|Bus error"),
-    ("out of memory", r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory|Cannot allocate memory"),
-    ("port", r"EADDRINUSE|address already in use|candidates could be bound"),
-    ("DNS", r"Name or service not known|Temporary failure in name resolution|getaddrinfo|gaierror|does not resolve"),
-    ("interface", r"unable to find (network )?interface|no (usable|routable) (interface|address)|Bootstrap : no socket"
-                  r"|Unable to resolve hostname|makeDeviceForInterface"),
-    ("peer lost", r"Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|ncclRemoteError"
-                  r"|NCCL communicator was aborted|Timed out waiting|recvValue failed|connectFullMesh|DistNetworkError"
-                  r"|DistBackendError|another rank|rank 0 could not save|wait timeout|Connection was likely closed"),
-    ("loss", r"NonFiniteLoss"),
-    ("data", r"DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
-)  # fmt: skip
+KINDS = {
+    # The remedy of each kind, and what its message matches. The first match wins.
+    "disk full": ("Free space in the runs folder, or lower checkpoint.keep_last; committed checkpoints are intact",
+        r"(?i)No space left on device|Disk quota exceeded"),
+    "shm": ("Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
+        r"(?i)shared memory|/dev/shm|unable to (open|allocate) shared|Bus error"),
+    "out of memory": ("Lower train.batch_size or raise train.accumulate, or ask for more memory in the site file",
+        r"(?i)out of memory|OutOfMemoryError|MemoryError|can't allocate memory|Cannot allocate memory"),
+    "port": ("Another process holds the port; unset MASTER_PORT so that a free one is chosen",
+        r"(?i)EADDRINUSE|address already in use|candidates could be bound"),
+    "DNS": ("Check that the host names resolve on every node (Kubernetes: headless Service, publishNotReadyAddresses)",
+        r"(?i)Name or service not known|Temporary failure in name resolution|getaddrinfo|gaierror|does not resolve"),
+    "interface": ("Name the interface in the site's network profile (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
+        r"(?i)unable to find (network )?interface|no (usable|routable) (interface|address)|Bootstrap : no socket"
+        r"|Unable to resolve hostname|makeDeviceForInterface"),
+    "peer lost": ("Look at the named peer: its node or process went away first",
+        r"(?i)Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|ncclRemoteError"
+        r"|NCCL communicator was aborted|Timed out waiting|recvValue failed|connectFullMesh|DistNetworkError"
+        r"|DistBackendError|another rank|rank 0 could not save|wait timeout|Connection was likely closed"),
+    "loss": ("Lower train.lr, set train.clip_norm, look at the named samples, or set train.on_nan=skip",
+        "NonFiniteLoss"),
+    "data": ("Look at the named samples or files",
+        "DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
+    "config": ("Correct the job file or the command", None),
+    "preempted": ("Nothing is wrong: resume the run, it continues from its checkpoint", None),
+    "hung": ("Read logs/stacks-rank-*.txt; raise agent.hang_timeout_s if the step is really that slow", None),
+    "killed": ("Something outside killed it: look at the scheduler's and the kernel's log of that host", None),
+    "crashed": ("Native code crashed; the Python stack is in the rank's log", None),
+    "user code": ("Correct the code at the line that the log names", None),
+}  # fmt: skip
 
 
 def classify(code: int, exception: str, message: str, log_tail: str, oom_killed: bool) -> str:
     """The class of a failure from its exit code, exception and the end of its log."""
     if code == WRONG_JOB:
         return "config"
-    if code < 0 or code > 128:
-        number = -code if code < 0 else code - 128
-        if number == signal.SIGKILL:
-            return "out of memory" if oom_killed else "killed"
-        if number == signal.SIGBUS:
-            return "shm"
-        if number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            return "preempted"
-        return "crashed"
+    number = -code if code < 0 else code - 128  # 128 and more: a shell's child was ended by a signal
+    if number == signal.SIGKILL:
+        return "out of memory" if oom_killed else "killed"
+    if number == signal.SIGBUS:
+        return "shm"
+    if number > 0:
+        return "preempted" if number in SIGNALS else "crashed"
     for text in (f"{exception}: {message}", log_tail if not exception else ""):
-        for kind, pattern in PATTERNS:
-            if text and re.search(pattern, text, re.IGNORECASE if kind not in ("loss", "data") else 0):
+        for kind, (_, pattern) in KINDS.items():
+            if pattern and re.search(pattern, text):
                 return kind
     return "user code"
 
@@ -107,44 +103,29 @@ def paragraph(failure: Failure, outcome: str, run: str | PathLike[str]) -> str:
     message = " ".join(failure.message.split())[:500]
     return (
         f"{who} ({failure.host}) failed first [{failure.kind}]: {message or 'no message'}. "
-        f"{REMEDIES[failure.kind]}. {outcome} Logs: {failure.log}; everything: {run}"
+        f"{KINDS[failure.kind][0]}. {outcome} Logs: {failure.log}; everything: {run}"
     )
 
 
 def describe_exit(code: int) -> str:
     """An exit code in words."""
     if code < 0:
-        try:
+        with contextlib.suppress(ValueError):
             return f"ended by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"ended by signal {-code}"
+        return f"ended by signal {-code}"
     return f"ended with exit code {code}"
 
 
 def oom_kills() -> int:
     """How often the kernel has killed a process of this cgroup for memory; 0 where it cannot be told."""
-    for path, key in ((_cgroup("memory") / "memory.events", "oom_kill"),
-                      (_cgroup("memory") / "memory.oom_control", "oom_kill"),
-                      (Path("/sys/fs/cgroup/memory.events"), "oom_kill"),
-                      (Path("/sys/fs/cgroup/memory/memory.oom_control"), "oom_kill")):  # fmt: skip
-        try:
-            for line in path.read_text().splitlines():
-                name, _, value = line.partition(" ")
-                if name == key:
-                    return int(value)
-        except (OSError, ValueError):
-            continue
-    return 0
-
-
-def _cgroup(controller: str) -> Path:
-    try:
+    root = Path("/sys/fs/cgroup")
+    folders = [root, root / "memory"]
+    with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, names, path = line.split(":", 2)
-            if controller in names.split(","):
-                return Path("/sys/fs/cgroup", controller, path.lstrip("/"))
-            if not names:
-                return Path("/sys/fs/cgroup", path.lstrip("/"))
-    except (OSError, ValueError):
-        pass
-    return Path("/nonexistent")
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                folders.insert(0, root / ("memory" if controllers else "") / path.lstrip("/"))
+    for file in (folder / name for folder in folders for name in ("memory.events", "memory.oom_control")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
+    return 0

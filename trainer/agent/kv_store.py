@@ -1,25 +1,22 @@
 """The key-value store that the agents of a job share: node 0's agent serves it, the others are its clients.
 
-A message is a 4-byte length and that many bytes. A connection begins with a greeting, which is compared as bytes:
-nothing that a stranger sends is parsed, and an exchange that proves a secret can take the greeting's place. After it,
-each request is a JSON list and gets one JSON value.
+A message is a line. A connection begins with a greeting, which is compared as bytes: nothing that a stranger sends is
+parsed, and an exchange that proves a secret can take the greeting's place. After it, each request is a JSON list and
+gets one JSON value.
 
 Why not torch's TCPStore: in torch 2.13 every operation of a client but `set` waits without bound for a server that does
 not answer, and the server serves anybody. What the agents write here is up to `trainer.agent.rendezvous`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
+import math
 import resource
 import socket
-import struct
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 CONNECT_S = 1.0
@@ -32,9 +29,8 @@ BEAT_S = 1.0
 """Each client sends a request at least this often."""
 SILENT_S = 15.0
 """A node counts as lost after this time without a request. A connection that ends counts at once."""
-GREETING_BYTES = 1024
 MESSAGE_BYTES = 1 << 20
-LENGTH = struct.Struct("!I")
+"""At most, in either direction."""
 
 
 class PeerLost(RuntimeError):
@@ -44,17 +40,21 @@ class PeerLost(RuntimeError):
 class KeyValueStore:
     """What both sides can do."""
 
+    def __init__(self, identity: str) -> None:
+        """`identity`: the same for all agents of a job, and for no others."""
+        self.greeting = f"muster {identity} ".encode()
+        self.lock = threading.Lock()
+
     def set(self, key: str, value: Any) -> None:
         """Set a value: anything that JSON can express.
 
-        Raises:
-            PeerLost: node 0 does not answer; the same holds for `add` and `get`.
+        Raises PeerLost: node 0 does not answer; the same holds for `join` and `get`.
         """
         self._request(["set", key, value])
 
-    def add(self, key: str, number: int) -> int:
-        """Add to a counter, which starts at 0, and return its new value."""
-        return int(self._request(["add", key, number]))
+    def join(self, key: str, *words: str) -> int:
+        """Put words into a set, which starts empty, and return how many it has; `get` gives a dict of them."""
+        return int(self._request(["join", key, *words]))
 
     def get(self, *keys: str) -> list[Any]:
         """The values of some keys, None for a key without one."""
@@ -65,45 +65,48 @@ class KeyValueStore:
         raise NotImplementedError
 
 
-@dataclass
 class _Client:
-    """What the server knows of an agent."""
+    """What the server knows of an agent: when it was heard last, or how its connection ended."""
 
-    heard: float = field(default_factory=time.monotonic)
-    closed: bool = False
-    left: bool = False
+    LEFT, LOST = math.inf, -math.inf
+
+    def __init__(self) -> None:
+        self.heard = time.monotonic()
 
 
 class KeyValueServer(KeyValueStore):
     """Node 0's side. It holds the values, and serves them from a thread after `listen`."""
 
     def __init__(self, identity: str, nodes: int) -> None:
-        """`identity`: the same for all agents of a job, and for no others."""
-        self.identity, self.nodes = identity, nodes
+        super().__init__(identity)
+        self.nodes = nodes
         self.values: dict[str, Any] = {}
-        self.lock = threading.Lock()
         self.clients: dict[int, _Client] = {}
 
     def _request(self, request: list[Any]) -> Any:
-        operation, *arguments = request
         with self.lock:
-            if operation == "get":
-                return [self.values.get(key) for key in arguments]
-            if operation in ("set", "add"):
-                key, value = arguments
-                self.values[key] = value if operation == "set" else self.values.get(key, 0) + value
-                return self.values[key] if operation == "add" else None
-        if operation in ("beat", "leave"):
-            return None
-        raise ValueError(f"unknown operation {operation}")
+            match request:
+                case ["get", *keys]:
+                    return [self.values.get(key) for key in keys]
+                case ["set", key, value]:
+                    self.values[key] = value
+                case ["join", key, *words]:
+                    self.values[key] = self.values.get(key, {}) | dict.fromkeys(words, True)
+                    return len(self.values[key])
+                case ["leave"]:
+                    pass
+                case _:
+                    raise ValueError("unknown request")
+        return None
 
     def listen(self, address: str, ports: Sequence[int]) -> int:
         """Serve on the first free port of `ports` and return it. An empty `address` means every interface.
 
-        Raises:
-            OSError: no port is free.
+        Raises OSError: no port is free.
         """
-        _raise_file_limit()
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # node 0 has a connection to every other node
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         refused = []
         for port in ports:
             try:
@@ -117,22 +120,21 @@ class KeyValueServer(KeyValueStore):
 
     def lost(self) -> tuple[int, str] | None:
         """A node whose connection ended, or that has been silent for too long."""
-        now = time.monotonic()
-        for node, client in list(self.clients.items()):
-            if client.closed and not client.left:
+        for node, heard in [(node, client.heard) for node, client in list(self.clients.items())]:
+            if heard == _Client.LOST:
                 return node, "its agent is gone: the connection ended"
-            if now - client.heard > SILENT_S and not client.left:
+            if time.monotonic() - heard > SILENT_S:
                 return node, f"no beat of its agent for {SILENT_S:.0f} s"
         return None
 
     def close(self, linger_s: float = 5.0) -> None:
         """Wait, within a bound, until the others have read what they still want to."""
         end = time.monotonic() + linger_s
-        while time.monotonic() < end and not all(c.closed or c.left for c in list(self.clients.values())):
+        while time.monotonic() < end and any(math.isfinite(c.heard) for c in list(self.clients.values())):
             time.sleep(0.01)
 
     async def _serve(self, listener: socket.socket) -> None:
-        async with await asyncio.start_server(self._talk, sock=listener) as server:
+        async with await asyncio.start_server(self._talk, sock=listener, limit=MESSAGE_BYTES) as server:
             await server.serve_forever()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -140,24 +142,23 @@ class KeyValueServer(KeyValueStore):
         client = None
         with contextlib.suppress(Exception):
             client = await asyncio.wait_for(self._greet(reader, writer), GREETING_S)
-            while True:
-                request = json.loads(await _read(reader, MESSAGE_BYTES))
-                client.heard = time.monotonic()
-                client.left = client.left or request == ["leave"]
-                writer.write(_message(json.dumps(self._request(request)).encode()))
+            while client.heard != client.LEFT:
+                request = json.loads(await reader.readuntil())
+                client.heard = client.LEFT if request == ["leave"] else time.monotonic()
+                writer.write(_line(json.dumps(self._request(request)).encode()))
                 await writer.drain()
-        if client is not None:
-            client.closed = True
+        if client is not None and client.heard != client.LEFT:
+            client.heard = client.LOST
         writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Client:
         """Let in an agent of this job, in the place of the one that it may replace."""
-        greeting, expected = await _read(reader, GREETING_BYTES), _greeting(self.identity)
-        node = int(greeting.removeprefix(expected))
-        if not greeting.startswith(expected) or not 0 < node < self.nodes:
+        greeting = await reader.readuntil()
+        node = int(greeting.removeprefix(self.greeting))
+        if not greeting.startswith(self.greeting) or not 0 < node < self.nodes:
             raise ValueError("not an agent of this job")
         self.clients[node] = client = _Client()  # first, so that whoever was let in is known
-        writer.write(_message(expected))
+        writer.write(_line(self.greeting))
         return client
 
 
@@ -167,17 +168,15 @@ class KeyValueClient(KeyValueStore):
     def __init__(self, address: str, port: int, identity: str, node: int) -> None:
         """Connect, and check that node 0 of this job answers.
 
-        Raises:
-            OSError: nobody listens there, or somebody else does.
+        Raises OSError: nobody listens there, or somebody else does.
         """
-        self.lock = threading.Lock()
+        super().__init__(identity)
         self.problem = ""
         self.connection = socket.create_connection((address, port), CONNECT_S)
         try:
             self.address: str = self.connection.getpeername()[0]
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            greeting = _greeting(identity)
-            if self._exchange(greeting + str(node).encode(), GREETING_BYTES, CONNECT_S) != greeting:
+            if self._exchange(self.greeting + str(node).encode(), CONNECT_S) != _line(self.greeting):
                 raise OSError(f"port {port} belongs to somebody else")
         except OSError:
             self.connection.close()
@@ -199,7 +198,7 @@ class KeyValueClient(KeyValueStore):
         with self.lock:
             if not self.problem:
                 try:
-                    return json.loads(self._exchange(json.dumps(request).encode(), MESSAGE_BYTES, ANSWER_S))
+                    return json.loads(self._exchange(json.dumps(request).encode(), ANSWER_S))
                 except ConnectionError as error:
                     self.problem = f"the agent of node 0 is gone: {error}"
                 except (OSError, ValueError) as error:
@@ -207,65 +206,35 @@ class KeyValueClient(KeyValueStore):
                 self.connection.close()
             raise PeerLost(self.problem)
 
-    def _exchange(self, body: bytes, limit: int, bound_s: float) -> bytes:
-        """Send a message and wait for the answer, both within one bound."""
+    def _exchange(self, message: bytes, bound_s: float) -> bytes:
+        """Send a message and wait for the answer, both within one bound; an answer that is too long is cut off."""
         end = time.monotonic() + bound_s
         self.connection.settimeout(bound_s)
-        self.connection.sendall(_message(body))
-        return self._receive(_length(self._receive(LENGTH.size, end), limit), end)
-
-    def _receive(self, count: int, end: float) -> bytes:
-        data = b""
-        while len(data) < count:
+        self.connection.sendall(_line(message))
+        answer = b""
+        while not answer.endswith(b"\n") and len(answer) <= MESSAGE_BYTES:
             self.connection.settimeout(max(end - time.monotonic(), 0.001))
-            part = self.connection.recv(count - len(data))
+            part = self.connection.recv(1 << 16)
             if not part:
                 raise ConnectionError("the connection ended")
-            data += part
-        return data
+            answer += part
+        return answer
 
     def _beat(self) -> None:
         with contextlib.suppress(PeerLost):
             while True:
                 time.sleep(BEAT_S)
-                self._request(["beat"])
+                self.get()  # of nothing, so that node 0 hears of this agent
 
 
 def bind(address: str, port: int) -> socket.socket:
-    """A listener; on every interface when `address` is empty.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """A listener; on every interface when `address` is empty. Raises OSError: the port is taken."""
     if not address and socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
     return socket.create_server((address, port), backlog=1024)
 
 
-def _greeting(identity: str) -> bytes:
-    """How either side of a job's store begins; a client adds the number of its node."""
-    return f"muster {identity} ".encode()
-
-
-def _message(body: bytes) -> bytes:
-    if len(body) > MESSAGE_BYTES:
-        raise ValueError(f"a message of {len(body)} bytes is too long")
-    return LENGTH.pack(len(body)) + body
-
-
-def _length(head: bytes, limit: int) -> int:
-    [length] = LENGTH.unpack(head)
-    if length > limit:
-        raise OSError("somebody else, or a message that is too long")
-    return int(length)
-
-
-async def _read(reader: asyncio.StreamReader, limit: int) -> bytes:
-    return await reader.readexactly(_length(await reader.readexactly(LENGTH.size), limit))
-
-
-def _raise_file_limit() -> None:
-    """Allow as many open files as the system lets us: node 0 has a connection to every other node."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _line(message: bytes) -> bytes:
+    if len(message) >= MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(message)} bytes is too long")
+    return message + b"\n"

@@ -6,12 +6,11 @@ shared one, restarted ranks would read the addresses of a dead attempt (with c10
 What a round is, and what the agents tell each other in it: `trainer.agent.rounds`.
 """
 
-from __future__ import annotations
-
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +18,7 @@ from trainer import __version__
 from trainer.agent.failure import Failure
 from trainer.agent.kv_store import KeyValueClient, KeyValueServer, PeerLost
 from trainer.agent.rank_store import RankStore
-from trainer.agent.rounds import Ended, NodeReport, RendezvousTimeoutError, Round, RoundPlan, Wishes, check_versions
+from trainer.agent.rounds import Ended, RendezvousTimeoutError, Round, Wishes, check_versions
 from trainer.errors import FAILED, STOPPED
 from trainer.wiring.network import own_address
 from trainer.wiring.node import Wiring
@@ -43,7 +42,7 @@ class NodeRendezvous:
         """
         self.wiring, self.bound_s, self.rejoin_s, self.next_attempt = wiring, first_s, rejoin_s, next_attempt
         self.interrupted, self.say = interrupted, say
-        self.round = self.reported = self.done = 0
+        self.round = 0
         self.failure: Failure | None = None
         """What this node will report in the next round."""
         self.versions = VERSIONS
@@ -66,83 +65,64 @@ class NodeRendezvous:
         self.next_progress = time.monotonic() + 5
         while True:
             try:
-                plan = self._meet(deadline)
-                self.bound_s, self.failure, self.wishes, self.next_look = self.rejoin_s, None, Wishes(), 0.0
-                return Round(self.round, plan.attempt, self.master_addr(), plan.master_port)
+                agreed = self._meet(deadline)
+                self.bound_s, self.failure, self.next_look = self.rejoin_s, None, 0.0
+                return agreed
             except PeerLost as error:  # of node 0, which may be replaced
-                self.store, self.round, self.reported, self.done = None, 0, 0, 0
-                if time.monotonic() > deadline:
-                    raise RendezvousTimeoutError(f"node {self.wiring.node_rank}: {error}") from None
-                time.sleep(0.05)
+                self.store, self.round = None, 0
+                self._pause(False, deadline, "node 0:", f"node {self.wiring.node_rank}: {error}")
 
-    def _meet(self, deadline: float) -> RoundPlan:
+    def _meet(self, deadline: float) -> Round:
         store = self.store = self.store or (self._host() if self.wiring.node_rank == 0 else self._find(deadline))
         if self.round == 0:  # this agent is new here, and the others may be in a later round already
-            self.round = store.add("round", 0)
+            self.round = store.get("round")[0] or 0
             if self.round:  # the end of its predecessor is what ended that round
-                store.set(f"{self.round + 1}/cause", True)
-        self.round += 1
+                store.join(f"{self.round + 1}/wishes", "cause_known")
         if self.interrupted():
             store.set("stop", True)
-        self._report(self.round, self.failure)
-        if isinstance(store, KeyValueServer):
-            try:
-                store.set(f"{self.round}/plan", self._plan(deadline).to_json())
-            except Ended as end:
-                store.set("end", [str(end), end.code])
-                raise
-        return RoundPlan.from_json(self._wait([f"{self.round}/plan"], deadline)[0])
+        self._report(self.failure)
+        self.round += 1
+        try:
+            if self.wiring.node_rank == 0:
+                self._plan(deadline)
+            [plan] = self._wait([f"{self.round}/plan"], deadline)
+        except (Ended, RendezvousTimeoutError) as error:  # the others are here, or on their way
+            store.set("end", [str(error), error.code] if isinstance(error, Ended) else [f"peer lost: {error}", FAILED])
+            raise
+        return Round(self.round, plan["attempt"], self.master_addr(), plan["master_port"])
 
-    def _plan(self, deadline: float) -> RoundPlan:
+    def _plan(self, deadline: float) -> None:
         """On node 0: hear all nodes, and decide."""
-        values = self._wait([f"{self.round}/report/{node}" for node in range(self.wiring.nodes)], deadline)
-        reports = [NodeReport.from_json(value) for value in values]
-        check_versions(reports)
-        attempt = self.next_attempt(self.round, [report.failure for report in reports if report.failure])
-        plan = RoundPlan(attempt, self._host_ranks())
-        self._store().add("round", 1)
-        return plan
+        reports = self._wait([f"{self.round}/report/{node}" for node in range(self.wiring.nodes)], deadline)
+        check_versions([report["versions"] for report in reports])
+        failures = [Failure(**report["failure"]) for report in reports if report["failure"]]
+        plan = {"attempt": self.next_attempt(self.round, failures), "master_port": self._host_ranks()}
+        self._store().set("round", self.round)
+        self._store().set(f"{self.round}/plan", plan)
 
-    def _report(self, number: int, failure: Failure | None) -> None:
-        store, node = self._store(), self.wiring.node_rank
-        store.set(f"{number}/report/{node}", NodeReport(self.versions, failure).to_json())
-        store.add(f"{number}/reports", int(self.reported != number))
-        self.reported = number
-        self._wish(number, failure)
-
-    def _wish(self, number: int, failure: Failure | None) -> None:
-        """Ask the others for a round, and let them know why."""
-        if failure is not None and failure.kind == "hung":
-            self._store().set(f"{number}/hung", True)
-        if failure is not None and not failure.is_consequence:
-            self._store().set(f"{number}/cause", True)
-        self._store().set(f"{number}/wanted", True)
+    def _report(self, failure: Failure | None) -> None:
+        """Tell what ended the ranks here, for the next round."""
+        store, number, node = self._store(), self.round + 1, self.wiring.node_rank
+        report = {"versions": self.versions, "failure": asdict(failure) if failure else None}
+        store.set(f"{number}/report/{node}", report)
+        store.join(f"{number}/reports", str(node))
+        self.alarm(failure)
 
     def _store(self) -> KeyValueServer | KeyValueClient:
         assert self.store is not None, "the agents have not met"
         return self.store
 
     def _wait(self, keys: list[str], deadline: float) -> list[Any]:
-        """Wait for values, noticing stop requests, the end of the job and a bound."""
-        store = self._store()
+        """Wait for a value of each of the first nodes, noticing stop requests, the end of the job and a bound."""
         while True:
-            stop, end, *values = store.get("stop", "end", *keys)
+            stop, end, *values = self._store().get("stop", "end", *keys)
             if end:
                 raise Ended(*end)
             if not stop and None not in values and not self.interrupted():
                 return values
-            missing = [key.rpartition("/")[2] for key, value in zip(keys, values, strict=True) if value is None]
-            who = ", ".join(f"{node} ({self.wiring.hostnames[int(node)]})" for node in missing if node.isdigit()) or "0"
-            try:
-                self._pause(
-                    bool(stop), deadline, f"node {who}:", f"node {who} did not come within {self.bound_s:.0f} s"
-                )
-            except Ended:
-                store.set("stop", True)
-                raise
-            except RendezvousTimeoutError as error:
-                store.set("end", [f"peer lost: {error}", FAILED])
-                raise
+            missing = [node for node, value in enumerate(values) if value is None]
+            who = "node " + ", ".join(f"{node} ({self.wiring.hostnames[node]})" for node in missing)
+            self._pause(bool(stop), deadline, f"{who}:", f"{who} did not come within {self.bound_s:.0f} s")
 
     def _pause(self, stop: bool, deadline: float, waiting_for: str, timeout: str) -> None:
         """Between two tries: notice a stop request and the bound, and show progress."""
@@ -202,64 +182,42 @@ class NodeRendezvous:
             self._pause(False, deadline, f"the master {name}: {problem};", timeout)
 
     def look(self) -> Wishes:
-        """What the other agents want by now.
-
-        Raises:
-            PeerLost: node 0 does not answer.
-        """
-        if self.store is not None and self.wiring.nodes > 1 and time.monotonic() > self.next_look:
-            number = self.round + 1
-            keys = ("stop", f"{number}/wanted", f"{number}/hung", f"{number}/cause")
-            self.wishes = Wishes(*map(bool, self.store.get(*keys)))
+        """What the other agents want by now. Raises PeerLost: node 0 does not answer, as do the methods that follow."""
+        if time.monotonic() > self.next_look:
+            stop, words = self._store().get("stop", f"{self.round + 1}/wishes")
+            self.wishes = Wishes(bool(stop), *(word in (words or ()) for word in ("next_round", "hung", "cause_known")))
             self.next_look = time.monotonic() + (self.pause_s if self.pause_s > 0.01 else 0)
         return self.wishes
 
-    def alarm(self, failure: Failure) -> None:
-        """Tell the others of a failure as soon as it is noticed; the next round's report may know more.
-
-        Raises:
-            PeerLost: node 0 does not answer.
-        """
-        if self.store is not None and self.wiring.nodes > 1:
-            self._wish(self.round + 1, failure)
+    def alarm(self, failure: Failure | None) -> None:
+        """Ask the others for a round and let them know why, as soon as it is noticed; the report may know more."""
+        hung = failure is not None and failure.kind == "hung"
+        cause_known = failure is not None and not failure.is_consequence
+        wishes = asdict(Wishes(next_round=True, hung=hung, cause_known=cause_known))
+        self._store().join(f"{self.round + 1}/wishes", *(word for word, wished in wishes.items() if wished))
 
     def compare(self, failure: Failure, wait_s: float) -> None:
-        """Report a failure before the ranks here are ended, and let the others look at theirs.
-
-        Raises:
-            PeerLost: node 0 does not answer.
-        """
-        if self.store is None or self.wiring.nodes == 1:
-            return
-        self._report(self.round + 1, failure)
+        """Report a failure before the ranks here are ended, and let the others look at theirs."""
+        self._report(failure)
         end = time.monotonic() + wait_s
-        while self.store.add(f"{self.round + 1}/reports", 0) < self.wiring.nodes and time.monotonic() < end:
+        while not self._all_have(f"{self.round + 1}/reports") and time.monotonic() < end:
             time.sleep(2 * self.pause_s)
 
     def stop_all(self) -> None:
-        """Make the other agents stop their ranks too.
+        """Make the other agents stop their ranks too."""
+        self._store().set("stop", True)
 
-        Raises:
-            PeerLost: node 0 does not answer.
-        """
-        if self.store is not None:
-            self.store.set("stop", True)
+    def all_done(self) -> bool:
+        """Whether the ranks of every node are done in this round; tells the others that those of this node are."""
+        return self._all_have(f"{self.round}/done")
+
+    def _all_have(self, key: str) -> bool:
+        """Whether every node has joined a set; this one does so now."""
+        return self._store().join(key, str(self.wiring.node_rank)) >= self.wiring.nodes
 
     def lost_peer(self) -> tuple[int, str] | None:
         """A node whose agent is gone, as far as this one can tell, and how that shows."""
-        return self.store.lost() if self.store is not None else None
-
-    def all_done(self) -> bool:
-        """Whether the ranks of every node are done in this round; tells the others that those of this node are.
-
-        Raises:
-            PeerLost: node 0 does not answer.
-        """
-        if self.store is None or self.wiring.nodes == 1:
-            return True
-        count = self.store.add(f"{self.round}/done", int(self.done != self.round))
-        self.done = self.round
-        return count >= self.wiring.nodes
+        return self._store().lost()
 
     def shutdown(self) -> None:
         """Leave the others; node 0 waits a moment for them to read why."""

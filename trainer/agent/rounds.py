@@ -12,13 +12,9 @@ Four words, used everywhere in this sense:
   other without progress (`trainer.agent.restarts`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from trainer.agent.failure import Failure
 from trainer.errors import WRONG_JOB
 
 
@@ -26,7 +22,6 @@ class Ended(RuntimeError):
     """The agents agreed that the job ends; the message is the reason, `code` the exit code."""
 
     def __init__(self, reason: str, code: int) -> None:
-        """Keep both."""
         super().__init__(reason)
         self.code = code
 
@@ -36,50 +31,16 @@ class RendezvousTimeoutError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class NodeReport:
-    """What an agent tells node 0 as it enters a round."""
-
-    versions: dict[str, str]
-    failure: Failure | None
-    """What ended the last round on this node, if anything failed here."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For the agents' store."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> NodeReport:
-        """From the agents' store."""
-        return cls(value["versions"], Failure(**value["failure"]) if value["failure"] else None)
-
-
-@dataclass(frozen=True)
 class Round:
-    """A round in which ranks are started, as an agent sees it."""
+    """A round in which ranks are started. Node 0 tells the others all but `master_addr`."""
 
     number: int
     """1 for the first of a launch, then 2, 3, ..."""
     attempt: int
     master_addr: str
+    """Where this node reaches node 0."""
     master_port: int
     """Of the store where the ranks find each other; the agent of node 0 serves it."""
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """What node 0 decides for such a round, and tells the others."""
-
-    attempt: int
-    master_port: int
-
-    def to_json(self) -> dict[str, Any]:
-        """For the agents' store."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> RoundPlan:
-        """From the agents' store."""
-        return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -96,15 +57,10 @@ class Wishes:
     """An agent has found a failure that is not the consequence of another one."""
 
 
-def check_versions(reports: Sequence[NodeReport]) -> None:
-    """Refuse nodes whose packages differ from those of node 0.
-
-    Raises:
-        Ended: some do.
-    """
-    ours = reports[0].versions
-    for node, report in enumerate(reports):
-        for package, version in report.versions.items():
-            if version != ours.get(package):
-                both = f"node {node} has {package} {version}, and node 0 {ours.get(package)}"
-                raise Ended(f"{both}: use one environment", WRONG_JOB)
+def check_versions(versions: Sequence[dict[str, str]]) -> None:
+    """Refuse nodes whose packages differ from those of node 0. Raises Ended: some do."""
+    for node, theirs in enumerate(versions):
+        for package, version in theirs.items():
+            ours = versions[0].get(package)
+            if version != ours:
+                raise Ended(f"node {node} has {package} {version}, and node 0 {ours}: use one environment", WRONG_JOB)

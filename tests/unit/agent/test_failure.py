@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.agent.failure import REMEDIES, Failure, classify, describe_exit, first_failure, paragraph
+from trainer.agent.failure import KINDS, Failure, classify, describe_exit, first_failure, paragraph
 
 NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
 
@@ -41,7 +41,7 @@ NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
 )
 def test_classes(code: int, exception: str, message: str, log: str, kind: str) -> None:
     assert classify(code, exception, message, log, oom_killed=False) == kind
-    assert REMEDIES[kind]
+    assert KINDS[kind]
 
 
 def test_the_kernels_own_count_tells_a_kill_for_memory_from_any_other() -> None:
