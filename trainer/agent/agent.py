@@ -120,7 +120,7 @@ class NodeAgent:
             process.start()
             self.processes.append(process)
         self.spawned = time.monotonic()
-        first = self.diagnosis.first_rank()
+        first = self.diagnosis.first_rank
         self.run_folder.record(
             "ranks",
             node=self.wiring.node_rank,

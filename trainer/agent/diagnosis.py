@@ -31,10 +31,8 @@ WAITING = re.compile(
 
 On GPUs collectives are queued: what waits is the look at a number that comes after them.
 """
-STACKS_S = 2.0
-"""For the stacks to be written: longer means that a rank is in uninterruptible sleep."""
-CAUSE_S = 3.0
-"""For a rank that is about to end with the cause, when others have ended with its consequences already."""
+STACKS_S = 2.0  # for the stacks to be written: longer means that a rank is in uninterruptible sleep
+CAUSE_S = 3.0  # for a rank that is about to end with the cause, when others have ended with its consequences already
 TRAINER = Path(__file__).parents[1]
 
 
@@ -48,29 +46,21 @@ class Frame(NamedTuple):
     def __str__(self) -> str:
         return f"{self.function} ({Path(self.file).name}:{self.line})"
 
-    @property
-    def of_torch(self) -> bool:
-        """Whether it is torch's own code."""
-        return "/torch/" in self.file
-
 
 class Diagnosis:
     """Looks at the ranks of one node."""
 
     def __init__(self, job: Job, run: RunFolder, wiring: Wiring, heartbeat: Heartbeat) -> None:
         self.job, self.run, self.wiring, self.heartbeat = job, run, wiring, heartbeat
+        self.first_rank = wiring.node_rank * job.ranks_per_node
         self.start_attempt(0)
 
     def start_attempt(self, attempt: int) -> None:
         """New ranks start: remember what was there before them."""
         self.attempt = attempt
         self.oom_before = oom_kills()
-        ranks = range(self.first_rank(), self.first_rank() + self.job.ranks_per_node)
+        ranks = range(self.first_rank, self.first_rank + self.job.ranks_per_node)
         self.log_sizes = {rank: size(self.run.rank_log(rank)) for rank in ranks}
-
-    def first_rank(self) -> int:
-        """The global rank of this node's first rank."""
-        return self.wiring.node_rank * self.job.ranks_per_node
 
     def failed(self, processes: list[Any]) -> list[int]:
         """The ranks that ended and should not have, or not so."""
@@ -99,7 +89,7 @@ class Diagnosis:
 
     def _failure(self, index: int, code: int | None) -> Failure | None:
         """What a rank failed of: its record comes before its end, or never."""
-        rank = self.first_rank() + index
+        rank = self.first_rank + index
         oom = oom_kills() > self.oom_before
         record = read_json(self.run.rank_failure(self.attempt, rank))
         if record is not None:
@@ -157,7 +147,7 @@ class Diagnosis:
             return None
         waiting = [index for index, stack in stacks.items() if only_waits(stack) and index not in stopped]
         index = min(late, key=lambda index: (index not in stopped, index in waiting, beats[index].step))
-        rank, beat = self.first_rank() + index, beats[index]
+        rank, beat = self.first_rank + index, beats[index]
         what = f"no heartbeat for {silent[index]:.0f} s after step {beat.step} while {beat.phase}"
         if self.job.script:
             what = f"does nothing for {silent[index]:.0f} s"
@@ -168,7 +158,7 @@ class Diagnosis:
 
     def _dump_stacks(self, processes: list[Any]) -> dict[int, list[Frame]]:
         """Make every rank write its Python stacks; return that of each main thread, which comes last."""
-        files = {index: Tail(self.run.stacks(self.first_rank() + index)) for index in range(len(processes))}
+        files = {index: Tail(self.run.stacks(self.first_rank + index)) for index in range(len(processes))}
         for index, process in enumerate(processes):
             try:
                 os.kill(process.pid, STACKS)
@@ -181,26 +171,22 @@ class Diagnosis:
             written = {index: file.read() for index, file in files.items()}
             texts = {index: text + written[index] for index, text in texts.items()}
             new = any(written.values())
-        return {index: read_stack(text.decode(errors="replace")) for index, text in texts.items()}
-
-
-def read_stack(text: str) -> list[Frame]:
-    """The last of the stacks that `faulthandler` wrote, innermost first."""
-    return [Frame(*found) for found in FRAME.findall(text.rpartition("most recent call first):")[2])]
+        mains = {index: text.decode(errors="replace").rpartition("call first):")[2] for index, text in texts.items()}
+        return {index: [Frame(*found) for found in FRAME.findall(main)] for index, main in mains.items()}
 
 
 def where(stack: list[Frame]) -> str:
     """The innermost function, and whose it is when it is torch's."""
     if not stack:
         return ""
-    own = next((frame for frame in stack if not frame.of_torch), stack[0])
+    own = next((frame for frame in stack if "/torch/" not in frame.file), stack[0])
     called = "" if own is stack[0] else f", called in {own}"
     return f", in {stack[0]}{called}"
 
 
 def only_waits(stack: list[Frame]) -> bool:
     """Whether a rank waits for others in the trainer's own collectives: not in one that user code called."""
-    inner = list(itertools.takewhile(lambda frame: frame.of_torch, stack))
+    inner = list(itertools.takewhile(lambda frame: "/torch/" in frame.file, stack))
     caller = Path(stack[len(inner)].file) if len(inner) < len(stack) else Path()
     called_by_us = caller.is_relative_to(TRAINER) and not caller.is_relative_to(TRAINER / "tasks")
     return called_by_us and any(WAITING.search(frame.file) for frame in inner)

@@ -20,12 +20,10 @@ class Failure:
     rank: int | None
     time: float
     code: int
-    kind: str
-    """The class: a key of `KINDS`."""
+    kind: str  # a key of `KINDS`
     message: str
     log: str
-    waiting: bool = False
-    """The rank hangs because it waits for others."""
+    waiting: bool = False  # the rank hangs because it waits for others
 
     @property
     def distance(self) -> int:

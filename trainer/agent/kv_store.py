@@ -17,20 +17,16 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-CONNECT_S = 1.0
-"""For a client: the time to connect and to be greeted."""
-GREETING_S = 5.0
-"""For the server: how long a connection may stay open without a greeting."""
-ANSWER_S = 10.0
-"""For an answer. If it takes longer, node 0 or the way to it is gone."""
-BEAT_S = 1.0
-"""Each client sends a request at least this often."""
-SILENT_S = 15.0
-"""A node counts as lost after this time without a request. A connection that ends counts at once."""
-MESSAGE_BYTES = 1 << 20
-"""At most, in either direction."""
+CONNECT_S = 1.0  # for a client, to connect and to be greeted
+GREETING_S = 5.0  # for the server: how long a connection may stay open without a greeting
+ANSWER_S = 10.0  # for an answer; if it takes longer, node 0 or the way to it is gone
+BEAT_S = 1.0  # each client sends a request at least this often
+SILENT_S = 15.0  # without a request a node counts as lost after this time; when its connection ends, at once
+LEFT, LOST = math.inf, -math.inf  # for an agent that ended as it should, and one that did not
+MESSAGE_BYTES = 1 << 20  # at most, in either direction
 
 
 class PeerLost(RuntimeError):
@@ -46,10 +42,7 @@ class KeyValueStore:
         self.lock = threading.Lock()
 
     def set(self, key: str, value: Any) -> None:
-        """Set a value: anything that JSON can express.
-
-        Raises PeerLost: node 0 does not answer; the same holds for `join` and `get`.
-        """
+        """Set a value: anything that JSON can express. Raises PeerLost, as the others do: node 0 does not answer."""
         self._request(["set", key, value])
 
     def join(self, key: str, *words: str) -> int:
@@ -58,20 +51,17 @@ class KeyValueStore:
 
     def get(self, *keys: str) -> list[Any]:
         """The values of some keys, None for a key without one."""
-        values: list[Any] = self._request(["get", *keys])
-        return values
+        return list(self._request(["get", *keys]))
 
     def _request(self, request: list[Any]) -> Any:
         raise NotImplementedError
 
 
+@dataclass
 class _Client:
-    """What the server knows of an agent: when it was heard last, or how its connection ended."""
+    """What the server knows of an agent."""
 
-    LEFT, LOST = math.inf, -math.inf
-
-    def __init__(self) -> None:
-        self.heard = time.monotonic()
+    heard: float  # when, last; LEFT or LOST when its connection has ended
 
 
 class KeyValueServer(KeyValueStore):
@@ -100,10 +90,7 @@ class KeyValueServer(KeyValueStore):
         return None
 
     def listen(self, address: str, ports: Sequence[int]) -> int:
-        """Serve on the first free port of `ports` and return it. An empty `address` means every interface.
-
-        Raises OSError: no port is free.
-        """
+        """Serve on the first free port and return it. `address`: as for `bind`. Raises OSError: no port is free."""
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # node 0 has a connection to every other node
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -121,7 +108,7 @@ class KeyValueServer(KeyValueStore):
     def lost(self) -> tuple[int, str] | None:
         """A node whose connection ended, or that has been silent for too long."""
         for node, heard in [(node, client.heard) for node, client in list(self.clients.items())]:
-            if heard == _Client.LOST:
+            if heard == LOST:
                 return node, "its agent is gone: the connection ended"
             if time.monotonic() - heard > SILENT_S:
                 return node, f"no beat of its agent for {SILENT_S:.0f} s"
@@ -142,13 +129,13 @@ class KeyValueServer(KeyValueStore):
         client = None
         with contextlib.suppress(Exception):
             client = await asyncio.wait_for(self._greet(reader, writer), GREETING_S)
-            while client.heard != client.LEFT:
+            while client.heard != LEFT:
                 request = json.loads(await reader.readuntil())
-                client.heard = client.LEFT if request == ["leave"] else time.monotonic()
+                client.heard = LEFT if request == ["leave"] else time.monotonic()
                 writer.write(_line(json.dumps(self._request(request)).encode()))
                 await writer.drain()
-        if client is not None and client.heard != client.LEFT:
-            client.heard = client.LOST
+        if client is not None and client.heard != LEFT:
+            client.heard = LOST
         writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Client:
@@ -157,7 +144,7 @@ class KeyValueServer(KeyValueStore):
         node = int(greeting.removeprefix(self.greeting))
         if not greeting.startswith(self.greeting) or not 0 < node < self.nodes:
             raise ValueError("not an agent of this job")
-        self.clients[node] = client = _Client()  # first, so that whoever was let in is known
+        self.clients[node] = client = _Client(time.monotonic())  # first, so that whoever was let in is known
         writer.write(_line(self.greeting))
         return client
 
@@ -166,10 +153,7 @@ class KeyValueClient(KeyValueStore):
     """The other nodes' side. It asks node 0, and a thread of its own sends the beats."""
 
     def __init__(self, address: str, port: int, identity: str, node: int) -> None:
-        """Connect, and check that node 0 of this job answers.
-
-        Raises OSError: nobody listens there, or somebody else does.
-        """
+        """Connect, and check that node 0 of this job answers. Raises OSError: nobody does, or somebody else."""
         super().__init__(identity)
         self.problem = ""
         self.connection = socket.create_connection((address, port), CONNECT_S)

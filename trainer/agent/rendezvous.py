@@ -23,8 +23,8 @@ from trainer.errors import FAILED, STOPPED
 from trainer.wiring.network import own_address
 from trainer.wiring.node import Wiring
 
+# What must be the same on all nodes, or ranks compute different things.
 VERSIONS = {"muster": __version__, "torch": version("torch")}
-"""Of what must be the same on all nodes, or ranks compute different things."""
 POLLS_PER_S = 4000
 """What node 0 can answer with a fraction of a core: the more nodes there are, the more rarely each of them asks."""
 
@@ -43,8 +43,7 @@ class NodeRendezvous:
         self.wiring, self.bound_s, self.rejoin_s, self.next_attempt = wiring, first_s, rejoin_s, next_attempt
         self.interrupted, self.say = interrupted, say
         self.round = 0
-        self.failure: Failure | None = None
-        """What this node will report in the next round."""
+        self.failure: Failure | None = None  # what this node will report in the next round
         self.versions = VERSIONS
         self.identity = f"{wiring.job_id}/{wiring.launch}"
         self.store: KeyValueServer | KeyValueClient | None = None
@@ -55,12 +54,7 @@ class NodeRendezvous:
         self.wishes, self.next_look, self.next_progress = Wishes(), 0.0, 0.0
 
     def next_round(self) -> Round:
-        """Meet all nodes.
-
-        Raises:
-            RendezvousTimeoutError: some node did not come within its bound.
-            Ended: the job ends.
-        """
+        """Meet all nodes. Raises Ended: the job ends. Raises RendezvousTimeoutError: some node did not come in time."""
         deadline = time.monotonic() + self.bound_s
         self.next_progress = time.monotonic() + 5
         while True:
@@ -73,7 +67,7 @@ class NodeRendezvous:
                 self._pause(False, deadline, "node 0:", f"node {self.wiring.node_rank}: {error}")
 
     def _meet(self, deadline: float) -> Round:
-        store = self.store = self.store or (self._host() if self.wiring.node_rank == 0 else self._find(deadline))
+        store = self.store = self.store or self._open_store(deadline)
         if self.round == 0:  # this agent is new here, and the others may be in a later round already
             self.round = store.get("round")[0] or 0
             if self.round:  # the end of its predecessor is what ended that round
@@ -96,9 +90,12 @@ class NodeRendezvous:
         reports = self._wait([f"{self.round}/report/{node}" for node in range(self.wiring.nodes)], deadline)
         check_versions([report["versions"] for report in reports])
         failures = [Failure(**report["failure"]) for report in reports if report["failure"]]
-        plan = {"attempt": self.next_attempt(self.round, failures), "master_port": self._host_ranks()}
+        attempt = self.next_attempt(self.round, failures)
+        if self.rank_store is not None:
+            self.rank_store.close()
+        self.rank_store = RankStore(self.address)
         self._store().set("round", self.round)
-        self._store().set(f"{self.round}/plan", plan)
+        self._store().set(f"{self.round}/plan", {"attempt": attempt, "master_port": self.rank_store.port})
 
     def _report(self, failure: Failure | None) -> None:
         """Tell what ended the ranks here, for the next round."""
@@ -136,19 +133,6 @@ class NodeRendezvous:
             self.next_progress = now + 10
         time.sleep(self.pause_s)
 
-    def _host(self) -> KeyValueServer:
-        server = KeyValueServer(self.identity, self.wiring.nodes)
-        if self.wiring.nodes > 1:
-            server.listen(self.address, self.wiring.ports)
-        return server
-
-    def _host_ranks(self) -> int:
-        """Make the store where the ranks of this round find each other, and return its port. It outlives rank 0."""
-        if self.rank_store is not None:
-            self.rank_store.close()
-        self.rank_store = RankStore(self.address)
-        return self.rank_store.port
-
     def master_addr(self) -> str:
         """Where the ranks find their store: the address that was reached, because the name may lead elsewhere by now.
 
@@ -158,10 +142,14 @@ class NodeRendezvous:
             return self.store.address
         return "127.0.0.1" if self.wiring.nodes == 1 else own_address(self.wiring.master_addr)
 
-    def _find(self, deadline: float) -> KeyValueClient:
-        """Connect to node 0, whose name is looked up anew at every try."""
-        ports = deque(self.wiring.ports)
-        name, node = self.wiring.master_addr, self.wiring.node_rank
+    def _open_store(self, deadline: float) -> KeyValueServer | KeyValueClient:
+        """Serve it on node 0, and connect to it elsewhere; the name of node 0 is looked up anew at every try."""
+        name, node, ports = self.wiring.master_addr, self.wiring.node_rank, deque(self.wiring.ports)
+        if node == 0:
+            server = KeyValueServer(self.identity, self.wiring.nodes)
+            if self.wiring.nodes > 1:
+                server.listen(self.address, ports)
+            return server
         while True:
             problem = "nobody listens"
             for tried, port in enumerate(list(ports), 1):
@@ -221,8 +209,7 @@ class NodeRendezvous:
 
     def shutdown(self) -> None:
         """Leave the others; node 0 waits a moment for them to read why."""
-        if self.store is not None:
-            self.store.close()
-        if self.rank_store is not None:
-            self.rank_store.close()
+        for store in (self.store, self.rank_store):
+            if store is not None:
+                store.close()
         self.store = self.rank_store = None

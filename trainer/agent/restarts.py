@@ -1,7 +1,5 @@
 """What node 0 decides between two rounds of the agents: the next attempt, or that restarting has no point any more."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -20,26 +18,30 @@ class RestartPolicy:
     def __init__(self, job: Job, run: RunFolder, say: Callable[[str], None], memory: Memory | None = None) -> None:
         """`say` prints a line; `memory`: of this node, where survivors leave their state."""
         self.job, self.run, self.say, self.memory = job, run, say, memory
-        self.failures: list[Failure] = []
-        """The first failure of each attempt of this launch."""
+        self.failures: list[Failure] = []  # the first failure of each attempt of this launch
         self.restarts_without_progress = 0
         self.last_step = -1
-        self.attempt: int | None = None
-        """The last one of this launch."""
+        self.attempt: int | None = None  # the last one of this launch
 
     def next_attempt(self, round_number: int, failures: list[Failure]) -> int:
         """Decide how it goes on after the failures of all nodes; return the number of the next attempt.
 
-        Raises:
-            Ended: it does not go on.
-            JobError: the run folder cannot be written.
+        Raises Ended: it does not go on. Raises JobError: the run folder cannot be written.
         """
         cause = first_failure(failures)
         if cause is not None:
             self._spend_restart(cause)
-        attempt = self._claim_attempt()
-        self.run.record("restart" if cause else "attempt", attempt=attempt, round=round_number)
-        return attempt
+        try:
+            newest = attempts.newest(self.run)
+            if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
+                raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
+            self.attempt = newest + 1
+            attempts.claim(self.run, self.attempt)
+        except OSError as error:
+            remedy = "Give a writable runs folder"
+            raise JobError("runs", str(self.run), f"cannot be written ({error})", remedy) from None
+        self.run.record("restart" if cause else "attempt", attempt=self.attempt, round=round_number)
+        return self.attempt
 
     def _spend_restart(self, cause: Failure) -> None:
         """Count a restart, record why, and end the job if a restart cannot help."""
@@ -56,21 +58,8 @@ class RestartPolicy:
         if cause.kind == "loss":
             raise Ended(paragraph(cause, "train.on_nan=halt: it is not retried.", self.run), FAILED)
         if left < 0:
-            spent = self.restarts_without_progress - 1
-            outcome = f"Gave up after {spent} restarts without progress (step {max(step, 0)})."
+            wasted = f"{self.restarts_without_progress - 1} restarts without progress"
+            outcome = f"Gave up after {wasted} (step {max(step, 0)})."
             raise Ended(paragraph(cause, outcome, self.run), FAILED)
         outcome = f"Restarting from step {max(step, 0)}; {left} restarts without progress are left."
         self.say(paragraph(cause, outcome, self.run))
-
-    def _claim_attempt(self) -> int:
-        try:
-            newest = attempts.newest(self.run)
-            if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
-                raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
-            self.attempt = newest + 1
-            attempts.claim(self.run, self.attempt)
-        except OSError as error:
-            raise JobError(
-                "runs", str(self.run), f"cannot be written ({error})", "Give a writable runs folder"
-            ) from None
-        return self.attempt

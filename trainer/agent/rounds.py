@@ -34,27 +34,20 @@ class RendezvousTimeoutError(RuntimeError):
 class Round:
     """A round in which ranks are started. Node 0 tells the others all but `master_addr`."""
 
-    number: int
-    """1 for the first of a launch, then 2, 3, ..."""
+    number: int  # 1 for the first of a launch, then 2, 3, ...
     attempt: int
-    master_addr: str
-    """Where this node reaches node 0."""
-    master_port: int
-    """Of the store where the ranks find each other; the agent of node 0 serves it."""
+    master_addr: str  # where this node reaches node 0
+    master_port: int  # of the store where the ranks find each other; the agent of node 0 serves it
 
 
 @dataclass(frozen=True)
 class Wishes:
     """What other agents want while ranks run."""
 
-    stop: bool = False
-    """Stop the ranks: somebody asked for it."""
-    next_round: bool = False
-    """Meet again: something failed, or a replaced agent has come."""
-    hung: bool = False
-    """A rank seems to hang; maybe it waits for one that hangs here."""
-    cause_known: bool = False
-    """An agent has found a failure that is not the consequence of another one."""
+    stop: bool = False  # somebody asked for it
+    next_round: bool = False  # meet again: something failed, or a replaced agent has come
+    hung: bool = False  # a rank seems to hang; maybe it waits for one that hangs here
+    cause_known: bool = False  # an agent has found a failure that is not the consequence of another one
 
 
 def check_versions(versions: Sequence[dict[str, str]]) -> None:
