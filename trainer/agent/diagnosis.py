@@ -129,7 +129,7 @@ class Diagnosis:
         living = [index for index, process in enumerate(processes) if process.exitcode is None]
         for index in living:  # of a script no more is known than whether it is stopped
             if self.job.script and process_state(processes[index].pid) != "T":
-                self.heartbeat.beat(index, 0, PHASES.index("training"))
+                self.heartbeat.beat(index, 0, "training")
         beats = {index: self.heartbeat.read(index) for index in living}
         silent = {index: now - max(beat.time, spawned) for index, beat in beats.items()}
         limits = dict.fromkeys(PHASES, self.job.agent.hang_timeout_s)
