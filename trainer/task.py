@@ -1,7 +1,5 @@
 """The task: what user code says about a training. Nothing about ranks, devices or platforms belongs there."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from abc import ABC, abstractmethod
@@ -66,11 +64,7 @@ class Task(ABC):
 
 
 def find_object(key: str, value: str) -> Any:
-    """Import `package.module:Name`.
-
-    Raises:
-        JobError: no such module or name.
-    """
+    """Import `package.module:Name`. Raises JobError: no such module or name."""
     module, _, name = value.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -83,11 +77,7 @@ def find_object(key: str, value: str) -> Any:
 
 
 def make_task(value: str, arguments: Mapping[str, Any]) -> Task:
-    """Import and construct the task of a job.
-
-    Raises:
-        JobError: the class or one of its arguments is wrong.
-    """
+    """Import and construct the task of a job. Raises JobError: the class or one of its arguments is wrong."""
     kind = find_object("task", value)
     try:
         task = kind(**arguments)

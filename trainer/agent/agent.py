@@ -110,8 +110,6 @@ class NodeAgent:
         self.diagnosis.start_attempt(agreed.attempt)
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
-        if self.memory is not None:
-            self.memory.forget_answers(self.job.ranks_per_node)
         for local_rank in range(self.job.ranks_per_node):
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.rank_environment
             process = PROCESSES.Process(

@@ -1,8 +1,5 @@
 """Saving beside the training: a copy is taken between two steps, and a thread commits it while training goes on."""
 
-from __future__ import annotations
-
-import copy
 import os
 import threading
 from collections.abc import Callable
@@ -10,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainer.data.nested import map_tensors
 
 NICE = 15
 """Beside a training that uses all cores, writing gets 3 % of one."""
@@ -24,28 +23,22 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.problem: BaseException | None = None
         self.copies: dict[tuple[Any, ...], Tensor] = {}
-        self.seen: dict[tuple[Any, ...], Tensor] = {}
 
     def submit(self, state: Any, commit: Callable[[Any], None], beat: Callable[[], None]) -> None:
         """Let `commit` write `state`; first wait for the one before, with signs of life by `beat`.
 
-        Raises:
-            Exception: what went wrong with the one before, or, without a thread, with this one.
+        Raises Exception: what went wrong with the one before, or, without a thread, with this one.
         """
-        if not self.asynchronous:
-            commit(self._copy(state))
-            return
         self.wait(beat)
         taken = self._copy(state)
+        if not self.asynchronous:
+            commit(taken)
+            return
         self.thread = threading.Thread(target=self._run, args=(taken, commit), name="checkpoint")
         self.thread.start()
 
     def wait(self, beat: Callable[[], None]) -> None:
-        """Return when everything is committed.
-
-        Raises:
-            Exception: what went wrong.
-        """
+        """Return when everything is committed. Raises Exception: what went wrong."""
         while self.thread is not None and self.thread.is_alive():
             self.thread.join(1)
             beat()
@@ -63,36 +56,23 @@ class Writer:
 
     def _copy(self, state: Any) -> Any:
         """The state as it is now: tensors copied to memory that is used again at each save, the rest is small."""
-        self.seen.clear()
-        taken = self._copy_item(state, ())
+        before, self.copies = self.copies, {}
+
+        def copy(tensor: Tensor) -> Tensor:
+            # Tied weights are one tensor under two names: they are copied, and written, once.
+            origin = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+            if origin not in self.copies:
+                self.copies[origin] = self._copy_tensor(tensor.detach(), before.get(origin))
+            return self.copies[origin]
+
+        taken = map_tensors(state, copy)
         if any(tensor.is_pinned() for tensor in self.copies.values()):
             torch.cuda.synchronize()
         return taken
 
-    def _copy_item(self, item: Any, place: tuple[Any, ...]) -> Any:
-        if isinstance(item, Tensor):
-            return self._copy_tensor(item, place)
-        if isinstance(item, dict):
-            taken = copy.copy(item)  # an OrderedDict keeps its attributes: versions of modules
-            for key, value in item.items():
-                taken[key] = self._copy_item(value, (*place, key))
-            return taken
-        if type(item) in (list, tuple):
-            return type(item)(self._copy_item(value, (*place, index)) for index, value in enumerate(item))
-        return item
-
-    def _copy_tensor(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
-        # Tied weights are one tensor under two names: they are copied, and written, once.
-        origin = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-        if tensor.numel() and origin in self.seen:
-            return self.seen[origin]
+    def _copy_tensor(self, tensor: Tensor, kept: Tensor | None) -> Tensor:
         if not self.asynchronous:
-            self.seen[origin] = tensor.detach().cpu()  # itself on a CPU; else a file that any machine can load
-            return self.seen[origin]
-        kept = self.copies.get(place)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
-            self.copies[place] = kept
-        kept.copy_(tensor.detach(), non_blocking=True)
-        self.seen[origin] = kept
-        return kept
+            return tensor.cpu()  # itself on a CPU; else a file that any machine can load
+        if kept is None:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor, non_blocking=True)

@@ -4,8 +4,7 @@ A checkpoint holds rank 0's. Should rank 0 die, no survivor has those of the las
 step. A model without buffers takes no notes.
 """
 
-from __future__ import annotations
-
+import itertools
 from typing import Any
 
 import torch
@@ -22,13 +21,9 @@ class BufferNotes:
         self.model = model
         self.memory: Memory | None = None
         saved = model.state_dict(keep_vars=True)
-        named = model.named_buffers(remove_duplicate=False)
-        self.buffers = {name: buffer for name, buffer in named if name in saved}
-        self.offsets: dict[str, int] = {}
-        self.size = 0
-        for name, buffer in self.buffers.items():
-            self.offsets[name] = self.size
-            self.size += -(-buffer.nbytes // 64) * 64
+        self.buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in saved}
+        ends = [0, *itertools.accumulate(-(-buffer.nbytes // 64) * 64 for buffer in self.buffers.values())]
+        self.offsets, self.size = dict(zip(self.buffers, ends, strict=False)), ends[-1]
         self.fit = self.size <= ROOM
 
     def start(self, memory: Memory, attempt: int, step: int) -> None:

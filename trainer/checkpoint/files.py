@@ -5,8 +5,6 @@ A checkpoint is a folder `step-<n>` with `model.pt` (the plain state dict of the
 sha256 of the others. It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,9 +12,10 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -65,7 +64,8 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
             "format": 1, "step": step, "attempt": attempt, "saved_at": time.time(), "muster": __version__,
             "torch": torch.__version__, **facts, "files": files,
         }  # fmt: skip
-        _write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        with _new_file(pending / "manifest.json") as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode())
         _sync_folder(pending)
         check_current(RunFolder(root.parent), attempt)
         target = root / f"step-{step:09d}"
@@ -87,16 +87,19 @@ def prune(root: Path, keep_last: int, best: str | None) -> None:
             doomed = root / f".pruned-{saved.folder.name}"
             saved.folder.rename(doomed)  # a half-removed folder must not look like a damaged checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
-    for stale in root.glob(".replaced-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    _remove(root, ".replaced-*")
 
 
 def sweep(root: Path) -> None:
     """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves."""
     _put_back(root)
-    for pattern in (".pending-*", ".pruned-*"):
-        for stale in root.glob(pattern):
-            shutil.rmtree(stale, ignore_errors=True)
+    _remove(root, ".pending-*")
+    _remove(root, ".pruned-*")
+
+
+def _remove(root: Path, pattern: str) -> None:
+    for stale in root.glob(pattern):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _put_back(root: Path) -> None:
@@ -105,13 +108,6 @@ def _put_back(root: Path) -> None:
         target = root / stale.name.removeprefix(".replaced-").rpartition("-")[0]
         if not target.exists():
             stale.rename(target)
-
-
-def set_aside_newer(root: Path, step: int) -> None:
-    """Rename what is newer than the checkpoint that training goes on from: damaged, it must not count as kept."""
-    for saved in committed(root):
-        if saved.step > step:
-            saved.folder.rename(root / f"damaged-{saved.folder.name}-{time.time_ns()}")
 
 
 def committed(root: Path) -> Iterator[Saved]:
@@ -125,11 +121,7 @@ def committed(root: Path) -> Iterator[Saved]:
 
 
 def verify(saved: Saved) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        DamagedCheckpoint: naming file and difference.
-    """
+    """Compare every file with the manifest. Raises DamagedCheckpoint: naming file and difference."""
     files = saved.manifest.get("files")
     if not isinstance(files, dict) or set(PAYLOAD) - set(files):
         raise DamagedCheckpoint(f"{saved.folder}: manifest.json is missing or unreadable")
@@ -145,22 +137,20 @@ def verify(saved: Saved) -> None:
                 raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
 
 
-def newest_good(root: Path) -> tuple[Saved | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were refused.
+def newest_good(root: Path) -> tuple[Saved | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and the folders of newer ones with what is wrong with them.
 
-    Raises:
-        DamagedCheckpoint: there are checkpoints and none is whole: starting over silently would lose work.
+    Raises DamagedCheckpoint: there are checkpoints and none is whole: starting over silently would lose work.
     """
-    refused: list[str] = []
+    refused: dict[Path, str] = {}
     for saved in committed(root):
         try:
             verify(saved)
+            return saved, refused
         except DamagedCheckpoint as error:
-            refused.append(str(error))
-            continue
-        return saved, refused
+            refused[saved.folder] = str(error)
     if refused:
-        raise DamagedCheckpoint("every checkpoint is damaged: " + "; ".join(refused))
+        raise DamagedCheckpoint("every checkpoint is damaged: " + "; ".join(refused.values()))
     return None, refused
 
 
@@ -172,8 +162,7 @@ def load(folder: Path, name: str) -> Any:
 def load_weights(path: Path) -> dict[str, Any]:
     """A model's state dict from a checkpoint folder or a `.pt` file of any origin, verified where it can be.
 
-    Raises:
-        JobError: not there, not a state dict.
+    Raises JobError: not there, not a state dict.
     """
     if path.is_dir():
         manifest = path / "manifest.json"
@@ -185,22 +174,15 @@ def load_weights(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise JobError("checkpoint.load", str(path), "no such file", "Give a step-* folder or a .pt file") from None
     except Exception as error:
-        raise JobError(
-            "checkpoint.load",
-            str(path),
-            f"torch cannot load it ({type(error).__name__})",
-            "Save a state dict with torch.save(model.state_dict(), path)",
-        ) from error
+        problem = f"torch cannot load it ({type(error).__name__})"
+        remedy = "Save a state dict with torch.save(model.state_dict(), path)"
+        raise JobError("checkpoint.load", str(path), problem, remedy) from error
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
-        raise JobError(
-            "checkpoint.load",
-            str(path),
-            f"contains a {type(state).__name__}, not a state dict",
-            "Save one with torch.save(model.state_dict(), path)",
-        )
+        problem = f"contains a {type(state).__name__}, not a state dict"
+        raise JobError("checkpoint.load", str(path), problem, "Save one with torch.save(model.state_dict(), path)")
     return unwrapped(state)
 
 
@@ -223,21 +205,15 @@ def hash_file(file: Any) -> str:
 class Hashing:
     """A file that hashes what is written: torch.save's zip writer seeks nowhere, so one pass is enough."""
 
-    def __init__(self, file: Any) -> None:
-        """`file`: where it goes."""
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.flush = file, hashlib.sha256(), file.flush
 
     def write(self, data: Any) -> int:
-        """All of it."""
+        """Write all of `data`."""
         view = memoryview(data).cast("B")
         self.digest.update(view)
-        self.bytes += len(view)
         self.file.write(view)
         return len(view)
-
-    def flush(self) -> None:
-        """As a file does."""
-        self.file.flush()
 
 
 def dump(value: Any, file: Hashing) -> None:
@@ -250,20 +226,20 @@ def dump(value: Any, file: Hashing) -> None:
         set_crc32_options(before)
 
 
-def _write(path: Path, value: Any) -> dict[str, Any]:
-    with path.open("xb") as raw:
-        hashing = Hashing(raw)
-        dump(value, hashing)
-        raw.flush()
-        os.fsync(raw.fileno())
-    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("x") as file:
-        file.write(text)
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that is on the disk when it is closed."""
+    with path.open("xb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write(path: Path, value: Any) -> dict[str, Any]:
+    with _new_file(path) as file:
+        hashing = Hashing(file)
+        dump(value, hashing)
+        return {"bytes": file.tell(), "sha256": hashing.digest.hexdigest()}
 
 
 def _sync_folder(path: Path) -> None:

@@ -6,20 +6,18 @@ differ between ranks, and those of rank 0 count (`trainer.checkpoint.buffer_note
 its device and cannot tell which updates its weights have seen: there only checkpoints count.
 """
 
-from __future__ import annotations
-
 import io
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 from trainer.checkpoint.buffer_notes import BufferNotes
 from trainer.checkpoint.files import Hashing, dump
-from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, STATE, Memory, keeps_state
+from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, SILENT, Memory, keeps_state
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
 
@@ -32,25 +30,27 @@ Key = tuple[int, int]
 class Handover:
     """One rank's side. Without an agent, or on GPUs, it does nothing."""
 
-    def __init__(self, job: Job, parallel: Parallel, model: nn.Module, attempt: int) -> None:
-        """`model`: the unwrapped one, on its device."""
-        self.parallel, self.attempt = parallel, attempt
+    def __init__(
+        self, job: Job, parallel: Parallel, model: nn.Module, attempt: int, contents: Callable[[], dict[str, Any]]
+    ) -> None:
+        """`model`: the unwrapped one, on its device. `contents` makes what is handed over."""
+        self.parallel, self.attempt, self.contents = parallel, attempt, contents
         self.notes = BufferNotes(model)
         self.possible = keeps_state(job) and not parallel.cuda and self.notes.fit
         self.memory = Memory.find() if self.possible else None
         self.lock = threading.Lock()
-        self.moment = 0
-        self.whole = False
-        """Whether weights, optimizer and position are those of one moment."""
+        """Held while weights, optimizer and position are not those of one moment."""
+        self.moment = -1
+        if self.memory is not None:
+            self.memory.answer(parallel.local_rank, SILENT)
 
-    def start(self, step: int, finished: bool, contents: Callable[[], dict[str, Any]]) -> None:
-        """Training begins after `step`; `finished`: nothing is due there. `contents` makes what is handed over."""
-        self.moment, self.contents = 2 * step + finished, contents
+    def start(self, step: int, finished: bool) -> None:
+        """Training begins after `step`; `finished`: nothing is due there."""
+        self.moment = 2 * step + finished
         if self.memory is None:
             return
         if self.parallel.rank == 0:
             self.notes.start(self.memory, self.attempt, step)
-        self.whole = True
         threading.Thread(target=self._listen, name="handover", daemon=True).start()
 
     def note_buffers(self) -> None:
@@ -61,13 +61,11 @@ class Handover:
         """An update begins."""
         if self.memory is not None:
             self.lock.acquire()
-            self.whole = False
 
     def end_update(self, step: int) -> None:
         """The update to `step` is done."""
         if self.memory is not None:
             self.moment = 2 * step
-            self.whole = True
             self.lock.release()
 
     def finish_step(self) -> None:
@@ -77,25 +75,22 @@ class Handover:
     def hand_over(self) -> None:
         """Hand over, unless another rank of the node has, or the state is not whole."""
         memory, local_rank = self.memory, self.parallel.local_rank
-        if memory is None:
+        if memory is None or self.moment < 0:
             return
         memory.answer(local_rank, BUSY)
         held = self.lock.acquire(timeout=UPDATE_S)
         try:
-            if held and self.whole and self.notes.hold():
-                self._dump(memory, (self.attempt, self.moment))
+            if held and self.notes.hold():
+                memory.write_state((self.attempt, self.moment), self._dump)
         finally:
             memory.answer(local_rank, ANSWERED)
             if held:
                 self.lock.release()
 
-    def _dump(self, memory: Memory, key: Key) -> None:
-        with memory.newer(key) as file:
-            if file is not None:
-                file.seek(STATE.size)
-                hashing = Hashing(file)
-                dump(self.contents(), hashing)
-                memory.seal(file, key, hashing.bytes, hashing.digest.digest())
+    def _dump(self, file: BinaryIO) -> bytes:
+        hashing = Hashing(file)
+        dump(self.contents(), hashing)
+        return hashing.digest.digest()
 
     def _listen(self) -> None:
         while True:

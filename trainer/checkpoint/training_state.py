@@ -1,9 +1,8 @@
 """Everything that a training would have to remember, saved and restored: the contents of a checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
+import operator
 import time
 from functools import partial
 from pathlib import Path
@@ -31,14 +30,14 @@ class TrainingState:
         self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
         average: AveragedModel | None, position: Position, parallel: Parallel, report: Report,
     ) -> None:  # fmt: skip
-        """Remember the objects; `report` knows the run folder and the attempt."""
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.average, self.position, self.parallel, self.report = average, position, parallel, report
         self.root = report.run.checkpoints
         self.config = read_sections(report.run.job) if report.run.job.exists() else {}
         """As it was given: interpolations stay as written, so it holds no secret."""
         self.writer = Writer(job.checkpoint.asynchronous)
-        self.handover = Handover(job, parallel, model, report.attempt)
+        self.handover = Handover(job, parallel, model, report.attempt, self.contents)
+        self.beat = partial(report.phase, "saving", position)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.measured_at = -1
@@ -55,19 +54,17 @@ class TrainingState:
     def save(self, wait: bool = False) -> None:
         """Save the current position: rank 0 writes. With `wait` all ranks go on when it is committed.
 
-        Raises:
-            Exception: it, or the one before, could not be committed; on all ranks.
+        Raises Exception: it, or the one before, could not be committed; on all ranks.
         """
         started = time.perf_counter()
-        position = self.position
-        self.report.phase("saving", position)
+        self.beat()
         self._choose_best()
         problem: BaseException | None = None
         if self.parallel.rank == 0:
             try:
                 self._submit()
                 if wait:
-                    self.writer.wait(self._beat)
+                    self.writer.wait(self.beat)
             except Exception as error:
                 problem = error
         if self.parallel.any(problem is not None):
@@ -77,12 +74,9 @@ class TrainingState:
     def close(self) -> None:
         """Finish what is being written; for an end that has a cause of its own."""
         try:
-            self.writer.wait(self._beat)
+            self.writer.wait(self.beat)
         except Exception as error:
             self.report.warn(f"the last checkpoint was not saved: {error}", "checkpoint_failed", problem=str(error))
-
-    def _beat(self) -> None:
-        self.report.phase("saving", self.position)
 
     def _submit(self) -> None:
         position = self.position
@@ -93,7 +87,7 @@ class TrainingState:
         }  # fmt: skip
         contents = self.contents()
         payload = {"model.pt": contents.pop("model"), "state.pt": contents}
-        self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, self.best), self._beat)
+        self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, self.best), self.beat)
 
     def contents(self) -> dict[str, Any]:
         """What a training goes on from."""
@@ -111,19 +105,16 @@ class TrainingState:
 
     def _choose_best(self) -> None:
         """Note whether the current position has the best metric so far; all ranks decide alike."""
-        facts, best = self.job.checkpoint, self.best
-        if facts.best and self.metrics and facts.best not in self.metrics:
-            raise JobError(
-                "checkpoint.best",
-                facts.best,
-                "is not a metric of this task",
-                f"The metrics are {', '.join(self.metrics)}",
-            )
-        value = self.metrics.get(facts.best or "", math.nan) if self.measured_at == self.position.step else math.nan
-        if not math.isnan(value) and (
-            best is None or (value > best[0] if facts.best_mode == "max" else value < best[0])
-        ):
-            self.best = value, f"step-{self.position.step:09d}"
+        name, best, step = self.job.checkpoint.best, self.best, self.position.step
+        if not name or not self.metrics:
+            return
+        if name not in self.metrics:
+            remedy = f"The metrics are {', '.join(self.metrics)}"
+            raise JobError("checkpoint.best", name, "is not a metric of this task", remedy)
+        better = operator.gt if self.job.checkpoint.best_mode == "max" else operator.lt
+        value = self.metrics[name]
+        if self.measured_at == step and not math.isnan(value) and (best is None or better(value, best[0])):
+            self.best = value, f"step-{step:09d}"
 
     def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
         saved = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
@@ -155,26 +146,21 @@ class TrainingState:
             saved, refused = checkpoint.newest_good(self.root)
         except checkpoint.DamagedCheckpoint as error:
             return error
-        for problem in refused:
+        for folder, problem in refused.items():
             self.report.warn(f"checkpoint refused: {problem}", "checkpoint_refused", problem=problem)
+            folder.rename(self.root / f"damaged-{folder.name}-{time.time_ns()}")  # or it would count as kept
         if saved is None:
             return None
-        checkpoint.set_aside_newer(self.root, saved.step)
         self.report.event("resume", step=saved.step, folder=saved.folder.name)
         return str(saved.folder)
 
-    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Weights and state; rank 0's where some node does not see the folder: no shared volume, or one that lags."""
-        if not self.parallel.any(not (folder / "manifest.json").is_file()):
-            return checkpoint.load(folder, "model.pt"), checkpoint.load(folder, "state.pt")
-        first = self.parallel.rank == 0
-        payload: tuple[dict[str, Any], dict[str, Any]] = self.parallel.share(
-            (checkpoint.load(folder, "model.pt"), checkpoint.load(folder, "state.pt")) if first else None
-        )
-        return payload
-
     def _load(self, folder: Path) -> None:
-        weights, state = self._read(folder)
+        """Restore from a folder; rank 0 reads where some node does not see it: no shared volume, or one that lags."""
+        seen = not self.parallel.any(not (folder / "manifest.json").is_file())
+        payload = None
+        if seen or self.parallel.rank == 0:
+            payload = [checkpoint.load(folder, name) for name in checkpoint.PAYLOAD]
+        weights, state = payload if payload and seen else self.parallel.share(payload)
         self._restore(state, checkpoint.unwrapped(weights), folder.name)
 
     def _restore(self, state: dict[str, Any], weights: dict[str, Any], origin: str) -> None:
@@ -182,12 +168,9 @@ class TrainingState:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise JobError(
-                "train.optimizer",
-                self.job.train.optimizer,
-                f"does not fit {origin}: {error}",
-                "Resume with the optimizer that the run began with",
-            ) from None
+            problem = f"does not fit {origin}: {error}"
+            remedy = "Resume with the optimizer that the run began with"
+            raise JobError("train.optimizer", self.job.train.optimizer, problem, remedy) from None
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"]:
@@ -202,9 +185,5 @@ class TrainingState:
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise JobError(
-                "task",
-                self.job.task,
-                "its model does not fit the checkpoint: " + " ".join(str(error).split()),
-                "Use the task and task_args of that checkpoint",
-            ) from None
+            problem = "its model does not fit the checkpoint: " + " ".join(str(error).split())
+            raise JobError("task", self.job.task, problem, "Use the task and task_args of that checkpoint") from None

@@ -1,7 +1,5 @@
 """Samples to batches: every random number of a sample or a batch is seeded by what it is, not by who reads it when."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

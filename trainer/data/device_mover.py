@@ -1,7 +1,5 @@
 """Batches to the device: as they come on a CPU, ahead of use on a GPU."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Which samples, and in which order, is decided in `trainer.data.sampler`; how a batch is made, in `trainer.data.batches`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -38,8 +36,8 @@ def _start_worker(_: int) -> None:
             heartbeat.with_name(f"worker-{os.getpid()}").touch()
 
 
-def _first(batches: list[Any]) -> Any:
-    return batches[0]
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class Loader:
@@ -56,11 +54,12 @@ class Loader:
         if options.workers:
             self.workers = DataLoader(
                 self.batches,  # type: ignore[arg-type]
-                batch_sampler=_Keys(self),
+                batch_size=None,  # a key is a batch
+                sampler=self,
                 num_workers=options.workers,
                 multiprocessing_context="fork",  # a rank's own default is a second fork server: 3 s, torch again
                 prefetch_factor=options.prefetch,
-                collate_fn=_first,
+                collate_fn=_as_it_is,
                 pin_memory=self.pin,
                 persistent_workers=True,
                 worker_init_fn=_start_worker,
@@ -73,6 +72,10 @@ class Loader:
             return self._start_workers(self.workers)
         batches = map(self.batches.__getitem__, keys)
         return (map_tensors(batch, Tensor.pin_memory) for batch in batches) if self.pin else batches
+
+    def __iter__(self) -> Iterator[Keys]:
+        """What torch's workers read."""
+        return iter(self.keys)
 
     def _start_workers(self, workers: DataLoader[Any]) -> Iterator[Any]:
         """Begin an epoch; the processes start with the first one."""
@@ -92,13 +95,3 @@ class Loader:
             self.iterator._shutdown_workers()
         for worker in self.processes:
             worker.kill()  # one that is stuck in user code
-
-
-class _Keys:
-    """A batch sampler whose batches are one key each: the worker makes the batch."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return ([keys] for keys in self.loader.keys)

@@ -1,7 +1,5 @@
 """Batches are nested as user code likes: one walk over them for whatever is to be done with their tensors."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping

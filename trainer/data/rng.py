@@ -5,8 +5,6 @@ from (seed, step, rank) and a batch of an evaluation from (seed, step, number of
 alone depends on the rank: ranks have different dropout masks. Generators that user code makes for itself are its own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import struct

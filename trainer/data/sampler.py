@@ -3,8 +3,6 @@
 Nothing here touches data or devices; a resume needs only (epoch, samples consumed globally).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Each has the public call as its fallback. Here stands what reaches into torch, and nothing else does so for speed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """After which steps an evaluation and a checkpoint follow: of the job and the position alone, so all ranks agree."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from trainer.config.job import Job

@@ -1,7 +1,5 @@
 """`train.deterministic`: on GPUs the same bits from run to run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +45,7 @@ def any_kernels() -> Iterator[None]:
 def missing_kernels_named() -> Iterator[None]:
     """Name the option when an operation has no deterministic kernel.
 
-    Raises:
-        JobError: in place of torch's RuntimeError.
+    Raises JobError: in place of torch's RuntimeError.
     """
     try:
         yield

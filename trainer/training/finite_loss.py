@@ -1,7 +1,5 @@
 """A loss that is NaN or infinite: all ranks see it, its samples are named, and no weights after it are saved."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -25,8 +23,7 @@ class LossCheck:
     def allows_update(self, loss: DeferredScalars | float, step: int, micros: Sequence[MicroBatch]) -> bool:
         """Whether the gradients of `step` may be applied; `micros`: what this rank computed.
 
-        Raises:
-            NonFiniteLoss: this loss, or the deferred one before it, and the job says halt.
+        Raises NonFiniteLoss: this loss, or the deferred one before it, and the job says halt.
         """
         if isinstance(loss, DeferredScalars) and self.halts:
             self.read_deferred()

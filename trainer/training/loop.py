@@ -1,7 +1,5 @@
 """The training loop: one step of the global batch after another, on whatever devices `parallel` made of them."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +19,10 @@ from trainer.parallel.fast_path import make_step
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.cadence import Cadence
-from trainer.training.determinism import any_kernels, missing_kernels_named
-from trainer.training.evaluation import check_count, computing_with, evaluate
+from trainer.training.determinism import missing_kernels_named
+from trainer.training.evaluation import check_count, evaluate
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
-from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, set_rate
-from trainer.training.warm_up import warm_up
+from trainer.training.optimizer import copy_tensors, make_average, make_optimizer, make_scaler, make_schedule, set_rate
 
 
 class Trainer:
@@ -38,10 +35,11 @@ class Trainer:
         """Put everything together; `model` is on its device already. `stop` says whether this rank was asked to."""
         self.job, self.task, self.parallel, self.report, self.stop = job, task, parallel, report, stop
         train, device = job.train, parallel.device
-        count, self.eval_count = count_samples("train_dataset", train_data), count_samples("eval_dataset", eval_data)
-        self.sampler = Sampler(
-            count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed
-        )  # fmt: skip
+        count, self.eval_count = len(train_data), len(eval_data)
+        if not count or not self.eval_count:
+            name = "eval_dataset" if count else "train_dataset"
+            raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
+        self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed)
         epochs = train.epochs or (None if train.steps else 1)
         limits = [train.steps, epochs * self.sampler.steps_per_epoch if epochs else None]
         self.steps = min(limit for limit in limits if limit is not None)
@@ -93,7 +91,7 @@ class Trainer:
         self.state.resume()
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.sampler.steps_per_epoch)
-        self.handover.start(self.position.step, self.state.evaluated, self.state.contents)
+        self.handover.start(self.position.step, self.state.evaluated)
         if self.position.step and not self.state.evaluated:
             self.finish_step()
         self.next_due = self.cadence.next_step(self.position)
@@ -105,12 +103,21 @@ class Trainer:
                     break
 
     def warm_up(self) -> None:
-        """Let the mode arrange itself by a step that changes nothing, where it needs that."""
-        if self.parallel.warms_up:
-            micro = next(self.sampler.epoch(Position()))
-            [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
-            warm_up(self.parallel, self.state.model, batch)
-            self.drop_gradients()
+        """Compute a step that changes nothing, for modes that arrange themselves by it: see `Distributed.warm_up`.
+
+        The peak of memory is counted from then on.
+        """
+        if not self.parallel.warms_up:
+            return
+        micro = next(self.sampler.epoch(Position()))
+        [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
+        before = [buffer.clone() for buffer in self.state.model.buffers()]
+        self.parallel.warm_up(batch)
+        copy_tensors(self.state.model.buffers(), before)
+        self.drop_gradients()
+        for device in self.parallel.devices:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""
@@ -206,14 +213,11 @@ class Trainer:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         self.report.phase("evaluating", self.position)
         started = time.perf_counter()
-        average = self.average.module if self.average is not None else None
-        with computing_with(average, self.parallel.step), any_kernels():
-            self.parallel.share_buffers()
-            metrics = evaluate(
-                self.parallel, self.task, self.eval_loader, self.mover, self.eval_count,
-                self.job.evaluation.batch_size, self.stop_early,
-                lambda number: self.seed_generators(number, EVALUATION),
-            )  # fmt: skip
+        model = self.parallel.step.model if self.average is None else self.average.module
+        metrics = evaluate(
+            self.parallel, model, self.task, self.eval_loader, self.mover, self.eval_count,
+            self.job.evaluation.batch_size, self.stop_early, lambda number: self.seed_generators(number, EVALUATION),
+        )  # fmt: skip
         self.report.pause(time.perf_counter() - started)
         return metrics
 
@@ -228,15 +232,3 @@ class Trainer:
         self.state.save(wait=True)
         self.report.event("stopped", step=self.position.step)
         raise Stopped
-
-
-def count_samples(name: str, dataset: Any) -> int:
-    """How many there are.
-
-    Raises:
-        JobError: none.
-    """
-    count = len(dataset)
-    if count == 0:
-        raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
-    return count

@@ -1,7 +1,5 @@
 """Optimizer, learning-rate schedule, precision and the moving average of weights, as the job names them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,35 +12,25 @@ from trainer.config.job import Train
 from trainer.errors import JobError
 from trainer.task import find_object
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     """Build the optimizer; vectors (biases, norms) are not decayed. torch's fused kernels are used.
 
-    Raises:
-        JobError: the callable does not exist or refuses its arguments.
+    Raises JobError: the callable does not exist or refuses its arguments.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise JobError(
-            "task",
-            type(model).__name__,
-            "the model has no parameter to train",
-            "Set requires_grad on at least one parameter",
-        )
+        problem = "the model has no parameter to train"
+        raise JobError("task", type(model).__name__, problem, "Set requires_grad on at least one parameter")
+    decay = train.weight_decay
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if decay and p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if not decay or p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if not train.weight_decay:  # one group: each is a call of the fused kernel, and 15 microseconds of Python
-        groups = [{"params": parameters, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # each is a call of the fused kernel, and 15 microseconds
     arguments = dict(train.optimizer_args)
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
@@ -62,10 +50,8 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
 
 def make_schedule(train: Train, steps: int) -> Callable[[int], float]:
     """The learning rate of each of `steps` steps, a pure function of the step: nothing to save, nothing to drift."""
-    if train.schedule in ("constant", "cosine", "linear"):
-        custom = None
-    else:
-        custom = find_object("train.schedule", train.schedule)
+    own = train.schedule not in ("constant", "cosine", "linear")
+    custom = find_object("train.schedule", train.schedule) if own else None
     warmup, floor = train.warmup_steps, train.min_lr_ratio
     if train.schedule == "constant" and not warmup:
         return lambda step: train.lr
@@ -101,8 +87,7 @@ def autocast(precision: str, device: torch.device) -> Callable[[], Any] | None:
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
     """The loss scaler of fp16. Ranks agree on it without asking: they all see the averaged gradients' infinities.
 
-    Raises:
-        JobError: fp16 without a GPU.
+    Raises JobError: fp16 without a GPU.
     """
     if precision != "fp16":
         return None

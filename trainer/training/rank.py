@@ -1,7 +1,5 @@
 """One rank of a task: from its environment to the end of the training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

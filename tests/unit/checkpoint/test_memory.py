@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from trainer.checkpoint.memory import NOTE, STATE, Memory
 
 def hand_over(memory: Memory, key: tuple[int, int], data: bytes) -> bool:
     """As a survivor does it; false when another has handed over as new a state."""
-    with memory.newer(key) as file:
-        if file is None:
-            return False
-        file.seek(STATE.size)
-        file.write(data)
-        memory.seal(file, key, len(data), hashlib.sha256(data).digest())
-        return True
+    written = []
+
+    def write(file: BinaryIO) -> bytes:
+        written.append(file.write(data))
+        return hashlib.sha256(data).digest()
+
+    memory.write_state(key, write)
+    return bool(written)
 
 
 @pytest.fixture
@@ -51,16 +53,20 @@ def test_the_newest_state_of_a_node_stays(memory: Memory) -> None:
 
 def test_a_state_that_was_not_finished_is_none(memory: Memory) -> None:
     hand_over(memory, (1, 14), b"whole")
-    with memory.newer((1, 16)) as file:
-        assert file is not None
-        file.seek(STATE.size)
+
+    def tear(file: BinaryIO) -> bytes:
         file.write(b"torn")
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        memory.write_state((1, 16), tear)
     assert memory.read_state() is None and memory.step == -1
 
 
 def test_a_changed_byte_is_noticed(memory: Memory) -> None:
     hand_over(memory, (1, 14), b"whole")
-    os.pwrite(int(memory.paths[1]), b"x", STATE.size)
+    with memory.state.open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", STATE.size)
     assert memory.read_state() is None
 
 
