@@ -33,8 +33,8 @@ def kill_at_any_moment(run: Run, chance: random.Random, ranks: list[int]) -> dic
     """Kill ranks while the training goes on; return the resume that follows, with the steps that were lost."""
     count = len(run.events("first_step"))
     time.sleep(chance.uniform(0.05, 0.3))
-    for rank in ranks:
-        kill(run.ranks()[rank])
+    for process in [run.ranks()[rank] for rank in ranks]:  # found first: no survivor shall have time to hand over
+        kill(process)
     run.wait("first_step", count + 1)
     resume = run.events("resume")[-1] if run.events("resume") else {"step": 0, "folder": None, "attempt": None}
     done = [

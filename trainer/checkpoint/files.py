@@ -39,12 +39,11 @@ class Saved:
     """One committed checkpoint."""
 
     folder: Path
-    manifest: dict[str, Any]
 
     @property
     def step(self) -> int:
         """Steps done when it was saved."""
-        return int(self.manifest["step"])
+        return int(self.folder.name.removeprefix("step-"))
 
 
 def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Saved:
@@ -77,7 +76,7 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
         shutil.rmtree(pending, ignore_errors=True)
         _put_back(root)
         raise
-    return Saved(target, manifest)
+    return Saved(target)
 
 
 def prune(root: Path, keep_last: int, best: str | None) -> None:
@@ -111,30 +110,31 @@ def _put_back(root: Path) -> None:
 
 
 def committed(root: Path) -> Iterator[Saved]:
-    """Committed checkpoints, the newest first; an unreadable manifest is reported when it is opened."""
-    for folder in sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError):
-            manifest = {"files": None}
-        yield Saved(folder, {**manifest, "step": int(folder.name.removeprefix("step-"))})
+    """Committed checkpoints, the newest first; whether they are whole says `verify`."""
+    return (Saved(path) for path in sorted(root.glob("step-*"), reverse=True) if NAME.fullmatch(path.name))
 
 
-def verify(saved: Saved) -> None:
+def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises DamagedCheckpoint: naming file and difference."""
-    files = saved.manifest.get("files")
-    if not isinstance(files, dict) or set(PAYLOAD) - set(files):
-        raise DamagedCheckpoint(f"{saved.folder}: manifest.json is missing or unreadable")
+    try:
+        files = dict(json.loads((folder / "manifest.json").read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        files = {}
+    if set(PAYLOAD) - set(files):
+        raise DamagedCheckpoint(f"{folder}: manifest.json is missing or unreadable")
     for name, facts in files.items():
-        path = saved.folder / name
+        path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path}: is missing")
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {facts['bytes']}")
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            if hash_file(file) != facts["sha256"]:
-                raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != facts["sha256"]:
+            raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
 
 
 def newest_good(root: Path) -> tuple[Saved | None, dict[Path, str]]:
@@ -145,7 +145,7 @@ def newest_good(root: Path) -> tuple[Saved | None, dict[Path, str]]:
     refused: dict[Path, str] = {}
     for saved in committed(root):
         try:
-            verify(saved)
+            verify(saved.folder)
             return saved, refused
         except DamagedCheckpoint as error:
             refused[saved.folder] = str(error)
@@ -165,9 +165,8 @@ def load_weights(path: Path) -> dict[str, Any]:
     Raises JobError: not there, not a state dict.
     """
     if path.is_dir():
-        manifest = path / "manifest.json"
-        if manifest.is_file():
-            verify(Saved(path, json.loads(manifest.read_text())))
+        if (path / "manifest.json").is_file():
+            verify(path)
         path = path / "model.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -192,14 +191,6 @@ def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def hash_file(file: Any) -> str:
-    """The sha256 of an open file."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class Hashing:

@@ -109,9 +109,8 @@ class Memory:
         """Let `write` put a state into its file and return its sha256, unless another rank left as new a one."""
         with self.state.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if self._key(file) >= key:
+            if self._key() >= key:
                 return
-            file.seek(0)
             file.write(STATE.pack(*NO_STATE, b""))
             file.flush()
             digest = write(file)
@@ -119,16 +118,15 @@ class Memory:
             file.seek(0)
             file.write(STATE.pack(*key, digest))
 
-    def _key(self, file: BinaryIO) -> tuple[int, int]:
-        head = file.read(STATE.size)
-        attempt, moment = STATE.unpack(head)[:2] if head else NO_STATE
+    def _key(self) -> tuple[int, int]:
+        with self.state.open("rb") as file:
+            attempt, moment, _ = STATE.unpack(file.read(STATE.size) or STATE.pack(*NO_STATE, b""))
         return attempt, moment
 
     @property
     def step(self) -> int:
         """Steps done in the state that was handed over, -1 when there is none."""
-        with self.state.open("r+b") as file:
-            return self._key(file)[1] // 2
+        return self._key()[1] // 2
 
     def read_state(self) -> tuple[tuple[int, int], bytes] | None:
         """(attempt, moment) and bytes of the state that was handed over, verified; None without a whole one."""

@@ -47,10 +47,6 @@ class TrainingState:
         self.evaluated = True
         """Whether what was due at the current position has been done."""
 
-    def measure(self, metrics: dict[str, float]) -> None:
-        """Take note of an evaluation at the current position."""
-        self.metrics, self.measured_at = metrics, self.position.step
-
     def save(self, wait: bool = False) -> None:
         """Save the current position: rank 0 writes. With `wait` all ranks go on when it is committed.
 
@@ -91,17 +87,14 @@ class TrainingState:
 
     def contents(self) -> dict[str, Any]:
         """What a training goes on from."""
-        average = self.average
+        scaler, average = self.scaler, self.average
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
             "average": {"model": average.module.state_dict(), "updates": average.n_averaged} if average else None,
-            "position": dataclasses.asdict(self.position),
-            "evaluated": self.evaluated,
-            "metrics": self.metrics,
+            "position": dataclasses.asdict(self.position), "evaluated": self.evaluated, "metrics": self.metrics,
             "best": self.best,
-        }
+        }  # fmt: skip
 
     def _choose_best(self) -> None:
         """Note whether the current position has the best metric so far; all ranks decide alike."""

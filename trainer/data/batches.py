@@ -27,10 +27,6 @@ class SeededDataset:
         self.rng = np.random.Generator(np.random.Philox(key=0))
         self.start: Any = self.rng.bit_generator.state
 
-    def __len__(self) -> int:
-        """Samples in the dataset."""
-        return len(self.dataset)
-
     def read(self, epoch: int, indices: Iterable[int]) -> list[Any]:
         """The samples of a batch."""
         if self.draws:
@@ -51,7 +47,7 @@ class SeededDataset:
         return self.dataset[index]
 
 
-class BatchDataset:
+class BatchDataset(Dataset[Any]):
     """Read one batch, as a map-style dataset whose index is (epoch, indices): a worker reads a whole batch."""
 
     def __init__(self, dataset: Dataset[Any], task: Task, seed: int) -> None:

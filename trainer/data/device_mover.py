@@ -24,11 +24,7 @@ class DeviceMover:
             return self._move_ahead(batches, self.stream)
         if self.dtype is None and not self.channels_last:
             return batches
-        return (self.move_batch(batch) for batch in batches)
-
-    def move_batch(self, batch: Any) -> Any:
-        """One batch on the device."""
-        return map_tensors(batch, self._move_tensor)
+        return (map_tensors(batch, self._move_tensor) for batch in batches)
 
     def _move_tensor(self, tensor: Tensor) -> Tensor:
         wanted = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -41,10 +37,7 @@ class DeviceMover:
         waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
         for batch in batches:
             with torch.cuda.stream(stream):
-                moved = self.move_batch(batch)
-                event = torch.cuda.Event()
-                event.record(stream)
-            waiting.append((moved, event))
+                waiting.append((map_tensors(batch, self._move_tensor), stream.record_event()))
             if len(waiting) > self.ahead:
                 yield self._take(waiting)
         while waiting:

@@ -52,38 +52,27 @@ class Loader:
         self.iterator: Any = None  # of torch, over all epochs
         self.processes: list[Any] = []
         if options.workers:
+            # A rank's own default context is a second fork server: 3 s, torch again. A key is a batch, hence no size.
             self.workers = DataLoader(
-                self.batches,  # type: ignore[arg-type]
-                batch_size=None,  # a key is a batch
-                sampler=self,
-                num_workers=options.workers,
-                multiprocessing_context="fork",  # a rank's own default is a second fork server: 3 s, torch again
-                prefetch_factor=options.prefetch,
-                collate_fn=_as_it_is,
-                pin_memory=self.pin,
-                persistent_workers=True,
-                worker_init_fn=_start_worker,
-            )
+                self.batches, batch_size=None, sampler=self, collate_fn=_as_it_is, num_workers=options.workers,
+                prefetch_factor=options.prefetch, persistent_workers=True, multiprocessing_context="fork",
+                worker_init_fn=_start_worker, pin_memory=self.pin,
+            )  # fmt: skip
 
     def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
-        """The batch of each of `keys`."""
-        if self.workers is not None:
-            self.keys = keys
-            return self._start_workers(self.workers)
-        batches = map(self.batches.__getitem__, keys)
-        return (map_tensors(batch, Tensor.pin_memory) for batch in batches) if self.pin else batches
+        """The batch of each of `keys`; workers start with the first call."""
+        if self.workers is None:
+            batches = map(self.batches.__getitem__, keys)
+            return (map_tensors(batch, Tensor.pin_memory) for batch in batches) if self.pin else batches
+        self.keys = keys
+        before = multiprocessing.active_children()
+        iterator = self.iterator = iter(self.workers)
+        self.processes += [child for child in multiprocessing.active_children() if child not in before]
+        return iterator
 
     def __iter__(self) -> Iterator[Keys]:
         """What torch's workers read."""
         return iter(self.keys)
-
-    def _start_workers(self, workers: DataLoader[Any]) -> Iterator[Any]:
-        """Begin an epoch; the processes start with the first one."""
-        before = multiprocessing.active_children()
-        self.iterator = iter(workers)
-        self.processes += [child for child in multiprocessing.active_children() if child not in before]
-        iterator: Iterator[Any] = self.iterator
-        return iterator
 
     def close(self) -> None:
         """End the workers; at exit multiprocessing would terminate them, which they ignore, and wait forever.

@@ -31,12 +31,6 @@ def epoch_order(seed: int, epoch: int, count: int) -> Indices:
     return np.random.RandomState([seed, epoch]).permutation(count).astype(np.int64)
 
 
-def share(first: int, last: int, parts: int, part: int) -> tuple[int, int]:
-    """Bounds of one of `parts` contiguous shares of [first, last); sizes differ by at most one, some may be empty."""
-    size = last - first
-    return first + part * size // parts, first + (part + 1) * size // parts
-
-
 @dataclass(slots=True)  # not frozen: that takes four times as long to make
 class MicroBatch:
     """What one rank computes at once."""
@@ -71,12 +65,12 @@ class Sampler:
     def epoch(self, position: Position) -> Iterator[MicroBatch]:
         """This rank's micro-batches from `position` to the end of its epoch."""
         epoch = position.epoch
-        order = epoch_order(self.seed, epoch, self.count)
+        order, parts = epoch_order(self.seed, epoch, self.count), self.accumulate * self.world_size
         for start in range(position.samples, self.count, self.batch_size):
             stop = min(start + self.batch_size, self.count)
             for micro in range(self.accumulate):
-                part = micro * self.world_size + self.rank
-                first, last = share(start, stop, self.accumulate * self.world_size, part)
+                part = micro * self.world_size + self.rank  # contiguous; sizes differ by one at most, some may be 0
+                first, last = (start + each * (stop - start) // parts for each in (part, part + 1))
                 indices = order[first:last] if last > first else order[start : start + 1]
                 yield MicroBatch(epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
 

@@ -29,18 +29,18 @@ class LossCheck:
             self.read_deferred()
             self.deferred = loss, step, list(micros)
             return True
-        if math.isfinite(loss):
-            return True
-        self._refuse(float(loss), step, micros)
-        return False
+        return self._is_finite(loss, step, micros)
 
     def read_deferred(self) -> None:
         """Look at the loss that nobody has looked at yet: call it before weights are saved."""
         deferred, self.deferred = self.deferred, None
-        if deferred is not None and not math.isfinite(deferred[0]):
-            self._refuse(float(deferred[0]), *deferred[1:])
+        if deferred is not None:
+            self._is_finite(*deferred)
 
-    def _refuse(self, loss: float, step: int, micros: Sequence[MicroBatch]) -> None:
+    def _is_finite(self, deferred: DeferredScalars | float, step: int, micros: Sequence[MicroBatch]) -> bool:
+        loss = float(deferred)
+        if math.isfinite(loss):
+            return True
         rank = self.report.parallel.rank
         samples = [int(index) for micro in micros for index in micro.indices[: micro.count]]
         self.report.event("nonfinite_loss", loss=str(loss), step=step, rank=rank, samples=samples)
@@ -50,3 +50,4 @@ class LossCheck:
                 "The last checkpoint is from before. Lower train.lr, set train.clip_norm, look at these samples, or "
                 "set train.on_nan=skip"
             )
+        return False

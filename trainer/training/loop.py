@@ -54,13 +54,11 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loader = Loader(train_data, task, job.data, job.seed, parallel.cuda)
         self.eval_loader = Loader(eval_data, task, job.data, job.seed, parallel.cuda)
-        self.mover = DeviceMover(
-            device, torch.float64 if train.precision == "float64" else None, train.channels_last, job.data.prefetch
-        )
+        dtype = torch.float64 if train.precision == "float64" else None
+        self.mover = DeviceMover(device, dtype, train.channels_last, job.data.prefetch)
+        objects = model, self.optimizer, self.scaler, self.average
         self.position = Position()
-        self.state = TrainingState(
-            job, model, self.optimizer, self.scaler, self.average, self.position, parallel, report
-        )
+        self.state = TrainingState(job, *objects, self.position, parallel, report)
         self.handover = self.state.handover
 
     def fit(self, on_failure: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
@@ -202,7 +200,7 @@ class Trainer:
             if metrics is None:
                 self.save_and_stop()
                 return
-            self.state.measure(metrics)
+            self.state.metrics, self.state.measured_at = metrics, position.step
             self.report.evaluation(position, metrics)
         self.state.evaluated = True
         if self.cadence.checkpoint(position):
@@ -211,7 +209,6 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
-        self.report.phase("evaluating", self.position)
         started = time.perf_counter()
         model = self.parallel.step.model if self.average is None else self.average.module
         metrics = evaluate(

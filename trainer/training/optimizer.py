@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,10 +79,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def autocast(precision: str, device: torch.device) -> Callable[[], Any] | None:
     """Makes what to enter around a forward pass, if anything."""
-    if precision not in DTYPES:
-        return None
-    dtype = DTYPES[precision]
-    return lambda: torch.autocast(device.type, dtype)
+    return partial(torch.autocast, device.type, DTYPES[precision]) if precision in DTYPES else None
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
