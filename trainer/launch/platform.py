@@ -89,16 +89,17 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     """One way to run a job. `build` makes the request once; `render` prints it and `submit` sends it."""
 
     name: str
+    folder: str
+    """Where its templates are, `site.yaml` among them."""
+    site_type: type[SiteT]
     has_arrays = False
     """Whether it has `submit_sweep`."""
 
-    @abstractmethod
     def load_site(self, path: Path | None) -> SiteT:
         """Read and check the site file; None: the platform's own. Raises JobError: unknown key or wrong value."""
+        from trainer.launch.site import read_site  # here: `muster status` starts faster without
 
-    def runs_folder(self, site: SiteT) -> str | None:
-        """Where the site wants run folders to be; None: where the job says."""
-        return None
+        return read_site(path, self.folder, self.site_type)
 
     @abstractmethod
     def build(self, plan: Plan[SiteT]) -> RequestT:

@@ -38,10 +38,20 @@ def check_rules(rules: Iterable[Rule]) -> None:
             raise JobError(key, value, problem, remedy)
 
 
+def fabric_environment(name: str) -> dict[str, str]:
+    """The variables that a network profile of `fabrics.yaml` sets; none for `none`. Raises JobError: there is none."""
+    if name == "none":
+        return {}
+    profiles = read_sections(Path(__file__).with_name("fabrics.yaml"))
+    if name not in profiles:
+        raise JobError("fabric", name, "is not a network profile", "Choose one of none, " + ", ".join(profiles))
+    return {variable: str(line["value"]) for variable, line in profiles[name].items()}
+
+
 def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
     """Read a site file into its dataclass; without a path the platform's `site.yaml`.
 
-    Raises JobError: unknown key or wrong type, naming the nearest key.
+    Raises JobError: unknown key, naming the nearest, wrong type, no such fabric, or what `check` of the class refuses.
     """
     path = path or template(folder, "site.yaml")
     types = {name: formatannotation(hint) for name, hint in get_type_hints(kind).items()}
@@ -57,5 +67,7 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
         expected = types.get(key.partition(".")[0].partition("[")[0], "another type")
         text = str(error).strip().splitlines()[0]
         raise JobError(key, values.get(key), f"{text} in {path}", f"Expected {expected}") from None
+    site.check()
+    fabric_environment(site.fabric)
     assert isinstance(site, kind)
     return site

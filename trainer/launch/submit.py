@@ -46,7 +46,7 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     job = to_job(config)
     platform = find_platform(on)
     facts = platform.load_site(site)
-    runs = platform.runs_folder(facts)
+    runs = getattr(facts, "runs", None)  # where some sites want run folders to be
     if run is None and runs and not any(word.startswith("runs=") for word in overrides):
         config.runs = job.runs = runs
     run = run or RunFolder(Path(job.runs).resolve() / f"{job.name}-ID")

@@ -22,7 +22,7 @@ from paths import ROOT
 from trainer.config.job import Job
 from trainer.config.load import merge_job, to_job, to_text
 from trainer.launch.local.gpu_lease import Lease
-from trainer.launch.local.nodes import Nodes
+from trainer.launch.local.platform import Nodes
 from trainer.launch.platform import REGISTRY, Plan, find_platform
 from trainer.run.folder import RunFolder
 from trainer.wiring.node import Wiring, wire

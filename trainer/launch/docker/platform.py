@@ -1,37 +1,120 @@
 """The docker platform: one container per node on this machine, under the same supervisor as local processes."""
 
+import math
+import os
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import WRONG_JOB
-from trainer.launch.docker.engine import check_engine, docker, refusal
-from trainer.launch.docker.nodes import DockerNodes
-from trainer.launch.docker.site import DockerSite, load_docker_site
+from trainer.launch.docker.engine import check_engine, docker, refusal, run_quietly
+from trainer.launch.docker.site import DockerSite
 from trainer.launch.local.gpu_lease import Lease
-from trainer.launch.local.platform import Supervised
+from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import JobStatus, Phase, Plan
+from trainer.launch.site import fabric_environment
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines
-from trainer.wiring.devices import visible_devices, wanted_devices
+from trainer.wiring.devices import INFINIBAND, visible_devices, wanted_devices
+from trainer.wiring.variables import VISIBLE_DEVICES
 
+SHM_BASE_MB = 256
+"""For NCCL's shared-memory transport between the ranks of a container."""
+SHM_BATCH_MB = 64
+"""For each batch that a loader worker holds; set `shm` in the site file if yours are larger."""
+STOP_MARGIN_S = 15
 NOT_STARTED = (125, 126, 127)
 """Exit codes of `docker run` when the engine does not start the container (docker run, "Exit status")."""
 OF_THE_RUN = ("--rm", "--name=", "--network=", "--network-alias=")
 """Options that only make sense once the run's own network exists."""
 
 
+@dataclass
+class DockerNodes(Nodes):
+    """The nodes of a run as containers on a network of their own."""
+
+    site: DockerSite
+
+    def __post_init__(self) -> None:
+        self.name = f"muster-{self.run.name}"
+        self.own_network = self.site.network == "auto"
+
+    def hostnames(self) -> list[str]:
+        """Short names that the run's network resolves; with the machine's own network, loopback addresses."""
+        if self.site.network == "host":
+            return super().hostnames()
+        return [f"node{node}" for node in range(self.job.nodes)]
+
+    def prepare(self) -> None:
+        """Make the network; remove what a killed supervisor left behind."""
+        self.finish()
+        if self.own_network:
+            docker("network", "create", self.name)
+
+    def finish(self) -> None:
+        """Remove containers and network."""
+        self.kill()
+        if self.own_network:
+            run_quietly("network", "rm", self.name)
+
+    def kill(self) -> None:
+        """Remove the containers; killing `docker run` would end only the client."""
+        for node in range(self.job.nodes):
+            run_quietly("rm", "--force", f"{self.name}-{node}")
+
+    def command(self, node: int, launch: int, lease: Lease) -> tuple[list[str], dict[str, str]]:
+        """`docker run` in the foreground: it forwards signals and exits with the agent's exit code."""
+        site = self.site
+        variables = self.variables(node, launch, "docker") | fabric_environment(site.fabric)
+        stop_s = math.ceil(self.job.agent.grace_s) + STOP_MARGIN_S
+        argv = [
+            "docker", "run", "--rm", f"--name={self.name}-{node}",
+            f"--network={self.name if self.own_network else site.network}",
+            f"--user={os.getuid()}:{os.getgid()}", f"--stop-timeout={stop_s}",
+            f"--mount=type=bind,source={self.run},target={self.run}", f"--workdir={self.run.code}",
+        ]  # fmt: skip
+        if site.network != "host":
+            argv += [f"--hostname=node{node}", f"--network-alias=node{node}"]
+        argv += self._processors(node) + self._shared_memory() + self._devices(node, lease, variables)
+        for mount in site.mounts:
+            source, target, *mode = mount.split(":")
+            argv.append(f"--mount=type=bind,source={source},target={target}" + ",readonly" * bool(mode))
+        argv += [f"--env={name}={value}" for name, value in variables.items()]
+        argv += [f"--env-file={site.env_file}"] if site.env_file else []
+        return [*argv, *site.extra_args, site.reference, str(self.run.job)], {}
+
+    def _processors(self, node: int) -> list[str]:
+        """A share of the cores; otherwise each agent would start one thread for every core of the machine."""
+        share = sorted(os.sched_getaffinity(0))[node :: self.job.nodes]
+        return [f"--cpuset-cpus={','.join(map(str, share))}"] if self.job.nodes > 1 and share else []
+
+    def _shared_memory(self) -> list[str]:
+        if self.site.shm == "host":
+            return ["--ipc=host"]
+        batches = self.job.data.workers * self.job.ranks_per_node * self.job.data.prefetch
+        needed = f"{SHM_BASE_MB + batches * SHM_BATCH_MB}m"
+        return [f"--shm-size={needed if self.site.shm == 'auto' else self.site.shm}"]
+
+    def _devices(self, node: int, lease: Lease, variables: dict[str, str]) -> list[str]:
+        devices = self.devices(node, lease)
+        if not devices:
+            return []
+        # A container numbers its devices from 0 in the machine's order; the primary is named by its new number.
+        order = sorted(devices, key=lambda name: (len(name), name))
+        variables[VISIBLE_DEVICES] = ",".join(str(order.index(name)) for name in devices)
+        fabric = ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]
+        return [f'--gpus="device={",".join(devices)}"', *(fabric if INFINIBAND.is_dir() else [])]
+
+
 class Docker(Supervised[DockerSite]):
     """Containers on this machine."""
 
-    name = "docker"
-
-    def load_site(self, path: Path | None) -> DockerSite:
-        return load_docker_site(path)
+    name = folder = "docker"
+    site_type = DockerSite
 
     def build(self, plan: Plan[DockerSite]) -> list[str]:
         """`docker run` for each node, with the GPUs that are named or come first; only the last in the foreground."""

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.launch.fabric import fabric_environment
-from trainer.launch.site import check_rules, read_site
+from trainer.launch.site import check_rules
 
 
 @dataclass
@@ -25,20 +24,17 @@ class DockerSite:
         """The image's full name."""
         return f"{self.registry.rstrip('/')}/{self.image}" if self.registry else self.image
 
-
-def load_docker_site(path: Path | None) -> DockerSite:
-    """Read and check a site file. Raises JobError: unknown key, wrong type, or what it names is not on this machine."""
-    site = read_site(path, "docker", DockerSite)
-    for mount in site.mounts:
-        source, *rest = mount.split(":")
-        well_formed = rest[:1] != [] and rest[0].startswith("/") and rest[1:] in ([], ["ro"])
-        check_rules([
-            (not well_formed, "mounts", mount, "is not source:target or source:target:ro", "Both are absolute paths"),
-            (not Path(source).exists(), "mounts", mount, f"{source} does not exist here",
-             "Make the folder first: the engine would create it as root"),
-        ])  # fmt: skip
-    missing = bool(site.env_file) and not Path(site.env_file).is_file()
-    remedy = "Give the path of a file with NAME=value lines"
-    check_rules([(missing, "env_file", site.env_file, "does not exist here", remedy)])
-    fabric_environment(site.fabric)
-    return site
+    def check(self) -> None:
+        """Refuse mounts and files that are not on this machine. Raises JobError: there are some."""
+        for mount in self.mounts:
+            source, *rest = mount.split(":")
+            well_formed = rest[:1] != [] and rest[0].startswith("/") and rest[1:] in ([], ["ro"])
+            check_rules([
+                (not well_formed, "mounts", mount, "is not source:target or source:target:ro",
+                 "Both are absolute paths"),
+                (not Path(source).exists(), "mounts", mount, f"{source} does not exist here",
+                 "Make the folder first: the engine would create it as root"),
+            ])  # fmt: skip
+        missing = bool(self.env_file) and not Path(self.env_file).is_file()
+        remedy = "Give the path of a file with NAME=value lines"
+        check_rules([(missing, "env_file", self.env_file, "does not exist here", remedy)])

@@ -12,10 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.load import read_sections
 from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError
-from trainer.launch.fabric import fabric_environment
 from trainer.launch.kubernetes.site import KubernetesSite, check_fit, split_mount
 from trainer.launch.platform import Plan
-from trainer.launch.site import template
+from trainer.launch.site import fabric_environment, template
 
 GRACE_MARGIN_S = 15
 """From the agent's own bound to the kubelet's kill: ranks are ended, the last word is written."""

@@ -4,14 +4,13 @@ import json
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from trainer.errors import STOPPED
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused
 from trainer.launch.kubernetes.logs import COPIED_UNTIL, copy_logs
 from trainer.launch.kubernetes.manifests import make_manifests, render_manifests
-from trainer.launch.kubernetes.site import KubernetesSite, load_kubernetes_site
+from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
 from trainer.records import read_json, write_json
@@ -28,13 +27,10 @@ Manifests = list[dict[str, Any]]
 class Kubernetes(Platform[KubernetesSite, Manifests]):
     """A cluster, reached by kubectl. An object follows one submission."""
 
-    name = "kubernetes"
+    name, folder, site_type = "kubernetes", "k8s", KubernetesSite
     kept: tuple[float, JobStatus] | None = None
     """When the cluster last answered, and what."""
     following = False
-
-    def load_site(self, path: Path | None) -> KubernetesSite:
-        return load_kubernetes_site(path)
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
         return make_manifests(plan)

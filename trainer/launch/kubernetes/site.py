@@ -6,13 +6,11 @@ The API server itself checks the rest before anything is created: `kubectl apply
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.launch.fabric import fabric_environment
-from trainer.launch.site import check_rules, read_site
+from trainer.launch.site import check_rules
 from trainer.wiring.hardware import WORKER_SHM_MB
 
 OBJECT = re.compile(r"[a-z0-9][a-z0-9.-]{,252}")
@@ -68,41 +66,36 @@ class KubernetesSite:
     time_limit_min: int = 10080
     keep_finished_min: int = 10080
 
-
-def load_kubernetes_site(path: Path | None) -> KubernetesSite:
-    """Read and check a site file.
-
-    Raises JobError: unknown key, wrong type, or a value with which pods would be wrong or never start.
-    """
-    site = read_site(path, "k8s", KubernetesSite)
-    names = [("claim", site.claim)]
-    names += [(key, name) for key in ("secrets", "image_pull_secrets") for name in getattr(site, key)]
-    check_rules([
-        *((name is not None and not OBJECT.fullmatch(name), key, name, "is not a valid object name",
-           "Use a-z, 0-9, '-' and '.'") for key, name in names),
-        *((bool(OURS.fullmatch(name)), f"env.{name}", value, "is set by Muster itself", "Remove it")
-          for name, value in site.env.items()),
-        *((name in ("cpu", "memory", site.gpu), f"resources.{name}", value, "has a key of its own",
-           "Set cpu, memory or gpu; the number of GPUs comes from the job") for name, value in site.resources.items()),
-        (site.kind not in ("job", "jobset"), "kind", site.kind, "must be one of job, jobset", "Choose one of them"),
-        (not IMAGE.fullmatch(site.image), "image", site.image, "is not a valid image name",
-         "For example registry.example/team/muster:1"),
-        (site.spread is None and site.spread_policy != "ScheduleAnyway", "spread_policy", site.spread_policy,
-         "would be ignored, because spread is null", "Remove it, or set spread"),
-        (site.claim is None and site.claim_size is not None, "claim_size", site.claim_size,
-         "would be ignored, because claim is null", "Set claim too"),
-        (site.claim_size is None and site.claim_storage_class is not None, "claim_storage_class",
-         site.claim_storage_class, "would be ignored, because the claim exists already",
-         "Set claim_size to have the claim made, or remove this"),
-        (quantity("memory", site.memory) < quantity("shm", site.shm) + MARGIN, "memory", site.memory,
-         f"does not cover shm={site.shm}, which counts against it, and 1Gi to run in", "Raise memory, or lower shm"),
-        (site.user_id < 1, "user_id", site.user_id, "must be at least 1: pods must not run as root", "Correct it"),
-        (site.time_limit_min < 1, "time_limit_min", site.time_limit_min, "must be at least 1", "Correct it"),
-    ])  # fmt: skip
-    for text in site.mounts:
-        split_mount(text)
-    fabric_environment(site.fabric)
-    return site
+    def check(self) -> None:
+        """Refuse values with which pods would be wrong or never start. Raises JobError: there are some."""
+        names = [("claim", self.claim)]
+        names += [(key, name) for key in ("secrets", "image_pull_secrets") for name in getattr(self, key)]
+        check_rules([
+            *((name is not None and not OBJECT.fullmatch(name), key, name, "is not a valid object name",
+               "Use a-z, 0-9, '-' and '.'") for key, name in names),
+            *((bool(OURS.fullmatch(name)), f"env.{name}", value, "is set by Muster itself", "Remove it")
+              for name, value in self.env.items()),
+            *((name in ("cpu", "memory", self.gpu), f"resources.{name}", value, "has a key of its own",
+               "Set cpu, memory or gpu; the number of GPUs comes from the job")
+              for name, value in self.resources.items()),
+            (self.kind not in ("job", "jobset"), "kind", self.kind, "must be one of job, jobset", "Choose one of them"),
+            (not IMAGE.fullmatch(self.image), "image", self.image, "is not a valid image name",
+             "For example registry.example/team/muster:1"),
+            (self.spread is None and self.spread_policy != "ScheduleAnyway", "spread_policy", self.spread_policy,
+             "would be ignored, because spread is null", "Remove it, or set spread"),
+            (self.claim is None and self.claim_size is not None, "claim_size", self.claim_size,
+             "would be ignored, because claim is null", "Set claim too"),
+            (self.claim_size is None and self.claim_storage_class is not None, "claim_storage_class",
+             self.claim_storage_class, "would be ignored, because the claim exists already",
+             "Set claim_size to have the claim made, or remove this"),
+            (quantity("memory", self.memory) < quantity("shm", self.shm) + MARGIN, "memory", self.memory,
+             f"does not cover shm={self.shm}, which counts against it, and 1Gi to run in",
+             "Raise memory, or lower shm"),
+            (self.user_id < 1, "user_id", self.user_id, "must be at least 1: pods must not run as root", "Correct it"),
+            (self.time_limit_min < 1, "time_limit_min", self.time_limit_min, "must be at least 1", "Correct it"),
+        ])  # fmt: skip
+        for text in self.mounts:
+            split_mount(text)
 
 
 def check_fit(site: KubernetesSite, job: Job) -> None:

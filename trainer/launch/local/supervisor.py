@@ -18,8 +18,7 @@ from types import FrameType
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.launch.local.gpu_lease import Lease, try_lease
-from trainer.launch.local.nodes import Nodes
-from trainer.launch.local.platform import Supervised
+from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import find_platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder

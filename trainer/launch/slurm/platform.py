@@ -16,10 +16,9 @@ from submitit.core.utils import CommandFunction, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from trainer.errors import JobError
-from trainer.launch.fabric import fabric_environment
 from trainer.launch.platform import JobStatus, Plan, Platform
-from trainer.launch.site import template
-from trainer.launch.slurm.site import SlurmSite, load_slurm_site
+from trainer.launch.site import fabric_environment, template
+from trainer.launch.slurm.site import SlurmSite
 from trainer.launch.slurm.state import SlurmJob, run_client
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.run.folder import RunFolder
@@ -77,17 +76,11 @@ class TemplateExecutor(SlurmExecutor):
 class Slurm(Platform[SlurmSite, SlurmRequest]):
     """A cluster under Slurm, reached by its client commands. An object follows one job."""
 
-    name = "slurm"
+    name = folder = "slurm"
+    site_type = SlurmSite
     has_arrays = True
     kept: tuple[float, JobStatus] | None = None
     """When Slurm last answered, and what."""
-
-    def load_site(self, path: Path | None) -> SlurmSite:
-        return load_slurm_site(path)
-
-    def runs_folder(self, site: SlurmSite) -> str | None:
-        """A folder that all nodes share."""
-        return site.runs
 
     def build(self, plan: Plan[SlurmSite]) -> SlurmRequest:
         return self._build(plan, "slurm-%j.out", "node-%n.log", plan.run.job)

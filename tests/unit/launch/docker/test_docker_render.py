@@ -21,7 +21,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("trainer.wiring.devices.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
-    monkeypatch.setattr("trainer.launch.docker.nodes.INFINIBAND", Path("/nowhere"))
+    monkeypatch.setattr("trainer.launch.docker.platform.INFINIBAND", Path("/nowhere"))
 
 
 def command_lines(folder: Path, text: str, *overrides: str) -> list[list[str]]:
@@ -80,7 +80,7 @@ def test_each_node_gets_its_own_gpus(tmp_path: Path) -> None:
 
 
 def test_infiniband_comes_with_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.launch.docker.nodes.INFINIBAND", tmp_path)
+    monkeypatch.setattr("trainer.launch.docker.platform.INFINIBAND", tmp_path)
     wanted = ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]
     assert set(wanted) <= set(command_lines(tmp_path, "{}")[-1])
     assert not set(wanted) & set(command_lines(tmp_path, "{}", "device=cpu")[-1])

@@ -12,7 +12,8 @@ import yaml
 from paths import ROOT
 
 from trainer.errors import JobError
-from trainer.launch.kubernetes.site import KubernetesSite, load_kubernetes_site, quantity
+from trainer.launch.kubernetes.platform import Kubernetes
+from trainer.launch.kubernetes.site import KubernetesSite, quantity
 
 K8S = ROOT / "k8s"
 
@@ -20,7 +21,7 @@ K8S = ROOT / "k8s"
 def load(tmp_path: Path, **values: Any) -> KubernetesSite:
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump(values))
-    return load_kubernetes_site(path)
+    return Kubernetes().load_site(path)
 
 
 def test_the_documented_defaults_are_the_defaults() -> None:
@@ -29,7 +30,7 @@ def test_the_documented_defaults_are_the_defaults() -> None:
 
 @pytest.mark.parametrize("path", sorted((K8S / "sites").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_sites_to_begin_from_are_accepted(path: Path) -> None:
-    assert load_kubernetes_site(path) != KubernetesSite()
+    assert Kubernetes().load_site(path) != KubernetesSite()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_every_field_is_documented_beside_its_key() -> None:
 def test_text_in_a_site_file_stays_as_written(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text("cpu: 1.10\nenv: {DEBUG: true, VERSION: 1.10, ID: 1e5}\ncommand: [run, 0x10]\nuser_id: 1000\n")
-    site = load_kubernetes_site(path)
+    site = Kubernetes().load_site(path)
     assert site.cpu == "1.10"
     assert site.env == {"DEBUG": "true", "VERSION": "1.10", "ID": "1e5"}
     assert site.command == ["run", "0x10"]

@@ -17,7 +17,7 @@ import pytest
 from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.launch.local.gpu_lease import try_lease
-from trainer.launch.local.nodes import Nodes
+from trainer.launch.local.platform import Nodes
 from trainer.launch.local.supervisor import Supervisor
 from trainer.records import read_lines
 from trainer.run.folder import RunFolder
