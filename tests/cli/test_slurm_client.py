@@ -15,7 +15,6 @@ from paths import MUSTER, ROOT
 
 from trainer.errors import JobError
 from trainer.launch import control
-from trainer.launch.slurm import platform as slurm
 from trainer.launch.slurm.platform import Slurm
 from trainer.launch.submit import render_job, submit_job, submit_sweep
 from trainer.run.folder import RunFolder
@@ -71,7 +70,7 @@ def test_an_answer_is_kept_for_some_seconds(
     platform.cancel(run, handle)
     platform.status(run, handle)
     assert len(client.words("squeue")) == 3
-    monkeypatch.setattr(slurm, "POLL_S", 0)
+    monkeypatch.setattr(Slurm, "poll_s", 0)
     platform.status(run, handle)
     assert len(client.words("squeue")) == 4
     assert platform.status(run, {"job_id": "8"}).phase == "running"

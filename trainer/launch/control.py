@@ -10,7 +10,7 @@ from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.follow import values
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.records import read_json, read_lines, write_json
-from trainer.run.folder import Event, RunFolder, last_event
+from trainer.run.folder import RunFolder, last_event
 from trainer.run.log_tail import Tail
 
 
@@ -45,6 +45,8 @@ def status(run_path: str) -> dict[str, Any]:
     metrics = read_lines(run.metrics)
     evaluated = [line for line in metrics if line["kind"] == "evaluation"]
     training = last_event(events, "training") or {}
+    steps = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
+    since = [line["step"] for line in steps if line["time"] >= training.get("time", 0)]  # a restart goes back
     attempts = last_event(events, "attempt", "restart") or {}
     ended = last_event(events, "ended") or {}
     reason = (read_json(run.failure) or {}).get("reason") or ended.get("reason") or ""
@@ -52,16 +54,9 @@ def status(run_path: str) -> dict[str, Any]:
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": now.reason or ("" if good else reason),
-        "code": now.code, "step": _newest_step(events, metrics), "steps": training.get("steps"),
+        "code": now.code, "step": max(since, default=None), "steps": training.get("steps"),
         "attempt": attempts.get("attempt"), "handle": handle, "metrics": values(evaluated[-1]) if evaluated else {},
     }  # fmt: skip
-
-
-def _newest_step(events: list[Event], metrics: list[dict[str, Any]]) -> int | None:
-    """The last known step since the training last began; a restart goes back."""
-    begun = (last_event(events, "training") or {}).get("time", 0)
-    lines = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
-    return max((line["step"] for line in lines if line["time"] >= begun), default=None)
 
 
 def by_events(run: RunFolder) -> JobStatus:
@@ -102,16 +97,11 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
             break
         time.sleep(0.2)
     if rank is not None and not tails:
-        raise _no_log(run, rank)
-
-
-def _no_log(run: RunFolder, rank: int) -> JobError:
-    """Say where a rank's log is: the nodes may have a run folder of their own, which then has the events too."""
-    here = sorted(path.stem for path in run.logs.glob("*-*.log"))
-    remedy = f"There are {', '.join(here) or 'none yet'}"
-    if any(name.startswith("node-") for name in here) and not last_event(run.read_events(), "wired"):
-        remedy += f"; the nodes have it in their own run folder, as {run.name}/logs/rank-{rank}.log"
-    return JobError("--rank", rank, "has no log here", remedy)
+        here = sorted(path.stem for path in run.logs.glob("*-*.log"))
+        remedy = f"There are {', '.join(here) or 'none yet'}"
+        if any(name.startswith("node-") for name in here) and not last_event(run.read_events(), "wired"):
+            remedy += f"; the nodes have it in their own run folder, as {run.name}/logs/rank-{rank}.log"
+        raise JobError("--rank", rank, "has no log here", remedy)
 
 
 def cancel(run_path: str) -> None:

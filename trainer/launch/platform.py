@@ -5,6 +5,7 @@ A new platform is a package, a template folder and a line of the registry.
 
 import importlib
 import shlex
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
@@ -92,6 +93,10 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     folder: str
     """Where its templates are, `site.yaml` among them."""
     site_type: type[SiteT]
+    poll_s = 0.0
+    """For how long an answer is used again: following a run asks ten times a second. An object follows one run."""
+    kept: tuple[float, JobStatus] | None = None
+    """When the platform last answered, and what."""
     has_arrays = False
     """Whether it has `submit_sweep`."""
 
@@ -117,9 +122,16 @@ class Platform(ABC, Generic[SiteT, RequestT]):
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
         raise NotImplementedError
 
-    @abstractmethod
     def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
-        """Where the submission stands."""
+        """Where the submission stands; an answer that is younger than `poll_s` is given again."""
+        if self.kept is None or time.monotonic() - self.kept[0] >= self.poll_s:
+            status = self.ask(run, handle)
+            self.kept = time.monotonic(), status
+        return self.kept[1]
+
+    @abstractmethod
+    def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+        """Ask where the submission stands."""
 
     @abstractmethod
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:

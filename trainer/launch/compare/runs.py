@@ -131,7 +131,7 @@ def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict
 def _run_all(
     job_path: str, variants: dict[str, list[str]], folder: Path, rounds: int, window: int, warm_up: int
 ) -> tuple[dict[str, list[float]], dict[str, list[dict[str, Any]]]]:
-    """The loss of each step of each mode, and what each timed run measured.
+    """The loss of each step of each mode, and of each timed run samples/s, device type and peak memory by device.
 
     `window`: steps between two lines of `metrics.jsonl`. Where it is more than one, the losses come from a round of
     their own: to read the loss of each step makes a GPU wait for it.
@@ -150,8 +150,12 @@ def _run_all(
         if every == 1 and mode in MODES:
             losses.setdefault(mode, [line["loss"] for line in lines])
         if turn:
-            timed.setdefault(mode, []).append(measure(run, lines, warm_up))
-            what += f": {timed[mode][-1]['speed']:,.0f} samples/s"
+            result, training = read_json(run.result), last_event(run.read_events(), "training")
+            assert result and training
+            measured = speed(lines, warm_up, training["steps_per_epoch"])
+            facts = {"speed": measured, "device": result["device"], "memory": result["peak_memory_mb"]}
+            timed.setdefault(mode, []).append(facts)
+            what += f": {measured:,.0f} samples/s"
         print(what, file=sys.stderr, flush=True)
         rmtree(run.checkpoints, ignore_errors=True)  # of a few steps, and as large as the model
     devices = {item["device"] for items in timed.values() for item in items}
@@ -179,14 +183,6 @@ def complete(job_path: str, words: Sequence[str], what: str) -> RunFolder:
         reason = status["reason"] or f"its logs are in {run.logs}"
         raise RunEnded(f"{what}: {status['state']}: {reason}", status["code"] or FAILED)
     return run
-
-
-def measure(run: RunFolder, lines: Sequence[dict[str, Any]], warm_up: int) -> dict[str, Any]:
-    """Samples/s, device type and peak memory (MiB, by rank and device) of a run that is done."""
-    result, training = read_json(run.result), last_event(run.read_events(), "training")
-    assert result and training
-    measured = speed(lines, warm_up, training["steps_per_epoch"])
-    return {"speed": measured, "device": result["device"], "memory": result["peak_memory_mb"]}
 
 
 def speed(lines: Sequence[dict[str, Any]], warm_up: int, steps_per_epoch: int) -> float:

@@ -92,16 +92,14 @@ def choose(speeds: Mapping[str, Sequence[float]], devices: int, batch_size: int,
         return {"winner": None, "verdict": text}
     best, *others = sorted(middle, key=lambda mode: middle[mode], reverse=True)
     rivals = [mode for mode in others if not is_faster(speeds[best], speeds[mode])]
+    ratio = {mode: middle[best] / middle[mode] for mode in others}
     if rivals:
         noise = max(spread(speeds[mode]) for mode in (best, *rivals))
-        leads = [f"{best} is {middle[best] / middle[mode] - 1:.0%} faster than {mode}" for mode in rivals]
+        leads = [f"{best} is {ratio[mode] - 1:.0%} faster than {mode}" for mode in rivals]
         slower = [f" Only {mode} is clearly slower." for mode in others if mode not in rivals]
-        return {
-            "winner": None,
-            "verdict": f"Noise too high for a winner: {' and '.join(leads)}, but rounds of one mode differ by up to "
-            f"{noise:.0%}.{''.join(slower)} Repeat on a quiet machine, or with larger --rounds or --steps.",
-        }  # fmt: skip
-    ratio = {mode: middle[best] / middle[mode] for mode in others}
+        text = f"Noise too high for a winner: {' and '.join(leads)}, but rounds of one mode differ by up to "
+        text += f"{noise:.0%}.{''.join(slower)} Repeat on a quiet machine, or with larger --rounds or --steps."
+        return {"winner": None, "verdict": text}
     if best == "single":
         text = (
             f"Use single: {devices} devices are slower than one here (dp {1 / ratio['dp']:.2f}x, "
@@ -172,12 +170,10 @@ def text(result: Mapping[str, Any]) -> str:
     share = costs["reason"] if costs["share"] is None else f"{costs['share']:.0%} of a step"
     if "step_ms" in costs:
         share += f" ({costs['step_ms']:.2f} ms against {costs['step_without_ms']:.2f} ms)"
-    lines += ["", f"communication in ddp: {share}; {costs['method']}", _losses(result["losses"]), "", result["verdict"]]
-    return "\n".join([*lines, *([result["limits"]] if result["limits"] else [])])
-
-
-def _losses(losses: Mapping[str, Any]) -> str:
+    losses = result["losses"]
     words = [f"{mode} {losses['first_steps'][mode]:.1e}, {whole:.1e}" for mode, whole in losses["all_steps"].items()]
     form = EQUAL if losses["equal"] else APART if losses["starts_equal"] else DIFFERENT
     where = f"in the first {FIRST_STEPS} steps, in all {losses['steps']}"
-    return form.format(f"largest relative difference from single {where}: {'; '.join(words)}")
+    difference = form.format(f"largest relative difference from single {where}: {'; '.join(words)}")
+    lines += ["", f"communication in ddp: {share}; {costs['method']}", difference, "", result["verdict"]]
+    return "\n".join([*lines, *filter(None, [result["limits"]])])

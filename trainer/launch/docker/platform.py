@@ -141,9 +141,9 @@ class Docker(Supervised[DockerSite]):
     def nodes(self, run: RunFolder, job: Job) -> DockerNodes:
         return DockerNodes(run, job, DockerSite(**(read_json(run.plan / "docker.json") or {})))
 
-    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+    def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By the supervisor's end; with the engine's reason when a container did not start."""
-        status = super().status(run, handle)
+        status = super().ask(run, handle)
         if status.code not in NOT_STARTED:
             return status
         logs = [last_lines(log).splitlines() for log in sorted(run.logs.glob("node-*.log"))]

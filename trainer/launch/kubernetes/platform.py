@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,19 +16,16 @@ from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines
 
-POLL_S = 2.0
-"""For how long an answer of the cluster is used again: following a run asks ten times a second."""
 BY_TIME = "--sort-by=.metadata.creationTimestamp"
 Manifests = list[dict[str, Any]]
 """What kubectl applies: the Job or JobSet comes last."""
 
 
 class Kubernetes(Platform[KubernetesSite, Manifests]):
-    """A cluster, reached by kubectl. An object follows one submission."""
+    """A cluster, reached by kubectl."""
 
     name, folder, site_type = "kubernetes", "k8s", KubernetesSite
-    kept: tuple[float, JobStatus] | None = None
-    """When the cluster last answered, and what."""
+    poll_s = 2.0
     following = False
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
@@ -73,27 +69,24 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         except Refused as error:
             print(f"note: the objects that were made for {kubectl.workload} will outlive it: {error}", file=sys.stderr)
 
-    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+    def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By the cluster's objects; what the pods print is copied to `logs/` on the way.
 
         The end is kept in `exit.json`, because the objects of ended jobs are removed.
         """
-        if self.kept is not None and time.monotonic() - self.kept[0] < POLL_S:
-            return self.kept[1]
         ended = read_json(run.exit)
         if ended is not None:  # runs of version 0.1 called the phase a word
             return JobStatus(Phase(ended.get("phase") or ended["word"]), ended["reason"], ended["code"])
         try:
-            status = self._ask(run, handle)
+            status = self._ask_cluster(run, handle)
         except Refused as error:
             phase = self.kept[1].phase if self.kept else Phase.LOST
             status = JobStatus(phase, f"kubectl failed: {error}. {error.remedy}")
         if not status.is_active and status.phase != Phase.LOST:
             write_json(run.exit, asdict(status))
-        self.kept = time.monotonic(), status
         return status
 
-    def _ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+    def _ask_cluster(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """The status by the cluster. Raises Refused: by kubectl."""
         kubectl, name = Kubectl(handle), handle["name"]
         selector = f"--selector=app.kubernetes.io/instance={name}"

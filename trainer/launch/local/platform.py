@@ -91,7 +91,7 @@ class Supervised(Platform[SiteT, list[str]]):
             )  # fmt: skip
         return {"pid": process.pid, "started": _state_and_start(process.pid)[1]}
 
-    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+    def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
         alive = _is_alive(handle)  # first: it may write exit.json and end between the two checks
         ended = read_json(run.exit)

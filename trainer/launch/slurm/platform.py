@@ -24,8 +24,6 @@ from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.run.folder import RunFolder
 from trainer.wiring.variables import SETUP, without_job
 
-POLL_S = 5.0
-"""For how long an answer of the controller is used again: following a run asks ten times a second."""
 SAVE_MARGIN_S = 30
 """Seconds between the end of our grace period and Slurm's kill, in which the batch script requeues."""
 UNREACHABLE = "Unable to contact slurm controller|Could not establish a configuration source"
@@ -74,13 +72,12 @@ class TemplateExecutor(SlurmExecutor):
 
 
 class Slurm(Platform[SlurmSite, SlurmRequest]):
-    """A cluster under Slurm, reached by its client commands. An object follows one job."""
+    """A cluster under Slurm, reached by its client commands."""
 
     name = folder = "slurm"
     site_type = SlurmSite
+    poll_s = 5.0
     has_arrays = True
-    kept: tuple[float, JobStatus] | None = None
-    """When Slurm last answered, and what."""
 
     def build(self, plan: Plan[SlurmSite]) -> SlurmRequest:
         return self._build(plan, "slurm-%j.out", "node-%n.log", plan.run.job)
@@ -120,12 +117,9 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
                 (run.logs / name).symlink_to(Path("../..", plan.run.name, "logs", target))
         return [{"job_id": f"{array}_{index}"} for index in range(len(runs))]
 
-    def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+    def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By squeue, scontrol, sacct or the run folder, whichever knows."""
-        if self.kept is None or time.monotonic() - self.kept[0] >= POLL_S:
-            status = SlurmJob(run, str(handle["job_id"]), bool(handle.get("cancelled"))).status()
-            self.kept = time.monotonic(), status
-        return self.kept[1]
+        return SlurmJob(run, str(handle["job_id"]), bool(handle.get("cancelled"))).status()
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """scancel: the agents save within Slurm's KillWait."""
