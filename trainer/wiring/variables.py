@@ -1,7 +1,7 @@
 """Every environment variable of Muster, of ranks and of schedulers, by name: who sets it, and what it says.
 
 `trainer.wiring` alone reads them; other modules ask the functions below. What torch, NCCL and CUDA read for
-themselves is decided where it is set (`trainer.agent.node`, `launch/fabrics.yaml`).
+themselves is decided where it is set (`trainer.agent.rank_environment`, `launch/fabrics.yaml`).
 """
 
 import os
