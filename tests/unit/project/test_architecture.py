@@ -9,7 +9,7 @@ PAGE = (ROOT / "docs/architecture.md").read_text()
 
 
 def test_files_that_the_page_names_exist() -> None:
-    named = re.findall(r"`((?:trainer|muster|jobs|slurm|docker|k8s|tests|bench)[\w/.]*)`", PAGE)
+    named = re.findall(r"`((?:trainer|muster\.py|jobs|slurm|docker|k8s|tests|bench)[\w/.]*)`", PAGE)
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert len(named) > 20
 
