@@ -72,7 +72,6 @@ def by_events(run: RunFolder) -> JobStatus:
 
 
 def status_text(status: dict[str, Any]) -> str:
-    """A status for people."""
     lines = [f"{status['state']}: {status['run']}"]
     if status["steps"]:
         lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
@@ -105,7 +104,6 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
 
 
 def cancel(run_path: str) -> None:
-    """Stop for good."""
     run, platform, handle = _submitted(run_path)
     platform.cancel(run, handle)
     run.record("cancel_requested")
@@ -113,19 +111,16 @@ def cancel(run_path: str) -> None:
 
 
 def preempt(run_path: str) -> None:
-    """Stop and come back."""
     run, platform, handle = _submitted(run_path)
     platform.preempt(run, handle)
     run.record("preempt_requested")
 
 
 def list_all(runs: Path) -> list[dict[str, Any]]:
-    """The status of each run of a folder."""
     return [status(str(run)) for run in RunFolder.list_all(runs)]
 
 
 def list_text(statuses: list[dict[str, Any]]) -> str:
-    """A table for people."""
     line = "{state:10} {platform:10} step {step}/{steps:<8} {run}"
     rows = ({"platform": "-", "step": 0, "steps": "?"} | {k: v for k, v in item.items() if v} for item in statuses)
     return "\n".join(line.format(**row) for row in rows) or "no runs"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import FAILED
@@ -17,9 +17,6 @@ from trainer.records import read_json
 from trainer.run.folder import Event, RunFolder, last_event
 from trainer.run.log_tail import Tail
 from trainer.run.summary import plain_table, resume_command
-
-if TYPE_CHECKING:  # only a terminal needs it
-    from rich.progress import Progress
 
 POLL_S = 0.1
 BESIDE = 45
@@ -37,7 +34,7 @@ def follow(
     ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
     output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
     with ExitStack() as stack:
-        show = Bar(stack.enter_context(_progress())) if sys.stdout.isatty() and not job.script else Lines()
+        show = Bar(stack) if sys.stdout.isatty() and not job.script else Lines()
         while True:
             try:
                 now = status()
@@ -83,7 +80,6 @@ class Lines:
         self.shown = 0.0
 
     def say(self, text: str) -> None:
-        """One line."""
         print(text, flush=True)
 
     def output(self, logs: dict[int, Tail], ended: bool) -> None:
@@ -93,7 +89,6 @@ class Lines:
                 self.say(f"[rank {rank}] {line}" if rank else line)
 
     def event(self, event: Event) -> None:
-        """Say what matters to a person."""
         self.steps = event["steps"] if event["event"] == "training" else self.steps
         text = describe(event)
         if text:
@@ -111,9 +106,13 @@ class Lines:
 class Bar(Lines):
     """A progress bar with the newest loss, speed and evaluation; lines appear above it."""
 
-    def __init__(self, bar: "Progress") -> None:
+    def __init__(self, stack: ExitStack) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # slow
+
         super().__init__()
-        self.bar, self.task, self.best = bar, bar.add_task("", total=None, text="starting"), ""
+        columns = BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+        self.bar = stack.enter_context(Progress(*columns, expand=True))
+        self.task, self.best = self.bar.add_task("", total=None, text="starting"), ""
 
     def say(self, text: str) -> None:
         self.bar.console.print(text, highlight=False, markup=False)
@@ -131,13 +130,6 @@ class Bar(Lines):
         if len(text) + 2 + len(self.best) <= self.bar.console.width - BESIDE:
             text += f"  {self.best}"
         self.bar.update(self.task, completed=line["step"], text=text)
-
-
-def _progress() -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text = TextColumn("{task.fields[text]}")
-    return Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), text, expand=True)
 
 
 def values(line: dict[str, Any]) -> dict[str, Any]:

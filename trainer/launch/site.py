@@ -19,10 +19,7 @@ Rule = tuple[bool, str, object, str, str]
 
 
 def template(folder: str, name: str) -> Path:
-    """A template file: that of the working directory, else the one that came with this package.
-
-    Raises JobError: neither exists.
-    """
+    """A template: the working directory's, else that of this package. Raises JobError: neither exists."""
     for root in (Path.cwd(), Path(trainer.__file__).resolve().parent.parent):
         path = root / folder / name
         if path.is_file():

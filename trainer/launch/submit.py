@@ -108,7 +108,6 @@ def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path 
 
 
 def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> RunFolder:
-    """Submit; return the run folder."""
     platform, plan = _begin(job_path, overrides, on, site)
     _submit(platform, plan, False)
     return plan.run
@@ -140,6 +139,5 @@ def submit_sweep(
 
 
 def render_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> str:
-    """What would be submitted."""
     platform, plan = _plan(job_path, overrides, on, site)
     return platform.render(platform.build(plan))

@@ -165,10 +165,7 @@ def _run_all(
 
 
 def complete(job_path: str, words: Sequence[str], what: str) -> RunFolder:
-    """Submit a run, wait for its end and return its folder; Ctrl-C stops it.
-
-    Raises RunEnded: it did not get to its end.
-    """
+    """Submit a run and wait for its end; Ctrl-C stops it. Raises RunEnded: it did not get to its end."""
     run = submit_job(job_path, words, "local", None)
     _, ask = control.status_of(run)
     try:

@@ -127,10 +127,7 @@ class Docker(Supervised[DockerSite]):
         return [*plan.folder_lines(True), *network, containers]
 
     def submit(self, plan: Plan[DockerSite], request: list[str], follow: bool) -> dict[str, Any]:
-        """Check the engine and start the supervisor.
-
-        Raises JobError: no engine, no permission, no image, no GPU support, or the engine refuses the command line.
-        """
+        """Start the supervisor. Raises JobError: no engine, permission, image or GPU support, or a refused command."""
         site = plan.site
         check_engine(site.reference, bool(site.registry), bool(wanted_devices(plan.job, visible_devices())))
         check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
@@ -152,10 +149,7 @@ class Docker(Supervised[DockerSite]):
 
 
 def check_container(nodes: DockerNodes) -> None:
-    """Let the engine create the first node's container and remove it: this checks options, mounts and disk space.
-
-    Raises JobError: the engine refused.
-    """
+    """Let the engine create and remove a container: it checks options, mounts and disk. Raises JobError: it refused."""
     if nodes.site.network not in ("auto", "host"):
         docker("network", "inspect", nodes.site.network)
     argv, _ = nodes.command(0, 0, Lease([]))

@@ -21,7 +21,6 @@ class DockerSite:
 
     @property
     def reference(self) -> str:
-        """The image's full name."""
         return f"{self.registry.rstrip('/')}/{self.image}" if self.registry else self.image
 
     def check(self) -> None:

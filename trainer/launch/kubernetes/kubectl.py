@@ -41,12 +41,7 @@ class Kubectl:
         self.workload = f"{handle['kind']}/{handle['name']}"
 
     def run(self, *argv: str, text: str = "", timeout_s: float = 120) -> str:
-        """Run it, with `text` on its standard input, and return its output.
-
-        Raises:
-            JobError: there is no kubectl, or it does not answer.
-            Refused: it failed.
-        """
+        """Run it with `text` as its input; return its output. Raises JobError: no kubectl, or no answer; Refused."""
         try:
             command = [*self.command, *argv]
             done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s)

@@ -25,10 +25,7 @@ TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
 
 
 def make_manifests(plan: Plan[KubernetesSite]) -> list[dict[str, Any]]:
-    """The manifests of a plan: policy, claim, job file and Service before the Job that needs them.
-
-    Raises JobError: the site cannot hold the job, or a template names what does not exist.
-    """
+    """Make what the Job needs, then the Job. Raises JobError: the site cannot hold it, or a template is wrong."""
     site = plan.site
     check_fit(site, plan.job)
     claim = [] if site.claim_size is None else ["claim"]
@@ -161,5 +158,4 @@ _Dumper.add_representer(str, _represent_text)
 
 def render_manifests(manifests: list[dict[str, Any]]) -> str:
     """Manifests as one YAML stream."""
-    text: str = yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
-    return text.rstrip("\n")
+    return str(yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)).rstrip("\n")

@@ -32,14 +32,10 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         return make_manifests(plan)
 
     def render(self, request: Manifests) -> str:
-        """The manifests, as `kubectl apply --filename -` takes them."""
         return render_manifests(request)
 
     def submit(self, plan: Plan[KubernetesSite], request: Manifests, follow: bool) -> dict[str, Any]:
-        """Apply the manifests; the Job then owns the other objects, which are deleted with it.
-
-        Raises JobError: no kubectl, no cluster, or the API server refused.
-        """
+        """Apply the manifests. Raises JobError: no kubectl, no cluster, or the API server refused."""
         site, name = plan.site, request[-1]["metadata"]["name"]
         handle = {"context": site.context, "namespace": site.namespace, "kind": KINDS[site.kind], "name": name}
         kubectl, text = Kubectl(handle), self.render(request) + "\n"
@@ -70,10 +66,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
             print(f"note: the objects that were made for {kubectl.workload} will outlive it: {error}", file=sys.stderr)
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
-        """By the cluster's objects; what the pods print is copied to `logs/` on the way.
-
-        The end is kept in `exit.json`, because the objects of ended jobs are removed.
-        """
+        """By the cluster's objects, or `exit.json`, which keeps the end, because objects of ended jobs are removed."""
         ended = read_json(run.exit)
         if ended is not None:  # runs of version 0.1 called the phase a word
             return JobStatus(Phase(ended.get("phase") or ended["word"]), ended["reason"], ended["code"])
@@ -87,7 +80,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         return status
 
     def _ask_cluster(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
-        """The status by the cluster. Raises Refused: by kubectl."""
+        """By the cluster; what the pods print is copied to `logs/` on the way. Raises Refused: by kubectl."""
         kubectl, name = Kubectl(handle), handle["name"]
         selector = f"--selector=app.kubernetes.io/instance={name}"
         objects = kubectl.get(f"{handle['kind']},pods", selector)

@@ -99,10 +99,7 @@ class KubernetesSite:
 
 
 def check_fit(site: KubernetesSite, job: Job) -> None:
-    """Refuse a job that this site's pods cannot hold.
-
-    Raises JobError: no GPUs here, or too little shared memory for the loader workers.
-    """
+    """Raises JobError: this site's pods have no GPUs, or too little shared memory for the loader workers of the job."""
     needed = job.data.workers * job.ranks_per_node * WORKER_SHM_MB * 2**20 if job.task else 0
     check_rules([
         (job.device == "cuda" and site.gpu is None, "device", job.device,
@@ -123,10 +120,7 @@ def quantity(key: str, text: str) -> Decimal:
 
 
 def split_mount(text: str) -> tuple[str, str, bool]:
-    """Claim, path and whether it is read-only, of one entry of `mounts`.
-
-    Raises JobError: it is not claim:/path[:ro], or would hide a folder that the job needs.
-    """
+    """Claim, path and whether it is read-only. Raises JobError: not claim:/path[:ro], or it would hide our folders."""
     claim, _, rest = text.partition(":")
     path, _, option = rest.partition(":")
     well_formed = OBJECT.fullmatch(claim) and path.startswith("/") and option in ("", "ro")

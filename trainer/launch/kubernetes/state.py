@@ -12,8 +12,6 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 @dataclass(frozen=True)
 class Pod:
-    """What matters of one pod."""
-
     name: str
     node: int
     phase: str

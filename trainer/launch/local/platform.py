@@ -43,7 +43,6 @@ class Nodes:
         """End what a signal to the agents' processes would not end."""
 
     def hostnames(self) -> list[str]:
-        """The name of each node."""
         return [f"127.0.0.{1 + node}" for node in range(self.job.nodes)]
 
     def variables(self, node: int, launch: int, platform: str) -> dict[str, str]:
@@ -55,7 +54,6 @@ class Nodes:
         }  # fmt: skip
 
     def devices(self, node: int, lease: Lease) -> list[str]:
-        """The leased GPUs of a node."""
         each = self.job.devices_per_node
         return lease.devices[node * each : (node + 1) * each]
 
@@ -118,7 +116,6 @@ class Supervised(Platform[SiteT, list[str]]):
 
 
 def supervisor_argv(run: RunFolder) -> list[str]:
-    """The supervisor's command line."""
     return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
 
 
@@ -143,7 +140,6 @@ class Local(Supervised[None]):
         return [*plan.folder_lines(False), shlex.join(supervisor_argv(plan.run))]
 
     def submit(self, plan: Plan[None], request: list[str], follow: bool) -> dict[str, Any]:
-        """Check what the ranks need and start the supervisor."""
         wanted_devices(plan.job, visible_devices())
         source = read_json(plan.run.source) or {}
         check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
@@ -155,10 +151,7 @@ class Local(Supervised[None]):
 
 @contextmanager
 def lock(run: RunFolder) -> Iterator[int]:
-    """Open and lock a file that the supervisor and its agents then hold: nobody starts a run that still has some.
-
-    Raises JobError: it has.
-    """
+    """Open and lock a file that supervisor and agents then hold. Raises JobError: some of this run still hold it."""
     handle = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

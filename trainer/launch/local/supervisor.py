@@ -125,7 +125,6 @@ class Supervisor:
             self.send(signal.SIGKILL)
 
     def stop(self, number: signal.Signals) -> None:
-        """Tell all agents to save and end."""
         if not self.stopping:
             self.stopping = True
             self.deadline = min(self.deadline, time.monotonic() + self.job.agent.grace_s + LINGER_S)
