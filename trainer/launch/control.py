@@ -27,8 +27,7 @@ def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
     run = RunFolder.open(run_path)
     handle = read_json(run.handle)
     if handle is None:
-        problem = "was not submitted by muster"
-        raise JobError("RUN", str(run), problem, "Stop it with its platform's own tools")
+        raise JobError("RUN", str(run), "was not submitted by muster", "Stop it with its platform's own tools")
     platform = find_platform(handle["platform"])
     now = platform.status(run, handle)
     if not now.is_active and now.phase != Phase.LOST:  # the platform itself explains what became of a lost one

@@ -75,9 +75,8 @@ def _end(run: RunFolder, status: JobStatus) -> None:
 class Lines:
     """Plain lines for a log: events and evaluations, and now and then a step."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.shown = 0.0
+    steps = 0
+    shown = 0.0
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -109,7 +108,6 @@ class Bar(Lines):
     def __init__(self, stack: ExitStack) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # slow
 
-        super().__init__()
         columns = BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
         self.bar = stack.enter_context(Progress(*columns, expand=True))
         self.task, self.best = self.bar.add_task("", total=None, text="starting"), ""

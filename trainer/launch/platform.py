@@ -47,9 +47,8 @@ class Plan(Generic[SiteT]):
         """
         if self.run.source.exists():
             return []
-        logs, events, code, job = (
-            shlex.quote(str(path)) for path in (self.run.logs, self.run.events, self.run.code, self.run.job)
-        )
+        paths = self.run.logs, self.run.events, self.run.code, self.run.job
+        logs, events, code, job = (shlex.quote(str(path)) for path in paths)
         marker = f"touch {events}  # marks it as a run's folder, so that nobody makes another"
         modules = [f"mkdir -p {code}  # copy modules of your own here"] if has_code else []
         text = [f"cat >{job} <<'END_OF_JOB'", *self.job_text.splitlines(), "END_OF_JOB"]
@@ -82,7 +81,6 @@ class JobStatus:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits or runs."""
         return self.phase in (Phase.PENDING, Phase.RUNNING)
 
 

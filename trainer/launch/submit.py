@@ -102,9 +102,8 @@ def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path 
     print(f"run folder: {run}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     handle = _submit(platform, plan, True)
-    return follow(
-        run, plan.job, partial(platform.status, run, handle), partial(platform.cancel, run, handle), all_ranks
-    )
+    ask, stop = partial(platform.status, run, handle), partial(platform.cancel, run, handle)
+    return follow(run, plan.job, ask, stop, all_ranks)
 
 
 def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> RunFolder:

@@ -23,7 +23,6 @@ ON_CPU = (
     "memory per device (listed: resident memory per process), NCCL, DataParallel's imbalance (threads stand in for its "
     "replicas) or kernel launches."
 )
-"""What numbers from a CPU cannot show."""
 METHOD = "what averaging gradients, and waiting for each other, adds to a step: ddp against ddp under no_sync"
 
 
@@ -101,16 +100,12 @@ def choose(speeds: Mapping[str, Sequence[float]], devices: int, batch_size: int,
         text += f"{noise:.0%}.{''.join(slower)} Repeat on a quiet machine, or with larger --rounds or --steps."
         return {"winner": None, "verdict": text}
     if best == "single":
-        text = (
-            f"Use single: {devices} devices are slower than one here (dp {1 / ratio['dp']:.2f}x, "
-            f"ddp {1 / ratio['ddp']:.2f}x its speed), so they do not pay at a global batch of {batch_size}."
-        )
+        text = f"Use single: {devices} devices are slower than one here (dp {1 / ratio['dp']:.2f}x, "
+        text += f"ddp {1 / ratio['ddp']:.2f}x its speed), so they do not pay at a global batch of {batch_size}."
     else:
         other = "dp" if best == "ddp" else "ddp"
-        text = (
-            f"Use {best}: {ratio['single']:.2f}x the speed of single on {devices} devices "
-            f"(efficiency {ratio['single'] / devices:.0%}), {ratio[other]:.2f}x that of {other}."
-        )
+        text = f"Use {best}: {ratio['single']:.2f}x the speed of single on {devices} devices "
+        text += f"(efficiency {ratio['single'] / devices:.0%}), {ratio[other]:.2f}x that of {other}."
     if best == "dp":
         text += " It cannot go beyond one node, and its primary device needs the most memory."
     elif share is not None and share >= 0.1:

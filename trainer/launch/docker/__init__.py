@@ -1,1 +1,0 @@
-"""The Docker platform: containers on this machine."""

@@ -40,7 +40,6 @@ def docker(*argv: str) -> str:
 
 
 def refusal(message: str, command: str = "run") -> JobError:
-    """The error for a message of docker."""
     text = " ".join(message.split())
     for pattern, problem, remedy in REFUSALS:
         if pattern in text.lower():

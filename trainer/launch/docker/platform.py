@@ -56,7 +56,6 @@ class DockerNodes(Nodes):
             docker("network", "create", self.name)
 
     def finish(self) -> None:
-        """Remove containers and network."""
         self.kill()
         if self.own_network:
             run_quietly("network", "rm", self.name)
@@ -111,8 +110,6 @@ class DockerNodes(Nodes):
 
 
 class Docker(Supervised[DockerSite]):
-    """Containers on this machine."""
-
     name = folder = "docker"
     site_type = DockerSite
 

@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from trainer.errors import STOPPED
-from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused
-from trainer.launch.kubernetes.logs import COPIED_UNTIL, copy_logs
+from trainer.launch.kubernetes.kubectl import COPIED_UNTIL, KINDS, Kubectl, Refused, copy_logs
 from trainer.launch.kubernetes.manifests import make_manifests, render_manifests
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import read_pod, read_status
@@ -22,8 +21,6 @@ Manifests = list[dict[str, Any]]
 
 
 class Kubernetes(Platform[KubernetesSite, Manifests]):
-    """A cluster, reached by kubectl."""
-
     name, folder, site_type = "kubernetes", "k8s", KubernetesSite
     poll_s = 2.0
     following = False

@@ -28,7 +28,6 @@ class Pod:
 
 
 def read_pod(item: dict[str, Any]) -> Pod:
-    """A pod from its JSON."""
     status, metadata = item.get("status", {}), item["metadata"]
     phase = status.get("phase", "Pending")
     container = (status.get("containerStatuses") or [{}])[0].get("state", {})

@@ -1,1 +1,0 @@
-"""The local platform: processes on this machine."""

@@ -102,7 +102,6 @@ class Supervised(Platform[SiteT, list[str]]):
         return JobStatus({DONE: Phase.DONE, STOPPED: stopped}.get(code, Phase.FAILED), code=code)
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
-        """Ask the supervisor to end: the ranks save first."""
         self._signal(run, handle, signal.SIGTERM)
 
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
@@ -127,8 +126,6 @@ def _prepare(follower: int | None) -> None:
 
 
 class Local(Supervised[None]):
-    """Processes on this machine."""
-
     name = "local"
 
     def load_site(self, path: Path | None) -> None:

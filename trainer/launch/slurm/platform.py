@@ -72,8 +72,6 @@ class TemplateExecutor(SlurmExecutor):
 
 
 class Slurm(Platform[SlurmSite, SlurmRequest]):
-    """A cluster under Slurm, reached by its client commands."""
-
     name = folder = "slurm"
     site_type = SlurmSite
     poll_s = 5.0
@@ -93,7 +91,6 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         )  # fmt: skip
 
     def render(self, request: SlurmRequest) -> str:
-        """The script and the sbatch command line, as they can be typed."""
         return "\n".join([
             *request.run_folder,
             f"cat >{shlex.quote(str(request.script_path))} <<'END_OF_SCRIPT'",
@@ -118,7 +115,6 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         return [{"job_id": f"{array}_{index}"} for index in range(len(runs))]
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
-        """By squeue, scontrol, sacct or the run folder, whichever knows."""
         return SlurmJob(run, str(handle["job_id"]), bool(handle.get("cancelled"))).status()
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:

@@ -29,16 +29,12 @@ ENDED = {
 }
 CAUSE = re.compile(r"^srun: error: (Node failure on \S+)|CANCELLED AT \S+ (DUE TO [A-Z ]*[A-Z])", re.MULTILINE)
 """Why Slurm ended a job, as srun writes it into the batch script's log; the first form names the node."""
-
-
 Answer = tuple[str, str, int | None]
 """What one of Slurm's commands says about a job: its state, such as COMPLETED, the reason, and the exit code."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One job of one run."""
-
     run: RunFolder
     job_id: str
     cancelled: bool
@@ -70,10 +66,8 @@ class SlurmJob:
         logs = [*self.run.logs.glob("node-*.log"), self.log]  # one of an agent that did not start says why
         started = any(log.exists() for log in logs) or last_event(self.run.read_events(), "wired")
         if phase == Phase.FAILED and not reason and not started:
-            reason = (
-                f"no node wrote into the run folder: {self.run} must be on a file system that all nodes share "
-                "(`runs` in slurm/site.yaml), and so must the Python environment"
-            )
+            reason = f"no node wrote into the run folder: {self.run} must be on a file system that all nodes share "
+            reason += "(`runs` in slurm/site.yaml), and so must the Python environment"
         return JobStatus(phase, reason, DONE if phase == Phase.DONE else code or FAILED)
 
     def _squeue(self) -> Answer | None:
