@@ -1,7 +1,5 @@
 """`python -m trainer JOB.yaml [key=value ...]`: the agent of one node, or, under another launcher, one rank."""
 
-from __future__ import annotations
-
 from trainer.signals import FLAG, ignore_signals
 
 FLAG.install()  # before all else: a stop request may come at any moment
@@ -11,6 +9,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from trainer.agent.fork_server import start_fork_server  # noqa: E402
+from trainer.agent.health import check_health  # noqa: E402
 from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
 from trainer.records import tell_platform  # noqa: E402
 from trainer.run.folder import find_job  # noqa: E402
@@ -33,13 +32,10 @@ def main(arguments: list[str]) -> int:
         print(USAGE, end="")
         return DONE
     if "--health" in options:
-        from trainer.agent.health import check_health
-
         return check_health()
-    unknown = [option for option in options if option != "--explain"]
-    if unknown:
-        remedy = did_you_mean(unknown[0], ("--explain", "--health", "--help"), "See --help")
-        raise JobError("option", unknown[0], "is unknown", remedy)
+    for unknown in set(options) - {"--explain"}:
+        remedy = did_you_mean(unknown, ("--explain", "--health", "--help"), "See --help")
+        raise JobError("option", unknown, "is unknown", remedy)
     if not operands:
         print(USAGE, file=sys.stderr, end="")
         return WRONG_JOB
@@ -48,25 +44,21 @@ def main(arguments: list[str]) -> int:
         from trainer.agent.external_rank import run_external_rank
 
         return run_external_rank(path, overrides)
-    if "--explain" in options:
-        from trainer.agent.node import explain
+    if "--explain" not in options:
+        start_fork_server("script" if _names_script(path, overrides) else "task")  # it imports torch while we go on
+    from trainer.agent import node
 
-        return explain(path, overrides)
-    start_fork_server("script" if _names_script(path, overrides) else "task")  # it imports torch while we go on
-    from trainer.agent.node import run_node
-
-    return run_node(path, overrides)
+    return (node.explain if "--explain" in options else node.run_node)(path, overrides)
 
 
 def _names_script(path: Path, overrides: list[str]) -> bool:
     """Whether the job seems to run a script. The job is not loaded yet: this only decides what is imported early."""
-    if any(override.startswith("script=") for override in overrides):
-        return True
     try:
         text = path.read_text(errors="replace")
-    except OSError:
+    except OSError:  # who loads the job will say so
         return False
-    return re.search(r"^script:[ \t]*(?!null\b|~|#)\S", text, re.MULTILINE) is not None
+    says_script = re.search(r"^script:[ \t]*(?!null\b|~|#)\S", text, re.MULTILINE) is not None
+    return says_script or any(override.startswith("script=") for override in overrides)
 
 
 def run() -> None:

@@ -1,7 +1,5 @@
 """Stop requests: a signal only sets a flag, which the training loop reads at its next boundary."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
@@ -24,10 +22,8 @@ class StopFlag:
     """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
-        """Nobody asked yet."""
         self.requested: str | None = None
         self.seen: set[str] = set()
-        self.interrupts = 0
 
     def install(self) -> None:
         """Take over the signals, in the main thread and early; who started this process may have blocked them."""
@@ -36,10 +32,8 @@ class StopFlag:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self.interrupts += 1
-            if self.interrupts > 1:
-                os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
+        if number == signal.SIGINT and "SIGINT" in self.seen:
+            os._exit(128 + signal.SIGINT)  # a second Ctrl-C: at once
         self.requested = signal.Signals(number).name
         self.seen.add(self.requested)
 

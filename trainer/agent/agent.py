@@ -4,11 +4,9 @@ It outlives its ranks: it names the first failure, restarts within the budget, r
 in `trainer.agent.rendezvous`; what went wrong is found out in `trainer.agent.diagnosis`.
 """
 
-from __future__ import annotations
-
-import contextlib
 import os
 import signal
+import sys
 import time
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -18,12 +16,14 @@ from trainer.agent.diagnosis import STACKS_S, Diagnosis, process_state
 from trainer.agent.failure import Failure, paragraph
 from trainer.agent.fork_server import PROCESSES
 from trainer.agent.kv_store import PeerLost
-from trainer.agent.rank_environment import rank_variables
+from trainer.agent.preflight import network_settings
+from trainer.agent.rank_environment import rank_defaults, rank_variables, threads_per_rank
 from trainer.agent.rank_process import run_rank
 from trainer.agent.rendezvous import NodeRendezvous
+from trainer.agent.restarts import RestartPolicy
 from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
-from trainer.checkpoint.memory import Memory
+from trainer.checkpoint.memory import Memory, keeps_state
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
@@ -43,172 +43,170 @@ KILL_S = 10.0
 class NodeAgent:
     """Supervises the ranks of one node."""
 
-    def __init__(
-        self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, rendezvous: NodeRendezvous, threads: int,
-        folder: Path, rank_environment: dict[str, str], memory: Memory | None,
-    ) -> None:  # fmt: skip
-        """`folder`: of this agent alone; `rank_environment`: what each rank gets besides torchrun's variables.
-
-        `memory`: where ranks leave their state when another fails.
-        """
-        self.job, self.job_file, self.run_folder, self.wiring = job, job_file, run, wiring
-        self.rendezvous, self.threads, self.folder, self.memory = rendezvous, threads, folder, memory
-        self.heartbeat_file = folder / HEARTBEAT
-        self.heartbeat = Heartbeat(self.heartbeat_file, job.ranks_per_node)
-        self.rank_environment = rank_environment | {variables.HEARTBEAT: str(self.heartbeat_file)}
-        if memory is not None:
-            self.rank_environment |= memory.environment()
-        first = wiring.node_rank * job.ranks_per_node
-        shown = (
-            range(0 if wiring.node_rank else 1)
-            if variables.run_is_shared()
-            else range(first, first + job.ranks_per_node)
-        )
-        self.tails = [Tail(run.rank_log(rank)) for rank in shown]  # logs that go with the node are all shown
+    def __init__(self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, folder: Path) -> None:
+        """`folder`: of this agent alone."""
+        self.job, self.job_file, self.run, self.wiring, self.folder = job, job_file, run, wiring, folder
+        self.memory = Memory.make(job.ranks_per_node) if keeps_state(job) else None
+        self.restarts = RestartPolicy(job, run, say, self.memory)
+        self.rendezvous = NodeRendezvous(
+            wiring, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
+            self.restarts.next_attempt, say,
+        )  # fmt: skip
+        self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
+        self.threads = threads_per_rank(job, wiring)
+        self.environment = rank_defaults(run, wiring, self.threads)
+        for name, (value, why) in network_settings(wiring).items():
+            say(f"{name}={value}: {why}")
+            self.environment[name] = value
+        self.environment[variables.HEARTBEAT] = str(folder / HEARTBEAT)
+        self.environment |= self.memory.environment() if self.memory else {}
         self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat)
+        # Of a shared run folder the log of rank 0 is shown; logs that go with the node are all shown.
+        shown = int(wiring.node_rank == 0) if variables.run_is_shared() else job.ranks_per_node
+        self.tails = [Tail(run.rank_log(self.diagnosis.first_rank + local_rank)) for local_rank in range(shown)]
         self.processes: list[BaseProcess] = []
         self.stop_began: float | None = None
 
-    def run(self) -> int:
+    def supervise(self) -> tuple[int, str]:
+        """Run the ranks to their end; return the exit code and, unless it is 0, the reason."""
+        try:
+            return self._run_rounds(), "stopped on request with a checkpoint saved"
+        except Ended as end:
+            # srun answers with the highest code of all agents and SIGTERMs the others when one fails: without a vote,
+            # 75 here would hide why the first one failed, and requeue the job for ever. A preemption sends USR2 first.
+            if end.code == STOPPED and self.wiring.platform == "slurm" and "SIGUSR2" not in FLAG.seen:
+                return FAILED, f"{end} (SIGTERM from Slurm: another agent failed, or the job was cancelled)"
+            return end.code, str(end)
+        except RendezvousTimeoutError as error:
+            failure = self.rendezvous.failure
+            return FAILED, paragraph(failure, f"Then {error}.", self.run) if failure else f"peer lost: {error}"
+        except OSError as error:
+            return FAILED, str(error)
+        finally:
+            self._end_ranks()
+            self.rendezvous.shutdown()
+
+    def _run_rounds(self) -> int:
         """Rounds of rendezvous, start and watch, until all ranks are done; return their exit code.
 
-        Raises:
-            Ended: the agents agree to end.
-            RendezvousTimeoutError: some node did not come.
+        Raises `Ended` when the agents agree to end, and `RendezvousTimeoutError` when some node did not come.
         """
         while True:
             failure = None
             try:
                 self._start()
                 failure = self._watch()
-                if failure is None and self._all_done() and self._others_done():
+                if failure is None and not self._living() and self._others_done():
                     return max(process.exitcode or 0 for process in self.processes)
             except PeerLost as error:
                 failure = self.diagnosis.lost_node(0, str(error))
             except (EOFError, ConnectionError) as error:  # the fork server is gone; the next round starts another
                 failure = self.diagnosis.lost_fork_server(error)
             if failure is not None and self._stop_requested():
-                raise Ended(
-                    f"stopped on request; meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands",
-                    STOPPED,
-                )
-            if failure is not None:
-                self.rendezvous.failure = failure
+                meanwhile = f"meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands"
+                raise Ended(f"stopped on request; {meanwhile}", STOPPED)
+            self.rendezvous.failure = failure or self.rendezvous.failure
             self._save_state()
-            self.end_ranks()
-            self._copy_log()  # before the last word on it
+            self._end_ranks()
+            self._copy_logs()  # before the last word on it
 
     def _start(self) -> None:
         """Meet the other agents and start the ranks."""
         agreed = self.rendezvous.next_round()
-        if not self.heartbeat_file.exists():
-            raise Ended(
-                f"something removed {self.folder}, the folder of this node's agent, while the job ran. Its ranks "
-                "cannot be started again without it. Set TMPDIR to a folder that nobody cleans up, and run again",
-                FAILED,
-            )
+        if not (self.folder / HEARTBEAT).exists():
+            problem = f"something removed {self.folder}, the folder of this node's agent, while the job ran. Its ranks "
+            remedy = "cannot be started again without it. Set TMPDIR to a folder that nobody cleans up, and run again"
+            raise Ended(problem + remedy, FAILED)
         self.diagnosis.start_attempt(agreed.attempt)
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
-        for local_rank in range(self.job.ranks_per_node):
-            environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.rank_environment
-            process = PROCESSES.Process(
-                target=run_rank, args=(environment, self.job, self.run_folder, self.job_file, self.threads)
-            )
+            environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.environment
+            arguments = (environment, self.job, self.run, self.job_file, self.threads)
+            process = PROCESSES.Process(target=run_rank, args=arguments)
             process.start()
             self.processes.append(process)
         self.spawned = time.monotonic()
-        first = self.diagnosis.first_rank
-        self.run_folder.record(
-            "ranks",
-            node=self.wiring.node_rank,
-            attempt=agreed.attempt,
-            agent=os.getpid(),
-            pids={first + local: process.pid for local, process in enumerate(self.processes)},
-        )
+        pids = {self.diagnosis.first_rank + local: process.pid for local, process in enumerate(self.processes)}
+        self.run.record("ranks", node=self.wiring.node_rank, attempt=agreed.attempt, agent=os.getpid(), pids=pids)
 
-    def end_ranks(self) -> None:
+    def _end_ranks(self) -> None:
         """End ranks at once: what they would still do is lost, what is committed is not."""
         for process in self.processes:
-            end_group(process)
+            assert process.pid is not None
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # and what the rank started, such as loader workers
+            except (ProcessLookupError, PermissionError):  # gone, or it has not made its group yet
+                process.kill()
         end = time.monotonic() + KILL_S
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         self.processes = []
         remove_leftovers(self.folder)
 
-    def _all_done(self) -> bool:
-        return all(process.exitcode is not None for process in self.processes)
+    def _living(self) -> list[tuple[int, BaseProcess]]:
+        """The ranks that have not ended, each with its local rank."""
+        return [(rank, process) for rank, process in enumerate(self.processes) if process.exitcode is None]
 
     def _stop_requested(self) -> bool:
         return self.stop_began is not None or FLAG.requested is not None
 
     def _save_state(self) -> None:
         """Let ranks that live hand over what the next attempt goes on from; one that starts, or is stopped, cannot."""
-        if self.memory is None:
-            return
-        living = [(index, process) for index, process in enumerate(self.processes) if process.exitcode is None]
-        self.memory.ask([
-            (index, process) for index, process in living
-            if self.heartbeat.read(index).phase != "starting" and process_state(process.pid or 0) != "T"
-        ])  # fmt: skip
+        if self.memory is not None:
+            self.memory.ask([
+                (rank, process) for rank, process in self._living()
+                if self.heartbeat.read(rank).phase != "starting" and process_state(process.pid or 0) != "T"
+            ])  # fmt: skip
 
-    def _copy_log(self) -> None:
+    def _copy_logs(self) -> None:
         for tail in self.tails:
             tail.copy()
 
     def _watch(self) -> Failure | None:
         """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None).
 
-        Raises:
-            PeerLost: node 0 does not answer.
+        Raises PeerLost: node 0 does not answer.
         """
-        processes = self.processes
         while True:
-            connection.wait([process.sentinel for process in processes if process.exitcode is None], POLL_S)
-            self._copy_log()
-            if self.diagnosis.failed(processes):
-                return self._died(processes)
-            if self._all_done():
+            connection.wait([process.sentinel for _, process in self._living()], POLL_S)
+            self._copy_logs()
+            if self.diagnosis.failed(self.processes):
+                return self._died()
+            if not self._living():
                 return None
             wishes = self.rendezvous.look()
             self._relay_stop(wishes.stop)
-            hung = self.diagnosis.find_hung(processes, self.spawned, alarmed=wishes.hung)
-            if hung is not None:
+            if hung := self.diagnosis.find_hung(self.processes, self.spawned, alarmed=wishes.hung):
                 self.rendezvous.compare(hung, STACKS_S)
                 return hung
-            lost = self.rendezvous.lost_peer()
-            if lost is not None:
+            if lost := self.rendezvous.lost_peer():
                 return self.diagnosis.lost_node(*lost)
             if wishes.next_round:
-                return self.diagnosis.find_cause(processes, self._cause_is_elsewhere)
+                return self.diagnosis.find_cause(self.processes, self._cause_is_elsewhere)
 
-    def _died(self, processes: list[BaseProcess]) -> Failure:
+    def _died(self) -> Failure:
         """Some rank ended badly: describe the first cause.
 
-        Raises:
-            Ended: it was ended by a stop request, which a script need not handle.
+        Raises Ended: it was ended by a stop request, which a script need not handle.
         """
-        codes = [processes[index].exitcode or 0 for index in self.diagnosis.failed(processes)]
+        codes = [self.processes[index].exitcode or 0 for index in self.diagnosis.failed(self.processes)]
         if self._stop_requested() or -codes[0] in SIGNALS:
             self._relay_stop(True)
             end = time.monotonic() + 1
-            while time.monotonic() < end and not self._all_done():
+            while time.monotonic() < end and self._living():
                 time.sleep(0.02)
             if all(code < 0 for code in codes):
                 raise Ended("stopped on request; the ranks were ended before they had trained a step", STOPPED)
-        failure = self.diagnosis.find_cause(processes, self._cause_is_elsewhere)
+        failure = self.diagnosis.find_cause(self.processes, self._cause_is_elsewhere)
         assert failure is not None
         self.rendezvous.alarm(failure)
+        if self.wiring.nodes == 1 or not failure.is_consequence:
+            return failure
         end = time.monotonic() + LAST_WORDS_S
-        while failure.is_consequence and self.wiring.nodes > 1 and time.monotonic() < end:
-            lost = self.rendezvous.lost_peer()
-            if lost is not None:
-                return self.diagnosis.lost_node(*lost)
-            if self.rendezvous.look().cause_known:
-                break
+        while time.monotonic() < end and not self._cause_is_elsewhere():
             time.sleep(0.02)
-        return failure
+        lost = self.rendezvous.lost_peer()
+        return self.diagnosis.lost_node(*lost) if lost else failure
 
     def _cause_is_elsewhere(self) -> bool:
         return self.rendezvous.look().cause_known or self.rendezvous.lost_peer() is not None
@@ -216,23 +214,19 @@ class NodeAgent:
     def _relay_stop(self, wanted: bool) -> None:
         """Pass a stop request on once, to the ranks and to the other agents; enforce the grace period.
 
-        Raises:
-            Ended: the ranks did not stop in time.
+        Raises Ended: the ranks did not stop in time.
         """
-        now = time.monotonic()
+        if not wanted and not self._stop_requested():
+            return
         if self.stop_began is None:
-            if not wanted and FLAG.requested is None:
-                return
-            self.stop_began = now
+            self.stop_began = time.monotonic()
             self.rendezvous.stop_all()
-            for process in self.processes:
-                if process.exitcode is None:
-                    process.terminate()  # SIGTERM
-        if now - self.stop_began > self.job.agent.grace_s:
-            raise Ended(
-                f"stopped on request, but the ranks did not finish a step and a save within agent.grace_s="
-                f"{self.job.agent.grace_s:.0f} s; the last checkpoint stands", STOPPED,
-            )  # fmt: skip
+            for _, process in self._living():
+                process.terminate()  # SIGTERM
+        grace_s = self.job.agent.grace_s
+        if time.monotonic() - self.stop_began > grace_s:
+            late = f"the ranks did not finish a step and a save within agent.grace_s={grace_s:.0f} s"
+            raise Ended(f"stopped on request, but {late}; the last checkpoint stands", STOPPED)
 
     def _others_done(self) -> bool:
         """Wait until every node's ranks are done; False when one asks for another round instead."""
@@ -245,32 +239,6 @@ class NodeAgent:
         return True
 
 
-def end_group(process: BaseProcess) -> None:
-    """Kill a rank and what it started, such as loader workers."""
-    assert process.pid is not None
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # gone, or it has not made its group yet
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-
-
-def supervise(agent: NodeAgent) -> tuple[int, str | None]:
-    """Run the agent to its end; return the exit code and, after a failure, its reason."""
-    try:
-        return agent.run(), None
-    except Ended as end:
-        # srun answers with the highest code of all agents and SIGTERMs the others when one fails: without a vote,
-        # 75 here would hide why the first one failed, and requeue the job for ever. A preemption sends USR2 first.
-        if end.code == STOPPED and agent.wiring.platform == "slurm" and "SIGUSR2" not in FLAG.seen:
-            return FAILED, f"{end} (SIGTERM from Slurm: another agent failed, or the job was cancelled)"
-        return end.code, str(end)
-    except RendezvousTimeoutError as error:
-        if agent.rendezvous.failure is None:
-            return FAILED, f"peer lost: {error}"
-        return FAILED, paragraph(agent.rendezvous.failure, f"Then {error}.", agent.run_folder)
-    except OSError as error:
-        return FAILED, str(error)
-    finally:
-        agent.end_ranks()
-        agent.rendezvous.shutdown()
+def say(text: str) -> None:
+    """A line in this node's log."""
+    print(f"[muster] {text}", file=sys.stderr, flush=True)

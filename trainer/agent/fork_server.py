@@ -4,8 +4,6 @@ The fork server is a new interpreter with one thread that touches no device, so 
 `fork_server_preload` names while the agent reads its job and meets the other agents. A rank starts in milliseconds.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

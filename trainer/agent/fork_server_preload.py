@@ -1,7 +1,5 @@
 """What the fork server imports before it serves; importing this module anywhere else makes no sense."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib
@@ -11,8 +9,6 @@ import signal
 from trainer.agent.fork_server import KIND
 from trainer.signals import FLAG, set_parent_death_signal
 
-PID = os.getpid()
-"""Of the fork server, which a rank depends on."""
 REST_S = 2.0
 """How long after their start the ranks of a script may begin undisturbed."""
 
@@ -31,12 +27,8 @@ FLAG.install()  # a rank is born with these handlers: there is no moment at whic
 kind, _, agent = os.environ[KIND].partition(" ")
 set_parent_death_signal(int(agent), signal.SIGKILL)  # also in the middle of an import
 
-load(
-    "torch",
-    "torch.distributed.elastic.multiprocessing.errors",
-    "trainer.agent.rank_process",
-    "trainer.agent.rank_store",
-)
+load("torch", "torch.distributed.elastic.multiprocessing.errors")
+load("trainer.agent.rank_process", "trainer.agent.rank_store")
 # DDP and the first optimizer step import torch._dynamo, which takes 1 s. The steps of a task wait for it. A script may
 # communicate long before it trains, so its ranks start at once, and torch._dynamo is imported here a moment later, for
 # the ranks that follow a failure. A timer does it while this process waits for requests: the handler of its signal runs

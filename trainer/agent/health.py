@@ -1,7 +1,5 @@
 """Whether the agents of this machine or container are well: what an image's HEALTHCHECK asks."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -16,19 +14,15 @@ FRESH_S = 600.0
 def check_health() -> int:
     """Exit code 0 when there is an agent and every rank of every agent gave a sign of life lately, else 1."""
     files = [folder / HEARTBEAT for folder, alive in agent_folders() if alive]
-    problems = [problem for file in files for problem in silent_ranks(file)]
+    problems = [problem for file in files if file.exists() for problem in _silent_ranks(file)]
     print("\n".join(problems) or (f"{len(files)} agent(s) well" if files else "no agent runs here"))
     return DONE if files and not problems else FAILED
 
 
-def silent_ranks(file: Path) -> list[str]:
-    """A line for each rank of a heartbeat file that was silent for too long."""
-    ranks = file.stat().st_size // SLOT.size if file.exists() else 0
-    if not ranks:
-        return []
-    heartbeat, now = Heartbeat(file, ranks), time.monotonic()
-    beats = enumerate(map(heartbeat.read, range(ranks)))
+def _silent_ranks(file: Path) -> list[str]:
+    ranks, now = range(file.stat().st_size // SLOT.size), time.monotonic()
+    beats = map(Heartbeat(file, len(ranks)).read, ranks) if ranks else ()
     return [
         f"rank {local_rank}: no heartbeat for {now - beat.time:.0f} s, step {beat.step}"
-        for local_rank, beat in beats if beat.time and now - beat.time > FRESH_S
+        for local_rank, beat in enumerate(beats) if beat.time and now - beat.time > FRESH_S
     ]  # fmt: skip

@@ -3,10 +3,8 @@
 Whether the nodes reach each other is proven by the rendezvous itself, which waits with progress shown.
 """
 
-from __future__ import annotations
-
-import os
 import resource
+import shutil
 import socket
 from dataclasses import dataclass
 
@@ -23,58 +21,31 @@ class Problem:
 
     kind: str
     text: str
-    fatal: bool
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{'ERROR' if self.fatal else 'WARNING'} [{self.kind}] {self.text}"
 
 
 def check_node(job: Job, wiring: Wiring) -> list[Problem]:
-    """Look at shared memory, locked memory, devices and processors of this node."""
-    problems = (_shared_memory(job), _devices(job), _locked_memory(), _processors(job, wiring))
-    return [problem for problem in problems if problem is not None]
-
-
-def _shared_memory(job: Job) -> Problem | None:
-    loaders = job.data.workers * job.ranks_per_node if job.task else 0
-    if not loaders or not SHM.is_dir():
-        return None
-    stat = os.statvfs(SHM)
-    free, needed = stat.f_bavail * stat.f_frsize / 2**20, loaders * WORKER_SHM_MB
-    if free >= needed:
-        return None
-    text = (
-        f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it "
-        "(docker: --shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0"
-    )
-    return Problem("shm", text, True)
-
-
-def _devices(job: Job) -> Problem | None:
-    gpus, wanted = len(gpu_files()), job.devices_per_node
-    if job.device != "cuda" or gpus >= wanted:
-        return None
-    text = (
-        f"devices_per_node={wanted} with device=cuda, but this node has {gpus} GPUs. Ask for fewer, or set device=cpu"
-    )
-    return Problem("config", text, True)
-
-
-def _locked_memory() -> Problem | None:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if not has_infiniband() or soft == resource.RLIM_INFINITY or soft >= 2**30:
-        return None
-    text = (
-        f"InfiniBand is here, but memlock is limited to {soft >> 10} KiB: RDMA registration will fail. "
-        "Use ulimit -l unlimited (docker: --ulimit memlock=-1)"
-    )
-    return Problem("interface", text, False)
-
-
-def _processors(job: Job, wiring: Wiring) -> Problem | None:
-    ranks = job.ranks_per_node
-    if wiring.cpus >= ranks:
-        return None
-    return Problem(
-        "config", f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too", False
-    )
+    """Look at shared memory, devices, locked memory and processors of this node."""
+    problems, ranks, wanted = [], job.ranks_per_node, job.devices_per_node
+    loaders = job.data.workers * ranks if job.task and SHM.is_dir() else 0
+    if loaders and (free := shutil.disk_usage(SHM).free / 2**20) < (needed := loaders * WORKER_SHM_MB):
+        text = f"/dev/shm has {free:.0f} MiB free; {loaders} loader workers may need {needed}. Enlarge it (docker: "
+        text += "--shm-size; Kubernetes: a Memory emptyDir on /dev/shm) or set data.workers=0"
+        problems.append(Problem("shm", text))
+    if job.device == "cuda" and (gpus := len(gpu_files())) < wanted:
+        text = f"devices_per_node={wanted} with device=cuda, but this node has {gpus} GPUs"
+        problems.append(Problem("config", f"{text}. Ask for fewer, or set device=cpu"))
+    lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if has_infiniband() and lockable != resource.RLIM_INFINITY and lockable < 2**30:
+        text = f"InfiniBand is here, but memlock is limited to {lockable >> 10} KiB: RDMA registration will fail"
+        problems.append(Problem("interface", f"{text}. Use ulimit -l unlimited (docker: --ulimit memlock=-1)", False))
+    if wiring.cpus < ranks:
+        text = f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too"
+        problems.append(Problem("config", text, False))
+    return problems
 
 
 def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:
@@ -88,7 +59,7 @@ def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:
         own = socket.gethostbyname(socket.gethostname())
     except OSError:
         own = ""
-    if wiring.interface and wiring.interface != "lo" and (not own or own.startswith("127.")):
+    if wiring.interface not in ("", "lo") and (not own or own.startswith("127.")):
         reason = f"this host's own name resolves to {own or 'nothing'}; {wiring.interface} routes to the master"
         return {"GLOO_SOCKET_IFNAME": (wiring.interface, reason)}
     return {}

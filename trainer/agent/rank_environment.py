@@ -3,13 +3,12 @@
 Which variables the network needs on this node is decided in `trainer.agent.preflight`.
 """
 
-from __future__ import annotations
-
 import os
 
 from trainer.agent.rounds import Round
 from trainer.config.job import Job
 from trainer.run.folder import RunFolder
+from trainer.wiring import variables as names
 from trainer.wiring.node import Wiring
 
 
@@ -17,27 +16,27 @@ def rank_variables(job: Job, wiring: Wiring, local_rank: int, agreed: Round) -> 
     """What torchrun sets for a rank, and `MUSTER_ATTEMPT`."""
     each = job.ranks_per_node
     rank, world_size = wiring.node_rank * each + local_rank, wiring.nodes * each
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(local_rank),
-        "GROUP_RANK": str(wiring.node_rank),
-        "ROLE_RANK": str(rank),
-        "ROLE_NAME": "default",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(each),
-        "GROUP_WORLD_SIZE": str(wiring.nodes),
-        "ROLE_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": agreed.master_addr,
-        "MASTER_PORT": str(agreed.master_port),
-        "TORCHELASTIC_RUN_ID": wiring.job_id,
-        "TORCHELASTIC_RESTART_COUNT": str(agreed.number - 1),
-        "TORCHELASTIC_MAX_RESTARTS": str(job.agent.restarts),
+    values = {
+        names.RANK: rank, names.LOCAL_RANK: local_rank, "GROUP_RANK": wiring.node_rank, "ROLE_RANK": rank,
+        names.WORLD_SIZE: world_size, names.LOCAL_WORLD_SIZE: each, "GROUP_WORLD_SIZE": wiring.nodes,
+        "ROLE_WORLD_SIZE": world_size, "ROLE_NAME": "default",
+        names.MASTER_ADDR: agreed.master_addr, names.MASTER_PORT: agreed.master_port,
+        names.RUN_ID: wiring.job_id, names.RESTART_COUNT: agreed.number - 1,
+        "TORCHELASTIC_MAX_RESTARTS": job.agent.restarts,
         # The ranks, rank 0 too, are clients of the agent's store, which therefore outlives them.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_USE_AGENT_STORE": True,
         # A rank whose collective failed ends, instead of waiting for ever (torchrun's default too).
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        "MUSTER_ATTEMPT": str(agreed.attempt),
-    }
+        names.ATTEMPT: agreed.attempt,
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
+
+
+def threads_per_rank(job: Job, wiring: Wiring) -> int:
+    """What OMP_NUM_THREADS says; else ranks share the node's processors. More threads than those only fight."""
+    ranks = job.ranks_per_node * (wiring.nodes if wiring.platform == "local" else 1)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else max(1, wiring.cpus // ranks)
 
 
 def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str]:
@@ -50,12 +49,9 @@ def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_FR_DUMP_TEMP_FILE": str(run.logs / "flight-recorder-"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        # Ranks share the cores of the node; more threads than cores only fight.
         "OMP_NUM_THREADS": str(threads),
         # torch 2.13 restarts read a dead attempt's addresses from a shared store; ours is fresh, this makes sure.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    values = {name: value for name, value in defaults.items() if name not in os.environ}
-    if wiring.visible_devices is not None:
-        values["CUDA_VISIBLE_DEVICES"] = wiring.visible_devices
-    return values
+    mask = {names.CUDA_VISIBLE_DEVICES: wiring.visible_devices} if wiring.visible_devices is not None else {}
+    return {name: value for name, value in defaults.items() if name not in os.environ} | mask

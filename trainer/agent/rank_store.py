@@ -4,17 +4,12 @@ The process comes from the fork server, which has torch: so the agent itself nev
 once. It is not a rank, and outlives them all.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import socket
 from datetime import timedelta
-from multiprocessing import connection
 
 from trainer.agent.fork_server import PROCESSES
 from trainer.agent.kv_store import bind
-
-TIMEOUT = timedelta(seconds=10)
 
 
 class RankStore:
@@ -28,7 +23,6 @@ class RankStore:
             self.process.start()
 
     def close(self) -> None:
-        """End it."""
         self.process.kill()
         self.process.join()
 
@@ -38,8 +32,10 @@ def serve(listener: socket.socket, port: int) -> None:
     from torch.distributed import TCPStore
 
     descriptor = listener.detach()
-    store = TCPStore("127.0.0.1", port, None, True, TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor)
+    store = TCPStore(
+        "127.0.0.1", port, None, True, timedelta(seconds=10), wait_for_workers=False, master_listen_fd=descriptor
+    )
     agent = multiprocessing.parent_process()
     assert agent is not None
-    connection.wait([agent.sentinel])
+    agent.join()
     del store

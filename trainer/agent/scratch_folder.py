@@ -1,14 +1,11 @@
 """The folder of one agent, with the heartbeats of its ranks, and what is removed after ranks or agents were killed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 SHM = Path("/dev/shm")
@@ -24,29 +21,25 @@ def folder_prefix() -> str:
     return f"muster-agent-{socket.gethostname()}-{boot}-{processes}-"
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_folder() -> Iterator[Path]:
     """A folder of this agent alone; removed at the end, as are those of agents that were killed."""
     for stale, alive in agent_folders():
         if not alive:
             shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{folder_prefix()}{os.getpid()}-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    prefix = f"{folder_prefix()}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def agent_folders() -> list[tuple[Path, bool]]:
     """The folders of this user's agents among the processes seen here, and whether the agent lives."""
-    found = []
-    prefix = folder_prefix()
-    for folder in Path(tempfile.gettempdir()).iterdir():
+    found, prefix = [], folder_prefix()
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
         pid = folder.name.removeprefix(prefix).partition("-")[0]
-        if folder.name.startswith(prefix) and pid.isdecimal():
-            with contextlib.suppress(OSError):  # another agent has just removed it
-                if folder.stat().st_uid == os.getuid():
-                    found.append((folder, Path("/proc", pid).exists()))
+        with contextlib.suppress(OSError):  # another agent has just removed it
+            if pid.isdecimal() and folder.stat().st_uid == os.getuid():
+                found.append((folder, Path("/proc", pid).exists()))
     return found
 
 
