@@ -33,7 +33,6 @@ from trainer.signals import FLAG, SIGNALS
 from trainer.wiring import variables
 from trainer.wiring.node import Wiring
 
-POLL_S = 0.1
 LAST_WORDS_S = 0.3
 """How long another agent's alarm, or the end of its connection, may come after what its failure causes here."""
 KILL_S = 10.0
@@ -87,10 +86,7 @@ class NodeAgent:
             self.rendezvous.shutdown()
 
     def _run_rounds(self) -> int:
-        """Rounds of rendezvous, start and watch, until all ranks are done; return their exit code.
-
-        Raises `Ended` when the agents agree to end, and `RendezvousTimeoutError` when some node did not come.
-        """
+        """Rounds of rendezvous, start and watch, until all ranks are done; return their exit code."""
         while True:
             failure = None
             try:
@@ -163,12 +159,9 @@ class NodeAgent:
             tail.copy()
 
     def _watch(self) -> Failure | None:
-        """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None).
-
-        Raises PeerLost: node 0 does not answer.
-        """
+        """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None)."""
         while True:
-            connection.wait([process.sentinel for _, process in self._living()], POLL_S)
+            connection.wait([process.sentinel for _, process in self._living()], 0.1)
             self._copy_logs()
             if self.diagnosis.failed(self.processes):
                 return self._died()
@@ -185,10 +178,7 @@ class NodeAgent:
                 return self.diagnosis.find_cause(self.processes, self._cause_is_elsewhere)
 
     def _died(self) -> Failure:
-        """Some rank ended badly: describe the first cause.
-
-        Raises Ended: it was ended by a stop request, which a script need not handle.
-        """
+        """Describe why a rank ended badly. Raises Ended: by a stop request, which a script need not handle."""
         codes = [self.processes[index].exitcode or 0 for index in self.diagnosis.failed(self.processes)]
         if self._stop_requested() or -codes[0] in SIGNALS:
             self._relay_stop(True)
@@ -212,10 +202,7 @@ class NodeAgent:
         return self.rendezvous.look().cause_known or self.rendezvous.lost_peer() is not None
 
     def _relay_stop(self, wanted: bool) -> None:
-        """Pass a stop request on once, to the ranks and to the other agents; enforce the grace period.
-
-        Raises Ended: the ranks did not stop in time.
-        """
+        """Pass a stop request on once, to the ranks and the other agents. Raises Ended: the grace period is over."""
         if not wanted and not self._stop_requested():
             return
         if self.stop_began is None:

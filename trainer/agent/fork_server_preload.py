@@ -9,9 +9,6 @@ import signal
 from trainer.agent.fork_server import KIND
 from trainer.signals import FLAG, set_parent_death_signal
 
-REST_S = 2.0
-"""How long after their start the ranks of a script may begin undisturbed."""
-
 
 def load(*names: str) -> None:
     """Import modules, without a collector that would look again and again, in vain, through all that they make."""
@@ -37,4 +34,4 @@ if kind == "task":
     load("torch._dynamo", "trainer.training.rank")
 else:
     signal.signal(signal.SIGALRM, lambda *_: load("torch._dynamo"))
-    signal.setitimer(signal.ITIMER_REAL, REST_S)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)  # until then the ranks begin undisturbed

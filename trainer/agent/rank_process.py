@@ -99,10 +99,7 @@ def _redirect(path: Path) -> None:
 
 
 def run_script(job: Job) -> int:
-    """Run the user's script as `python script.py` would; return its exit code, unless that means a failure.
-
-    Raises JobError: no such file.
-    """
+    """Run the user's script as `python script.py` would; return 0 or 75. Raises JobError: no such file."""
     restore_signals()
     script = str(job.script)
     if not Path(script).is_file():
