@@ -49,19 +49,14 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
     except SyntaxError as error:
         raise JobError(key, value, f"{source.name} line {error.lineno}: {error.msg}", "Correct the source") from None
     found = {item.name: item for item in tree.body if isinstance(item, (ast.ClassDef, ast.FunctionDef))}
+    imported = {node.asname or node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     item = found.get(name)
-    if item is None and not {name, "*"} & _other_names(tree):  # others are looked up when the ranks import them
+    if item is None and not {name, "*"} & (imported | assigned):  # those are looked up when the ranks import them
         remedy = did_you_mean(value, [f"{module}:{other}" for other in found], "It defines: " + ", ".join(found), 0.75)
         raise JobError(key, value, f"{source.name} defines no {name}", remedy)
     if arguments is not None and isinstance(item, ast.ClassDef):
         _check_arguments(item, arguments)
-
-
-def _other_names(tree: ast.Module) -> set[str]:
-    """Names that a module imports or assigns; `*` when it star-imports."""
-    nodes = list(ast.walk(tree))
-    imported = {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
-    return imported | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _check_arguments(item: ast.ClassDef, arguments: dict[str, Any]) -> None:

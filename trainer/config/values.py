@@ -20,6 +20,7 @@ NAMED: dict[str, Any] = {
     ".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
 }  # fmt: skip
 COLOUR = re.compile(r":[ \t]+(#(?:[0-9a-fA-F]{3}){1,2})[ \t]*$", re.MULTILINE)
+ONE_OF_SEVERAL = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+""")
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 """What reading raises: ValueError for 5000 digits, TypeError for `<<: 1`, RecursionError for what holds itself."""
@@ -86,24 +87,16 @@ def is_text_type(declared: object) -> bool:
 
 
 def split_values(text: str) -> list[str]:
-    """Split `a,b,c` at the commas outside of brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        quote = "" if letter == quote else quote or (letter if letter in "'\"" else "")
-        depth += 0 if quote else (letter in "[{") - (letter in "]}")
-        if letter == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+    """The values of `a,[1,2],'b,c'`: what is between the commas outside of brackets and quotes."""
+    return ONE_OF_SEVERAL.findall(text)
 
 
 def expand_path(key: str, path: str) -> str:
     """Replace a leading `~` and `$NAME` in a path, as a shell would. Raises JobError: no such user or variable."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        remedy = "Write the whole path, or ./~ for a folder of that name"
-        raise JobError(key, path, "is not the home folder of any user", remedy)
+        problem = "is not the home folder of any user"
+        raise JobError(key, path, problem, "Write the whole path, or ./~ for a folder of that name")
     for name in VARIABLE.findall(expanded):
         if name not in os.environ:
             raise JobError(key, path, f"${name} is not set", "Set it, or write the whole path")

@@ -116,8 +116,10 @@ def submit_sweep(
     job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, sweep: str
 ) -> list[RunFolder]:
     """Submit one run for each value of `key=value,value`; return the run folders."""
+    from trainer.config.values import split_values
+
     key, _, text = sweep.partition("=")
-    values = [value for value in text.split(",") if value]
+    values = split_values(text)
     if not key or not values:
         raise JobError("--sweep", sweep, "is not key=value,value", "For example --sweep train.lr=0.1,0.01")
     refuse_run(job_path)

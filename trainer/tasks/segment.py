@@ -75,9 +75,7 @@ class Canvases(Dataset[Sample]):
 class FreshCanvases(Canvases):
     """Canvases that differ in every epoch."""
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """As `compose`; the trainer's generator depends on (seed, epoch, index)."""
-        return self.compose(index, rng)
+    sample = Canvases.compose  # with the trainer's generator, which depends on (seed, epoch, index)
 
 
 def _interpolation(source: int, target: int) -> NDArray[np.float32]:

@@ -90,7 +90,9 @@ def use_cuda(job: DeviceWishes) -> bool:
     if job.device == "cpu":
         return False
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count >= job.devices_per_node or (count == 1 and sees_its_own()):
+    by_an_agent = os.environ.get(names.ATTEMPT) or os.environ.get(names.RUN_ID)  # whose ranks share what they see
+    one_each = is_rank() and not by_an_agent and os.environ.get(names.SLURM_GPUS_PER_TASK)  # srun --gpus-per-task=1
+    if count >= job.devices_per_node or (count == 1 and one_each):
         return True
     if job.device == "cuda" or (job.devices is not None and count):
         key = "devices_per_node" if job.devices is None else "devices"
@@ -106,12 +108,6 @@ def rank_gpus(job: DeviceWishes, local_rank: int) -> list[int]:
     if job.parallel == "dp":
         return list(range(job.devices_per_node))
     return [local_rank if torch.cuda.device_count() > 1 else 0]
-
-
-def sees_its_own(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether Slurm itself started this rank and shows it its own GPU alone: `srun --gpus-per-task=1`."""
-    by_an_agent = environ.get(names.ATTEMPT) or environ.get(names.RUN_ID)  # whose ranks share what they see
-    return is_rank(environ) and not by_an_agent and bool(environ.get(names.SLURM_GPUS_PER_TASK))
 
 
 def _entries(mask: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What a process may use of this machine: processors (its affinity, and a container's limit) and shared memory."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -24,13 +25,10 @@ def usable_processors(root: Path = CGROUPS) -> tuple[int, str]:
 
 def cpu_limit(root: Path = CGROUPS) -> float | None:
     """Processors that the cgroup may use; None without a limit (cpu.max of cgroup v2, cfs_quota of v1)."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         quota, period = (root / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
+    with contextlib.suppress(OSError, ValueError):
         quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
         return quota_us / int((root / "cpu" / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
-    except (OSError, ValueError):
-        return None
+    return None

@@ -14,13 +14,8 @@ Kubernetes' NodePorts. Not read from this node: where nodes differ in it, they w
 
 def candidate_ports(identity: str) -> list[int]:
     """The ports that a job tries, in order; the same on every node of the job."""
-    ports: dict[int, None] = {}
-    number = 0
-    while len(ports) < CANDIDATES:
-        digest = hashlib.sha256(f"{identity}/{number}".encode()).digest()
-        ports[PORTS[int.from_bytes(digest[:8], "big") % len(PORTS)]] = None
-        number += 1
-    return list(ports)
+    numbers = struct.unpack(f">{CANDIDATES}Q", hashlib.shake_256(identity.encode()).digest(8 * CANDIDATES))
+    return list(dict.fromkeys(PORTS[number % len(PORTS)] for number in numbers))
 
 
 def route_to(address: str) -> tuple[str, str]:

@@ -45,10 +45,8 @@ class Wiring(NodeFacts):
 
     def explain(self) -> str:
         """Each value with where it came from, a line each."""
-        rows = [(name, str(value), self.provenance.get(name, "")) for name, value in vars(self).items()]
-        return "\n".join(
-            f"{name:16} {value:40} {source}".rstrip() for name, value, source in rows[:-1]
-        )  # the last is provenance
+        rows = [f"{name:16} {value!s:40} {self.provenance.get(name, '')}" for name, value in vars(self).items()]
+        return "\n".join(row.rstrip() for row in rows[:-1])  # the last is provenance
 
 
 def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
