@@ -1,7 +1,4 @@
-"""What users import: `from muster import Task`.
-
-The names are looked up when they are asked for, so that importing this module costs nothing.
-"""
+"""What users import: `from muster import Task`. Names are looked up when asked for: importing this costs nothing."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

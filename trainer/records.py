@@ -19,10 +19,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last line that was cut off by a full disk or a power loss is left out."""
-    try:
-        text = path.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
+    text = path.read_text(errors="replace") if path.exists() else ""
     values = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):

@@ -1,7 +1,4 @@
-"""Loading a job: defaults < job file < `key=value`, with every mistake refused by name.
-
-A mistake is a `JobError` that says key, value and remedy; it is found before anything is started.
-"""
+"""Loading a job: defaults < job file < `key=value`. Each mistake is a JobError, before anything is started."""
 
 import dataclasses
 import difflib
@@ -45,10 +42,7 @@ LIMITS = {
 
 
 def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """Merge defaults, job file and `key=value` overrides; interpolations such as `${oc.env:X}` stay unresolved.
-
-    Raises JobError: unreadable file, unknown key, wrong type.
-    """
+    """Merge defaults, job file and overrides, unresolved. Raises JobError: unreadable file, unknown key, wrong type."""
     path = Path(path)
     add_import_paths(path / "job.yaml" if path.is_dir() else path)
     written = read_sections(path, TEXTS, "JOB", "A job file is a mapping: name, task, train, ...")

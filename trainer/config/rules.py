@@ -146,7 +146,7 @@ def _check_batch(job: Job) -> None:
         remedy = f"Use at least {job.devices_per_node * parts}, or fewer devices"
         raise JobError("train.batch_size", batch, problem, remedy)
     if batch % parts:
-        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        below = batch // parts * parts
         problem = f"does not divide among {job.world_size} ranks x {job.train.accumulate} micro-batches"
-        nearest = f"{below} or {above}" if below else str(above)
-        raise JobError("train.batch_size", batch, problem, f"The nearest sizes that do: {nearest}")
+        smaller = f"{below} or " if below else ""
+        raise JobError("train.batch_size", batch, problem, f"The nearest sizes that do: {smaller}{below + parts}")

@@ -1,7 +1,4 @@
-"""The user's code: where it is imported from, and finding `package.module:Name` by reading its source.
-
-Nothing of the user's runs on the submitting side.
-"""
+"""The user's code: where it is imported from, and finding `package.module:Name` without running any of it."""
 
 import ast
 import importlib.util

@@ -27,10 +27,7 @@ UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
 def read_yaml(text: str, texts: Container[str] = (), key: str = "") -> Any:
-    """Read a document, the value of `key`; `texts` are the dotted keys that are declared as text.
-
-    Raises what `UNREADABLE` lists: no YAML, a key twice, a tag, or what holds itself.
-    """
+    """Read a document, the value of `key`; `texts`: dotted keys declared as text. Raises what `UNREADABLE` lists."""
     colour = COLOUR.search(text)
     if colour:
         raise ValueError(f"{colour[1]} is a comment to YAML: write '{colour[1]}', in quotes")

@@ -23,10 +23,7 @@ def claim(run: RunFolder, attempt: int) -> None:
 
 def newest(run: RunFolder) -> int:
     """The number of the newest attempt, -1 before the first."""
-    try:
-        return max((int(name) for name in os.listdir(run.attempts) if name.isdigit()), default=-1)
-    except FileNotFoundError:
-        return -1
+    return max((int(path.name) for path in run.attempts.glob("*") if path.name.isdigit()), default=-1)
 
 
 def check_current(run: RunFolder, attempt: int) -> None:

@@ -117,10 +117,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2's architecture over bytes: learned positions, output tied to the embedding.
-
-    Initial weights as GPT-2: normal of deviation 0.02, smaller where a layer adds to the residual stream.
-    """
+    """GPT-2's architecture and initial weights, over bytes: learned positions, output tied to the embedding."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -145,10 +142,7 @@ class GPT(nn.Module):
 
 
 class ByteLM(Task):
-    """Predict the next byte; reports bits per byte on held-out files.
-
-    `size`: one of `SIZES`; `folder`: of Python sources, default: the standard library.
-    """
+    """Predict the next byte; reports bits per byte on held-out files. `size`: of `SIZES`; `folder`: of the sources."""
 
     def __init__(self, size: str = "1m", folder: str | None = None) -> None:
         if size not in SIZES:

@@ -17,10 +17,7 @@ from trainer.task import Task
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """Read images, float32 of shape (1797, 1, 8, 8) in [0, 1], and labels, int64 of shape (1797,).
-
-    The file is read beside the package, without importing scikit-learn: that import costs a second per rank.
-    """
+    """Images, float32 (1797, 1, 8, 8) in [0, 1], and labels, int64 (1797,), without the slow import of scikit-learn."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
@@ -38,7 +35,6 @@ class Digits(Task):
         self.held_out = torch.arange(len(self.labels)) % 5 == 4
 
     def model(self) -> nn.Module:
-        """Two convolutions, the second with twice as many channels, and a linear layer."""
         width = self.width
         return nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1), nn.ReLU(),

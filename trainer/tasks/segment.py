@@ -46,14 +46,10 @@ class Canvases(Dataset[Sample]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        """The canvas of a generator that depends on the index alone."""
         return self.compose(index, np.random.default_rng(index))
 
     def compose(self, index: int, rng: np.random.Generator) -> Sample:
-        """Paste digits, the one of `index` last and so on top.
-
-        Returns: the canvas, float32 of shape (1, size, size); the class of each pixel, int64 of shape (size, size).
-        """
+        """Paste digits, `index` on top: canvas, float32 (1, size, size), and class of each pixel, int64."""
         canvas = np.zeros((self.size, self.size), dtype=np.float32)
         classes = np.zeros((self.size, self.size), dtype=np.int64)
         others = rng.integers(len(self.labels), size=rng.integers(self.digits))
@@ -102,10 +98,7 @@ class Convolution(nn.Conv2d):
 
 
 class Block(nn.Sequential):
-    """Two convolutions; the first may halve the resolution.
-
-    GroupNorm, not BatchNorm: the result must not depend on how a batch is split over devices.
-    """
+    """Two convolutions; the first may halve the resolution. GroupNorm: no result depends on how a batch is split."""
 
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__(

@@ -39,10 +39,7 @@ def has_infiniband() -> bool:
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that it sees, counted as CUDA does.
-
-    In a container that was given `nvidia3` alone, CUDA calls that one 0.
-    """
+    """GPUs that this process may use, counted as CUDA does: a container that was given `nvidia3` alone calls it 0."""
     mask = environ.get(names.CUDA_VISIBLE_DEVICES)
     files = gpu_files()
     return list(map(str, range(len(files)))) if mask is None or not files else _entries(mask)

@@ -14,8 +14,8 @@ Kubernetes' NodePorts. Not read from this node: where nodes differ in it, they w
 
 def candidate_ports(identity: str) -> list[int]:
     """The ports that a job tries, in order; the same on every node of the job."""
-    numbers = struct.unpack(f">{CANDIDATES}Q", hashlib.shake_256(identity.encode()).digest(8 * CANDIDATES))
-    return list(dict.fromkeys(PORTS[number % len(PORTS)] for number in numbers))
+    numbers = struct.unpack(">64Q", hashlib.shake_256(identity.encode()).digest(64 * 8))  # some may be the same
+    return list(dict.fromkeys(PORTS[number % len(PORTS)] for number in numbers))[:CANDIDATES]
 
 
 def route_to(address: str) -> tuple[str, str]:
@@ -34,12 +34,10 @@ def interface_of(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
-            try:
+            with contextlib.suppress(OSError):
                 answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR, netdevice(7)
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
     return ""
 
 

@@ -50,10 +50,7 @@ class Wiring(NodeFacts):
 
 
 def wire(nodes: int | None, devices_per_node: int, devices: list[int] | None = None) -> Wiring:
-    """Wire this node for a job of `nodes` nodes, None for as many as there are; `devices`: those that the job chooses.
-
-    Raises JobError: the environment is partial, or contradicts the job or itself.
-    """
+    """Wire this node; `nodes` None: as many as there are; `devices`: the job's choice. Raises JobError: conflicts."""
     platform, source = _platform()
     sources: dict[str, str] = {"platform": source, "devices_per_node": "job file"}
     if platform == "alone":

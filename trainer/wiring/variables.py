@@ -79,15 +79,11 @@ def array_task() -> str | None:
 
 def without_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment without what makes a process a rank: we may run inside one, or in a shell that played one."""
-    return {
-        name: value for name, value in environ.items()
-        if name not in (*OF_RANKS, LOCAL_WORLD_SIZE, ATTEMPT) and not name.startswith("TORCHELASTIC_")
-    }  # fmt: skip
+    dropped = {name for name in environ if name.startswith("TORCHELASTIC_")} | {*OF_RANKS, LOCAL_WORLD_SIZE, ATTEMPT}
+    return {name: value for name, value in environ.items() if name not in dropped}
 
 
 def without_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for submitting a job from inside another: without that one's variables and its GPU mask."""
-    return {
-        name: value for name, value in environ.items()
-        if name == SLURM_CONF or not (name == CUDA_VISIBLE_DEVICES or name.startswith(OF_A_JOB))
-    }  # fmt: skip
+    dropped = {name for name in environ if name.startswith(OF_A_JOB)} - {SLURM_CONF} | {CUDA_VISIBLE_DEVICES}
+    return {name: value for name, value in environ.items() if name not in dropped}
