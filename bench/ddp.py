@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config.job import Ddp
-from trainer.parallel.compression import add_comm_hook
+from trainer.parallel.ddp import add_comm_hook
 from trainer.signals import set_parent_death_signal
 
 RANKS, TIMEOUT_S, LIMIT_S = 2, 30, 300

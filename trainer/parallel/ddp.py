@@ -1,7 +1,4 @@
-"""DistributedDataParallel: how the ranks of a process group compute one step together, and agree.
-
-Compression of gradients is in `trainer.parallel.compression`, the other modes in `trainer.parallel.modes`.
-"""
+"""DistributedDataParallel: how the ranks of a process group compute one step together, and agree."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -10,15 +7,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config.job import Job
+from trainer.config.job import Ddp, Job
 from trainer.errors import JobError
 from trainer.parallel.base import DeferredScalars, Parallel
-from trainer.parallel.compression import HALF, add_comm_hook
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
+
+HALF = ("bf16", "fp16")
+"""These exchange gradients in 16 bits."""
 
 
 class VotingStep(nn.Module):
@@ -213,3 +215,24 @@ def coalesced(change: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> 
         change(flat)
         for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:
+    """Register the compression that the job asks for."""
+    if options.compression == "powersgd":
+        state = powerSGD_hook.PowerSGDState(None, options.powersgd_rank, start_powerSGD_iter=10)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook if ddp.device_type != "cpu" else one_by_one)
+    elif options.compression in HALF:
+        hook = getattr(default_hooks, f"{options.compression}_compress_hook")
+        # Under another name, because torch refuses its own hook for bf16 with gloo, which can do it.
+        ddp.register_comm_hook(None, lambda group, bucket: hook(group, bucket))
+
+
+def one_by_one(state: powerSGD_hook.PowerSGDState, bucket: GradBucket) -> Future[Tensor]:
+    """Finish a bucket before the next. PowerSGD starts more collectives in callbacks, in any order over buckets.
+
+    gloo pairs collectives by their order: with two buckets, ranks of torch 2.13 aborted.
+    """
+    result = powerSGD_hook.powerSGD_hook(state, bucket)
+    result.wait()
+    return result

@@ -1,10 +1,16 @@
 """The modes of one process, single and DataParallel, and the choice of a mode."""
 
+import copy
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
 from torch import nn
 
 from trainer.config.job import Job
+from trainer.data.nested import map_tensors
 from trainer.parallel.base import Parallel
-from trainer.parallel.cpu_replicas import ThreadReplicas
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
 
@@ -25,3 +31,57 @@ def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
 
         return Distributed(job, wiring, supervised)
     return DataParallel(job, wiring) if job.parallel == "dp" else Parallel(job, wiring)
+
+
+class ThreadReplicas(nn.Module):
+    """DataParallel on a CPU, where torch's does nothing: it does the same four steps in threads.
+
+    Replicate the module, scatter the batch along dimension 0, apply in `replicas` threads, gather the outputs.
+    Chunks of different sizes are exact, because outputs are per sample. The gradients of all replicas add up in the
+    original. Layers that draw random numbers share one generator, in the order in which the threads reach it.
+    """
+
+    def __init__(self, module: nn.Module, replicas: int) -> None:
+        super().__init__()
+        self.module = module
+        self.replicas = replicas
+        self.threads = ThreadPoolExecutor(replicas, thread_name_prefix="replica")
+
+    def forward(self, batch: Any, evaluate: bool = False) -> Any:
+        """Compute the module's outputs for the whole batch, in the order of its samples."""
+        chunks = scatter(batch, self.replicas)
+        replicas = [self.module, *(replicate(self.module) for _ in chunks[1:])]
+        grad = torch.is_grad_enabled()
+
+        def apply(replica: nn.Module, chunk: Any) -> Any:
+            with torch.set_grad_enabled(grad):
+                return replica(chunk, evaluate)
+
+        outputs = list(self.threads.map(apply, replicas, chunks))
+        if isinstance(outputs[0], Mapping):
+            return {key: torch.cat([output[key] for output in outputs]) for key in outputs[0]}
+        return torch.cat(outputs)
+
+
+def scatter(batch: Any, parts: int) -> list[Any]:
+    """Cut the tensors of a batch as `torch.chunk` does, into at most `parts`; everything else goes into each part."""
+    counts: list[int] = []
+    map_tensors(batch, lambda tensor: counts.append(len(tensor.chunk(parts))))
+
+    def part(index: int) -> Any:
+        return map_tensors(batch, lambda tensor: tensor.chunk(parts)[index])
+
+    return [part(index) for index in range(min(counts, default=parts))]
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """Copy the modules and their buffers. All replicas compute with the original's parameters.
+
+    Other attributes are the same objects in the replica, as with `torch.nn.DataParallel`. Only dicts are copied,
+    because torch keeps submodules, parameters and buffers in dicts, and empty ones need no copy.
+    """
+    kept: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for part in module.modules():
+        kept |= {id(value): value for value in vars(part).values() if not (isinstance(value, dict) and value)}
+    buffers = {id(buffer): buffer.clone() for buffer in module.buffers()}
+    return copy.deepcopy(module, kept | buffers)  # a deep copy takes from this dict what it finds there

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.parallel.cpu_replicas import ThreadReplicas, replicate, scatter
+from trainer.parallel.modes import ThreadReplicas, replicate, scatter
 
 
 class Pair(NamedTuple):
