@@ -15,7 +15,7 @@ from commits import commit_until_killed, payload, value_of
 from ranks import start
 
 from trainer.checkpoint import files as checkpoint
-from trainer.checkpoint.files import PAYLOAD, committed, newest_good, prune, sweep
+from trainer.checkpoint.files import PAYLOAD, committed, newest_good, prune, step_of, sweep
 from trainer.run.attempts import StaleAttempt, claim
 from trainer.run.folder import RunFolder
 
@@ -42,7 +42,7 @@ def test_sigkill_at_any_file_operation_leaves_the_previous_or_the_new_one(
         saved, refused = newest_good(root)
         assert saved is not None and not refused
         seen.append(value_of(saved))
-        assert (saved.step, seen[-1]) in ((steps[-1], OLD), (again, NEW))
+        assert (step_of(saved), seen[-1]) in ((steps[-1], OLD), (again, NEW))
         assert len(list(committed(root))) >= min(len(steps), keep_last)
         checkpoint.commit(root, again + 1, payload(NEW), {}, 0)  # and the next save finds nothing in its way
         prune(root, 1, best)
@@ -83,7 +83,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 8):
         checkpoint.commit(tmp_path, step, payload(OLD), {}, 0)
     prune(tmp_path, 2, "step-000000003")
-    assert [saved.step for saved in committed(tmp_path)] == [7, 6, 3]
+    assert [step_of(folder) for folder in committed(tmp_path)] == [7, 6, 3]
 
 
 def test_prune_leaves_what_a_person_put_there(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_prune_leaves_what_a_person_put_there(tmp_path: Path) -> None:
         "step-000000001-for-the-paper", "step-000000003", "step-notes",
     ]  # fmt: skip
     saved, refused = newest_good(tmp_path)
-    assert saved is not None and saved.step == 3 and not refused
+    assert saved is not None and step_of(saved) == 3 and not refused
 
 
 def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_all_is_on_the_disk_before_it_is_visible(tmp_path: Path, monkeypatch: py
     root = tmp_path / "checkpoints"
     saved = checkpoint.commit(root, 7, payload(NEW), {}, 0)
     pending = f".pending-step-000000007-{os.getpid()}"
-    whole = {name: f"{name} {(saved.folder / name).stat().st_size}" for name in (*PAYLOAD, "manifest.json")}
+    whole = {name: f"{name} {(saved / name).stat().st_size}" for name in (*PAYLOAD, "manifest.json")}
     assert done == [
         *(("fsync", whole[name]) for name in (*PAYLOAD, "manifest.json")),
         ("fsync", pending), ("rename", f"{pending} step-000000007"), ("fsync", "checkpoints"),

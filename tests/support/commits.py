@@ -21,12 +21,9 @@ def payload(value: float) -> dict[str, Any]:
     return {"model.pt": {"weight": torch.full((300,), value)}, "state.pt": {"position": {"step": 1}, "value": value}}
 
 
-def value_of(saved: checkpoint.Saved) -> float:
+def value_of(folder: Path) -> float:
     """Of `payload`, read from both files."""
-    weight, value = (
-        checkpoint.load(saved.folder, "model.pt")["weight"],
-        checkpoint.load(saved.folder, "state.pt")["value"],
-    )
+    weight, value = checkpoint.load(folder, "model.pt")["weight"], checkpoint.load(folder, "state.pt")["value"]
     assert torch.equal(weight, torch.full((300,), value)), "files of two checkpoints were mixed"
     return float(value)
 

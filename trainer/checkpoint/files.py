@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,20 +33,13 @@ class DamagedCheckpoint(RuntimeError):
     """A checkpoint's files are not those of its manifest."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """One committed checkpoint."""
-
-    folder: Path
-
-    @property
-    def step(self) -> int:
-        """Steps done when it was saved."""
-        return int(self.folder.name.removeprefix("step-"))
+def step_of(folder: Path) -> int:
+    """Steps done when a checkpoint was saved."""
+    return int(folder.name.removeprefix("step-"))
 
 
-def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Saved:
-    """Write `payload` (file name to object) and its manifest, and make them visible as `root/step-<step>`.
+def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Path:
+    """Write `payload` (file name to object) and its manifest; return `root/step-<step>`, which is visible now.
 
     Raises:
         OSError: nothing became visible, and what there was before is untouched.
@@ -76,15 +68,15 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
         shutil.rmtree(pending, ignore_errors=True)
         _put_back(root)
         raise
-    return Saved(target)
+    return target
 
 
 def prune(root: Path, keep_last: int, best: str | None) -> None:
     """Remove what is neither among the newest `keep_last` nor named `best`; call only after a commit."""
-    for saved in list(committed(root))[keep_last:]:
-        if saved.folder.name != best:
-            doomed = root / f".pruned-{saved.folder.name}"
-            saved.folder.rename(doomed)  # a half-removed folder must not look like a damaged checkpoint
+    for folder in list(committed(root))[keep_last:]:
+        if folder.name != best:
+            doomed = root / f".pruned-{folder.name}"
+            folder.rename(doomed)  # a half-removed folder must not look like a damaged checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
     _remove(root, ".replaced-*")
 
@@ -109,9 +101,9 @@ def _put_back(root: Path) -> None:
             stale.rename(target)
 
 
-def committed(root: Path) -> Iterator[Saved]:
+def committed(root: Path) -> Iterator[Path]:
     """Committed checkpoints, the newest first; whether they are whole says `verify`."""
-    return (Saved(path) for path in sorted(root.glob("step-*"), reverse=True) if NAME.fullmatch(path.name))
+    return (path for path in sorted(root.glob("step-*"), reverse=True) if NAME.fullmatch(path.name))
 
 
 def verify(folder: Path) -> None:
@@ -137,18 +129,18 @@ def verify(folder: Path) -> None:
             raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
 
 
-def newest_good(root: Path) -> tuple[Saved | None, dict[Path, str]]:
+def newest_good(root: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and the folders of newer ones with what is wrong with them.
 
     Raises DamagedCheckpoint: there are checkpoints and none is whole: starting over silently would lose work.
     """
     refused: dict[Path, str] = {}
-    for saved in committed(root):
+    for folder in committed(root):
         try:
-            verify(saved.folder)
-            return saved, refused
+            verify(folder)
+            return folder, refused
         except DamagedCheckpoint as error:
-            refused[saved.folder] = str(error)
+            refused[folder] = str(error)
     if refused:
         raise DamagedCheckpoint("every checkpoint is damaged: " + "; ".join(refused.values()))
     return None, refused

@@ -2,22 +2,22 @@
 
 Under DDP every rank holds the weights, the optimizer and the position after the last update. When a peer dies, a
 survivor leaves them in the memory of its agent (`trainer.checkpoint.memory`). Buffers, such as batch statistics,
-differ between ranks, and those of rank 0 count (`trainer.checkpoint.buffer_notes`). On GPUs a process runs ahead of
-its device and cannot tell which updates its weights have seen: there only checkpoints count.
+differ between ranks, and those of rank 0 count (`BufferNotes`). On GPUs a process runs ahead of its device and cannot
+tell which updates its weights have seen: there only checkpoints count.
 """
 
 import io
+import itertools
 import signal
 import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.checkpoint.buffer_notes import BufferNotes
 from trainer.checkpoint.files import Hashing, dump
-from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, SILENT, Memory, keeps_state
+from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, NOTE, NOTE_HEAD, NOTES, ROOM, SILENT, Memory, keeps_state
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
 
@@ -25,6 +25,62 @@ UPDATE_S = 1.0
 """For an update that is going on when the rank is asked."""
 Key = tuple[int, int]
 """(attempt, moment): twice the steps done, plus one when the evaluation or checkpoint due after them is done too."""
+
+
+class BufferNotes:
+    """The buffers of a model that a checkpoint holds, and where each stands in a note of rank 0.
+
+    DDP shares them before a forward pass only. Should rank 0 die, no survivor has those of the last step, so it notes
+    them in the memory of its agent in every step. A model without buffers takes no notes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.memory: Memory | None = None
+        saved = model.state_dict(keep_vars=True)
+        self.buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in saved}
+        ends = [0, *itertools.accumulate(-(-buffer.nbytes // 64) * 64 for buffer in self.buffers.values())]
+        self.offsets, self.size = dict(zip(self.buffers, ends, strict=False)), ends[-1]
+        self.fit = self.size <= ROOM
+
+    def start(self, memory: Memory, attempt: int, step: int) -> None:
+        """Rank 0 begins after `step`; no other rank takes notes."""
+        if not self.buffers:
+            return
+        self.memory, self.attempt, self.notes = memory, attempt, []
+        for index in range(NOTES):
+            place = memory.note_offset(index)
+            NOTE.pack_into(memory.notes, place, 0, -1, 0)
+            room = torch.frombuffer(memory.notes, dtype=torch.uint8, count=ROOM, offset=place + NOTE_HEAD)
+            self.notes.append([(self._find(room, name), buffer) for name, buffer in self.buffers.items()])
+        self.write(step)
+
+    def _find(self, room: Tensor, name: str) -> Tensor:
+        """The buffer called `name` in the contents of a note."""
+        buffer, offset = self.buffers[name], self.offsets[name]
+        return room[offset : offset + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+
+    def write(self, step: int) -> None:
+        """Note the buffers as they are after the forward passes of `step`."""
+        if self.memory is None:
+            return
+        place = self.memory.note_offset(step)
+        NOTE.pack_into(self.memory.notes, place, 0, -1, 0)
+        for noted, buffer in self.notes[step % NOTES]:
+            noted.copy_(buffer)
+        NOTE.pack_into(self.memory.notes, place, self.attempt, step, self.size)
+
+    def hold(self) -> bool:
+        """Whether the model still has the tensors that are noted: user code may have put others in their place."""
+        now = dict(self.model.named_buffers(remove_duplicate=False))
+        return all(now.get(name) is buffer for name, buffer in self.buffers.items())
+
+    def put(self, note: bytes, contents: dict[str, Any]) -> None:
+        """Give all models in a checkpoint's `contents` the noted buffers: the average copies the model's."""
+        room = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+        average = contents["average"]
+        for weights in (contents["model"], *([average["model"]] if average else [])):
+            weights.update({name: self._find(room, name) for name in self.buffers})
 
 
 class Handover:

@@ -110,8 +110,8 @@ class TrainingState:
             self.best = value, f"step-{step:09d}"
 
     def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
-        saved = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
-        self.report.event("checkpoint", step=step, folder=str(saved.folder.relative_to(self.report.run.path)))
+        folder = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
+        self.report.event("checkpoint", step=step, folder=str(folder.relative_to(self.report.run.path)))
         checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 
     def resume(self) -> None:
@@ -144,8 +144,8 @@ class TrainingState:
             folder.rename(self.root / f"damaged-{folder.name}-{time.time_ns()}")  # or it would count as kept
         if saved is None:
             return None
-        self.report.event("resume", step=saved.step, folder=saved.folder.name)
-        return str(saved.folder)
+        self.report.event("resume", step=checkpoint.step_of(saved), folder=saved.name)
+        return str(saved)
 
     def _load(self, folder: Path) -> None:
         """Restore from a folder; rank 0 reads where some node does not see it: no shared volume, or one that lags."""

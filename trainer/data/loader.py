@@ -36,10 +36,6 @@ def _start_worker(_: int) -> None:
             heartbeat.with_name(f"worker-{os.getpid()}").touch()
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class Loader:
     """Batches for given keys, read in order, in worker processes when asked for."""
 
@@ -54,9 +50,9 @@ class Loader:
         if options.workers:
             # A rank's own default context is a second fork server: 3 s, torch again. A key is a batch, hence no size.
             self.workers = DataLoader(
-                self.batches, batch_size=None, sampler=self, collate_fn=_as_it_is, num_workers=options.workers,
-                prefetch_factor=options.prefetch, persistent_workers=True, multiprocessing_context="fork",
-                worker_init_fn=_start_worker, pin_memory=self.pin,
+                self.batches, batch_size=None, sampler=self, collate_fn=lambda batch: batch, pin_memory=self.pin,
+                num_workers=options.workers, prefetch_factor=options.prefetch, persistent_workers=True,
+                multiprocessing_context="fork", worker_init_fn=_start_worker,
             )  # fmt: skip
 
     def read(self, keys: Iterable[Keys]) -> Iterator[Any]:

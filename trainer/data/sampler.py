@@ -21,6 +21,11 @@ class Position:
     samples: int = 0
     """Consumed in this epoch by all ranks together."""
 
+    def after(self, samples: int, count: int) -> "Position":
+        """One step of `samples` further, in the next epoch if all `count` of this one are consumed."""
+        over = self.samples + samples >= count
+        return Position(self.step + 1, self.epoch + over, 0 if over else self.samples + samples)
+
 
 def epoch_order(seed: int, epoch: int, count: int) -> Indices:
     """The order of `count` samples in an epoch, shape (count,).

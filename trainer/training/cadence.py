@@ -29,9 +29,3 @@ class Cadence:
         """Whether a checkpoint follows."""
         every = self.job.checkpoint.every_steps
         return position.step >= self.steps or not position.samples or bool(every and position.step % every == 0)
-
-    def next_step(self, position: Position) -> int:
-        """The first step after `position` that either follows; the last of an epoch always is one."""
-        step, left = position.step, self.sampler.count - position.samples
-        every = [n for n in (self.job.evaluation.every_steps, self.job.checkpoint.every_steps) if n]
-        return min(self.steps, step - (-left // self.sampler.batch_size), *(step - step % n + n for n in every))

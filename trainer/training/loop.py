@@ -22,7 +22,7 @@ from trainer.training.cadence import Cadence
 from trainer.training.determinism import missing_kernels_named
 from trainer.training.evaluation import check_count, evaluate
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
-from trainer.training.optimizer import copy_tensors, make_average, make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.training.optimizer import WeightAverage, copy_tensors, make_optimizer, make_scaler, make_schedule, set_rate
 
 
 class Trainer:
@@ -50,7 +50,7 @@ class Trainer:
         self.loss_check = LossCheck(train.on_nan, report)
         self.rate = make_schedule(train, self.steps)
         self.scaler = make_scaler(train.precision, device)
-        self.average = make_average(model, train.ema_decay)
+        self.average = None if train.ema_decay is None else WeightAverage(model, train.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loader = Loader(train_data, task, job.data, job.seed, parallel.cuda)
         self.eval_loader = Loader(eval_data, task, job.data, job.seed, parallel.cuda)
@@ -92,7 +92,6 @@ class Trainer:
         self.handover.start(self.position.step, self.state.evaluated)
         if self.position.step and not self.state.evaluated:
             self.finish_step()
-        self.next_due = self.cadence.next_step(self.position)
         while self.position.step < self.steps:
             for micros in self.epoch():
                 self.train_step(micros)
@@ -142,14 +141,15 @@ class Trainer:
                 self.report.samples(position, micros)
                 self.handover.note_buffers()
             parallel.backward(losses, weight, self.scaler, self.stop())
-        due = position.step + 1 == self.next_due
+        step_count = micros[0][0].step_count
+        after = position.after(step_count, self.sampler.count)
+        due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)
         loss, stop = parallel.agree(due)
         self.handover.begin_update()
-        if self.loss_check.allows_update(loss, position.step + 1, [micro for micro, _ in micros]):
+        if self.loss_check.allows_update(loss, after.step, [micro for micro, _ in micros]):
             self.update()
         self.drop_gradients()
-        step_count = micros[0][0].step_count
-        self.advance(step_count)
+        position.step, position.epoch, position.samples = after.step, after.epoch, after.samples
         whole = parallel.finish_step(self.optimizer, due)
         self.state.evaluated = not due
         self.handover.end_update(position.step)
@@ -158,15 +158,6 @@ class Trainer:
             self.save_and_stop()
         if due:
             self.finish_step()
-            self.next_due = self.cadence.next_step(position)
-
-    def advance(self, samples: int) -> None:
-        """One step and so many samples further, in the next epoch if this one is over."""
-        position = self.position
-        position.step += 1
-        position.samples += samples
-        if position.samples >= self.sampler.count:
-            position.epoch, position.samples = position.epoch + 1, 0
 
     def seed_generators(self, number: int, stream: bytes) -> None:
         """Seed all generators for what is computed at the current position, so none is ever saved."""

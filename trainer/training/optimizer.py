@@ -121,8 +121,3 @@ def copy_tensors(kept: Iterable[Tensor], new: Iterable[Tensor]) -> None:
     """Give tensors new values."""
     for old, value in zip(kept, new, strict=True):
         old.copy_(value)
-
-
-def make_average(model: nn.Module, decay: float | None) -> WeightAverage | None:
-    """The average that the job asks for, if it does."""
-    return None if decay is None else WeightAverage(model, decay)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.checkpoint.buffer_notes import BufferNotes
+from trainer.checkpoint.handover import BufferNotes
 from trainer.checkpoint.memory import NOTE, STATE, Memory
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.data.batches import BatchDataset, SeededDataset
+from trainer.data.batches import BatchDataset
 from trainer.data.rng import COLLATING, EVALUATION, SAMPLES, STEPS, derive_seed, seed_generators
 from trainer.tasks.digits import Digits
 
@@ -59,12 +59,12 @@ class Noise(Dataset[Any]):
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone() -> None:
-    data = SeededDataset(Noise(), 7)
-    first = [data.read(epoch, range(10)) for epoch in range(3)]
+    data = BatchDataset(Noise(), Digits(), 7)
+    first = [[data.sample(epoch, index) for index in range(10)] for epoch in range(3)]
     draw()
-    assert [[data.read(epoch, [index])[0] for index in range(10)] for epoch in range(3)] == first
+    assert [[data.sample(epoch, index) for index in reversed(range(10))][::-1] for epoch in range(3)] == first
     assert len({values[1:] for batch in first for values in batch}) == 30
-    assert SeededDataset(Noise(), 8).read(0, [0]) != first[0][:1]
+    assert BatchDataset(Noise(), Digits(), 8).sample(0, 0) != first[0][0]
 
 
 class Mixing(Digits):

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
-from trainer.training.optimizer import make_average, make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.training.optimizer import WeightAverage, make_optimizer, make_scaler, make_schedule, set_rate
 
 
 @pytest.mark.parametrize("schedule, expected", [
@@ -82,8 +82,7 @@ def test_fp16_needs_a_gpu() -> None:
 def test_the_average_is_torchs_and_its_buffers_are_the_newest() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    average, reference = make_average(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    assert average is not None and make_average(model, None) is None
+    average, reference = WeightAverage(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for _ in range(5):
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter)
