@@ -41,9 +41,7 @@ def step_of(folder: Path) -> int:
 def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Path:
     """Write `payload` (file name to object) and its manifest; return `root/step-<step>`, which is visible now.
 
-    Raises:
-        OSError: nothing became visible, and what there was before is untouched.
-        StaleAttempt: a later attempt owns the run.
+    Raises OSError, StaleAttempt (a later one owns the run): nothing became visible, what was there is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     pending = root / f".pending-step-{step:09d}-{os.getpid()}"
@@ -199,14 +197,18 @@ class Hashing:
         return len(view)
 
 
-def dump(value: Any, file: Hashing) -> None:
-    """What torch.load reads, without zip's own checksums: they would be computed while no other thread can run."""
-    before = get_crc32_options()
+def dump(value: Any, file: BinaryIO) -> bytes:
+    """Write what torch.load reads; return its sha256.
+
+    Zip's own checksums are left out: they would be computed while no other thread can run.
+    """
+    hashing, before = Hashing(file), get_crc32_options()
     set_crc32_options(False)
     try:
-        torch.save(value, file)  # type: ignore[arg-type]
+        torch.save(value, hashing)  # type: ignore[arg-type]
     finally:
         set_crc32_options(before)
+    return hashing.digest.digest()
 
 
 @contextmanager
@@ -220,9 +222,8 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
 
 def _write(path: Path, value: Any) -> dict[str, Any]:
     with _new_file(path) as file:
-        hashing = Hashing(file)
-        dump(value, hashing)
-        return {"bytes": file.tell(), "sha256": hashing.digest.hexdigest()}
+        digest = dump(value, file)
+        return {"bytes": file.tell(), "sha256": digest.hex()}
 
 
 def _sync_folder(path: Path) -> None:

@@ -11,12 +11,12 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.files import Hashing, dump
+from trainer.checkpoint.files import dump
 from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, NOTE, NOTE_HEAD, NOTES, ROOM, SILENT, Memory, keeps_state
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
@@ -115,14 +115,12 @@ class Handover:
 
     def begin_update(self) -> None:
         """An update begins."""
-        if self.memory is not None:
-            self.lock.acquire()
+        self.lock.acquire()
 
     def end_update(self, step: int) -> None:
         """The update to `step` is done."""
-        if self.memory is not None:
-            self.moment = 2 * step
-            self.lock.release()
+        self.moment = 2 * step
+        self.lock.release()
 
     def finish_step(self) -> None:
         """What was due after the step is done."""
@@ -137,16 +135,11 @@ class Handover:
         held = self.lock.acquire(timeout=UPDATE_S)
         try:
             if held and self.notes.hold():
-                memory.write_state((self.attempt, self.moment), self._dump)
+                memory.write_state((self.attempt, self.moment), lambda file: dump(self.contents(), file))
         finally:
             memory.answer(local_rank, ANSWERED)
             if held:
                 self.lock.release()
-
-    def _dump(self, file: BinaryIO) -> bytes:
-        hashing = Hashing(file)
-        dump(self.contents(), hashing)
-        return hashing.digest.digest()
 
     def _listen(self) -> None:
         while True:

@@ -28,16 +28,16 @@ class TrainingState:
 
     def __init__(
         self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
-        average: AveragedModel | None, position: Position, parallel: Parallel, report: Report,
+        average: AveragedModel | None, parallel: Parallel, report: Report,
     ) -> None:  # fmt: skip
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
-        self.average, self.position, self.parallel, self.report = average, position, parallel, report
+        self.average, self.position, self.parallel, self.report = average, Position(), parallel, report
         self.root = report.run.checkpoints
         self.config = read_sections(report.run.job) if report.run.job.exists() else {}
         """As it was given: interpolations stay as written, so it holds no secret."""
         self.writer = Writer(job.checkpoint.asynchronous)
         self.handover = Handover(job, parallel, model, report.attempt, self.contents)
-        self.beat = partial(report.phase, "saving", position)
+        self.beat = partial(report.phase, "saving", self.position)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.measured_at = -1

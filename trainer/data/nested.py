@@ -22,10 +22,9 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
         kept = copy.copy(batch)  # a subclass may have more to it than its items
         kept.update(values)
         return kept
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(value, function) for value in batch)
+        items = [map_tensors(value, function) for value in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = [field.name for field in dataclasses.fields(batch) if field.init]
         return dataclasses.replace(batch, **{name: map_tensors(getattr(batch, name), function) for name in fields})

@@ -39,7 +39,7 @@ class Parallel:
     """How a rank computes a step, and how it exchanges values with the other ranks; here there are none."""
 
     module: nn.Module
-    """The wrapped step."""
+    """The step, wrapped for the devices of this rank; it exchanges nothing with the other ranks."""
     warms_up = False
     """Whether `warm_up` must be called before the first step."""
     steps = 0
@@ -72,11 +72,6 @@ class Parallel:
         """The losses of this rank's micro-batch, one for each sample, on the first device; `last`: of the step."""
         losses: Tensor = self.module(batch)
         return losses
-
-    def evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Losses and metrics, one for each sample, of a batch that this rank alone computes."""
-        result: dict[str, Tensor] = self.module(batch, True)
-        return result
 
     def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
         """Add the gradients of a micro-batch, and remember its loss and `stop` for `agree`.

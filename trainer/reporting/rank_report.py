@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -18,7 +19,6 @@ from trainer.parallel.base import DeferredScalars, Parallel
 from trainer.records import write_json
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.metrics import Sink, make_sinks
-from trainer.reporting.profile import Profile
 from trainer.run.folder import RunFolder
 
 
@@ -156,3 +156,29 @@ class Report:
             sink.close()
         if self.samples_file is not None:
             self.samples_file.close()
+
+
+class Profile:
+    """The trace of steps `first` to `last`, of which the first of a run is 1, for chrome://tracing or Perfetto."""
+
+    def __init__(self, steps: Sequence[int], path: Path) -> None:
+        """`steps`: (first, last), or none to trace nothing. `path`: the file to write."""
+        self.first, self.last = steps or (1, 0)
+        self.path = path
+        self.profiler: torch.profiler.profile | None = None
+
+    def step(self, done: int) -> None:
+        """So many steps are done: begin or end the trace here, if it begins or ends here."""
+        if self.profiler is None and self.first <= done + 1 <= self.last:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.profiler is not None and done >= self.last:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace, if one was begun. A run may end before the last step to trace."""
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.path.parent.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.path))
+            self.profiler = None

@@ -1,5 +1,6 @@
 """Exact evaluation: each held-out sample once, sums in a fixed order, so every world size gives the same numbers."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def evaluate(
                     number, indices = plan[turn]
                     batch = next(batches)
                     seed(number)
-                    values = parallel.evaluate(batch)
+                    values = parallel.module(batch, True)
                     check_count(values["loss"], len(indices))
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
                     sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
@@ -53,9 +54,7 @@ def evaluate(
         step.model = own
     parts = parallel.gather_objects(map_tensors(sums, Tensor.cpu))
     every: list[dict[str, Any]] = [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]
-    total = every[0]
-    for part in every[1:]:
-        total = {key: total[key] + part[key] for key in total}
+    total = {key: functools.reduce(torch.add, (values[key] for values in every)) for key in every[0]}
     loss = float(total.pop("loss")) / count
     seed(len(every))
     return {"loss": loss, **task.summary(total, count)}

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,35 @@ from trainer.parallel.base import Parallel
 from trainer.parallel.fast_path import make_step
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
-from trainer.training.cadence import Cadence
 from trainer.training.determinism import missing_kernels_named
 from trainer.training.evaluation import check_count, evaluate
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
 from trainer.training.optimizer import WeightAverage, copy_tensors, make_optimizer, make_scaler, make_schedule, set_rate
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """After which steps an evaluation and a checkpoint follow: of job and position alone, so all ranks agree."""
+
+    job: Job
+    sampler: Sampler
+    steps: int
+    """Of the whole training."""
+
+    def evaluation(self, position: Position) -> bool:
+        """Whether an evaluation follows."""
+        every = self.job.evaluation.every_steps
+        epochs = -(-position.step // self.sampler.steps_per_epoch)
+        return (
+            position.step >= self.steps
+            or bool(every and position.step % every == 0)
+            or (not position.samples and epochs % self.job.evaluation.every_epochs == 0)
+        )
+
+    def checkpoint(self, position: Position) -> bool:
+        """Whether a checkpoint follows."""
+        every = self.job.checkpoint.every_steps
+        return position.step >= self.steps or not position.samples or bool(every and position.step % every == 0)
 
 
 class Trainer:
@@ -56,17 +81,13 @@ class Trainer:
         self.eval_loader = Loader(eval_data, task, job.data, job.seed, parallel.cuda)
         dtype = torch.float64 if train.precision == "float64" else None
         self.mover = DeviceMover(device, dtype, train.channels_last, job.data.prefetch)
-        objects = model, self.optimizer, self.scaler, self.average
-        self.position = Position()
-        self.state = TrainingState(job, *objects, self.position, parallel, report)
-        self.handover = self.state.handover
+        self.state = TrainingState(job, model, self.optimizer, self.scaler, self.average, parallel, report)
+        self.position, self.handover = self.state.position, self.state.handover
 
     def fit(self, on_failure: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
         """Train to the end and return the last evaluation; `on_failure` is called with an exception before all else.
 
-        Raises:
-            Stopped: on request, with a checkpoint committed.
-            NonFiniteLoss: with `on_nan: halt`.
+        Raises Stopped: on request, with a checkpoint committed. Raises NonFiniteLoss: with `on_nan: halt`.
         """
         try:
             with missing_kernels_named():

@@ -54,8 +54,6 @@ def make_schedule(train: Train, steps: int) -> Callable[[int], float]:
     own = train.schedule not in ("constant", "cosine", "linear")
     custom = find_object("train.schedule", train.schedule) if own else None
     warmup, floor = train.warmup_steps, train.min_lr_ratio
-    if train.schedule == "constant" and not warmup:
-        return lambda step: train.lr
 
     def rate(step: int) -> float:
         if step < warmup:

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.config.job import Checkpoints, Evaluation, Job
 from trainer.data.sampler import Position, Sampler
-from trainer.training.cadence import Cadence
+from trainer.training.loop import Cadence
 
 COUNT, STEPS = 22, 17
 
