@@ -45,7 +45,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Merge defaults, job file and overrides, unresolved. Raises JobError: unreadable file, unknown key, wrong type."""
     path = Path(path)
     add_import_paths(path / "job.yaml" if path.is_dir() else path)
-    written = read_sections(path, TEXTS, "JOB", "A job file is a mapping: name, task, train, ...")
+    written = read_sections(path, TEXTS, "JOB")
     given = parse_overrides(overrides)
     if given.get("parallel") == "single" and "devices" not in given:
         for key in {"nodes", "devices_per_node", "devices"} - given.keys():
@@ -75,8 +75,8 @@ def to_job(config: DictConfig) -> Job:
     try:
         job = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        remedy = "Set what the interpolation refers to"
-        raise JobError(str(error.full_key or "?"), "${...}", _first_line(error), remedy) from None
+        key, remedy = str(error.full_key or "?"), "Set what the interpolation refers to"
+        raise JobError(key, "${...}", _first_line(error), remedy) from None
     assert isinstance(job, Job)
     for name, item in KEYS.items():
         value = operator.attrgetter(name)(job)
@@ -91,9 +91,7 @@ def to_text(config: DictConfig) -> str:
     return OmegaConf.to_yaml(config, resolve=False)
 
 
-def read_sections(
-    path: Path, texts: Container[str] = (), what: str = "file", form: str = "Write a mapping: one `key: value` a line"
-) -> dict[str, Any]:
+def read_sections(path: Path, texts: Container[str] = (), what: str = "file") -> dict[str, Any]:
     """Read a YAML file into plain dictionaries. Raises JobError for `what`: not there, or not a mapping in YAML."""
     if path.is_dir():
         path = path / "job.yaml"
@@ -109,7 +107,7 @@ def read_sections(
         where = " ".join(str(error).split())
         raise JobError(what, str(path), f"is not valid YAML: {where}", "Correct the line named above") from None
     if not isinstance(content, dict):
-        raise JobError(what, str(path), "is not a mapping of keys", form)
+        raise JobError(what, str(path), "is not a mapping of keys", "Write one `key: value` a line")
     return content
 
 

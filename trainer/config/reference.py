@@ -25,9 +25,7 @@ def reference() -> str:
 
 def _table(title: str, kind: type[Any], prefix: str) -> list[str]:
     lines = [f"## {title}", "", "| key | default | type | meaning |", "| --- | --- | --- | --- |"]
-    for item in dataclasses.fields(kind):
-        if "help" not in item.metadata:
-            continue
+    for item in (item for item in dataclasses.fields(kind) if "help" in item.metadata):
         default = item.default_factory() if callable(item.default_factory) else item.default
         limits = item.metadata.get("choices")
         meaning = item.metadata["help"] + (f" (one of {', '.join(limits)})" if limits else "")

@@ -6,6 +6,7 @@ Never imports torch: both sides of a submission use it. What the files hold is w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -159,11 +160,9 @@ class RunFolder:
 def _make_unique(root: Path, name: str) -> Path:
     while True:
         path = root / f"{name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        try:
+        with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o755)
-        except FileExistsError:
-            continue
-        return path
+            return path
 
 
 def last_event(events: list[Event], *names: str) -> Event | None:
