@@ -1,8 +1,8 @@
 """Checkpoints: committed whole or not at all, verified before they are believed.
 
 A checkpoint is a folder `step-<n>` with `model.pt` (the plain state dict of the unwrapped model), `state.pt`
-(optimizer, scaler, average, position) and `manifest.json`, which is written last and holds the
-sha256 of the others. It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
+(optimizer, scaler, average, position) and `manifest.json`, which is written last and holds the sha256 of the others.
+It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
 """
 
 import hashlib

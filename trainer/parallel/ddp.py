@@ -78,8 +78,7 @@ class Distributed(Parallel):
         """Let DDP choose its gradient buckets.
 
         It reorders them after its first step. With more than two ranks the place of an element in its bucket decides
-        in which order the values of the ranks are added, so the first step after a resume would differ in its last
-        bits.
+        in which order the ranks' values are added, so the last bits of the first step after a resume would differ.
         """
         self.backward(self.losses(batch), 0.0, None, False)
         self._check_unused()

@@ -35,9 +35,7 @@ def train(
     exception the process must end at once: the process group is still open, because NCCL closes it only together with
     the other ranks, and they wait for this one.
 
-    Raises:
-        Stopped: on request, with a checkpoint committed (exit code 75).
-        JobError: the job or the user's code is wrong (exit code 64).
+    Raises Stopped: on request, with a checkpoint committed. Raises JobError: the job or the user's code is wrong.
     """
     FLAG.install()
     wiring = rank_wiring()
