@@ -10,9 +10,11 @@ from trainer.agent.fork_server import KIND
 from trainer.signals import FLAG, set_parent_death_signal
 
 
-def load(*names: str) -> None:
+def load(*names: str, compiler: bool = False) -> None:
     """Import modules, without a collector that would look again and again, in vain, through all that they make."""
     gc.disable()
+    if compiler:
+        importlib.import_module("torch").compiler.disable(print)  # a public call that imports it
     for name in names:
         with contextlib.suppress(ImportError):  # a rank that needs it will say so
             importlib.import_module(name)
@@ -26,12 +28,12 @@ set_parent_death_signal(int(agent), signal.SIGKILL)  # also in the middle of an 
 
 load("torch", "torch.distributed.elastic.multiprocessing.errors")
 load("trainer.agent.rank_process", "trainer.agent.rank_store")
-# DDP and the first optimizer step import torch._dynamo, which takes 1 s. The steps of a task wait for it. A script may
-# communicate long before it trains, so its ranks start at once, and torch._dynamo is imported here a moment later, for
-# the ranks that follow a failure. A timer does it while this process waits for requests: the handler of its signal runs
+# DDP and the first optimizer step import torch's compiler, which takes 1 s. The steps of a task wait for it. A script
+# may communicate long before it trains, so its ranks start at once, and the compiler is imported here a moment later,
+# for the ranks that follow a failure. A timer does it while this process waits for requests: its handler runs
 # in the main thread, so there is still only one.
 if kind == "task":
-    load("torch._dynamo", "trainer.training.rank")
+    load("trainer.training.rank", compiler=True)
 else:
-    signal.signal(signal.SIGALRM, lambda *_: load("torch._dynamo"))
+    signal.signal(signal.SIGALRM, lambda *_: load(compiler=True))
     signal.setitimer(signal.ITIMER_REAL, 2.0)  # until then the ranks begin undisturbed

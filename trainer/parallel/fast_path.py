@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks
-from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 KINDS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
@@ -18,9 +17,9 @@ def make_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     """What to call for an update: `optimizer.step`, or what is inside its wrappers.
 
     torch wraps the step of its own optimizers for hooks, for traces and for its compiler: 4 % of a step of 3 ms. Hooks
-    for all optimizers are looked for (two private names: torch has no other way to list them); nobody but the loop has
-    this optimizer, so it has none of its own.
+    for all optimizers are looked for; nobody but the loop has this optimizer, so it has none of its own.
     """
+    pre_hooks, post_hooks = map(list_hooks, (register_optimizer_step_pre_hook, register_optimizer_step_post_hook))
     kind: Any = type(optimizer)
     wrapped: Any = getattr(getattr(kind.step, "__wrapped__", None), "__wrapped__", None)
     if kind not in KINDS or wrapped is None or pre_hooks or post_hooks:
@@ -31,6 +30,13 @@ def make_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
             wrapped(optimizer)
 
     return step
+
+
+def list_hooks(register: Callable[[Any], Any]) -> Any:
+    """The hooks that were registered with one of torch's functions. A handle of our own leads to them."""
+    handle = register(print)
+    handle.remove()
+    return handle.hooks_dict_ref()
 
 
 run_engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
