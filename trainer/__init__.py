@@ -1,7 +1,4 @@
-"""Muster's trainer: what runs inside a job.
-
-Importing this package imports nothing else, so that the submitting side (`trainer.launch`) stays quick.
-"""
+"""What runs inside a job, and the `muster` command. Importing this package imports nothing else: `muster` is quick."""
 
 
 def __getattr__(name: str) -> str:

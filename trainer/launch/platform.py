@@ -1,7 +1,4 @@
-"""What a platform must be able to do, and the registry.
-
-A new platform is a package, a template folder and a line of the registry.
-"""
+"""What a platform must be able to do. A new one is a package, a template folder and a line of the registry."""
 
 import importlib
 import shlex

@@ -3,18 +3,17 @@
 import math
 import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import WRONG_JOB
 from trainer.launch.docker.engine import check_engine, docker, refusal, run_quietly
-from trainer.launch.docker.site import DockerSite
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import JobStatus, Phase, Plan
-from trainer.launch.site import fabric_environment
+from trainer.launch.site import check_rules, fabric_environment
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
@@ -31,6 +30,39 @@ NOT_STARTED = (125, 126, 127)
 """Exit codes of `docker run` when the engine does not start the container (docker run, "Exit status")."""
 OF_THE_RUN = ("--rm", "--name=", "--network=", "--network-alias=")
 """Options that only make sense once the run's own network exists."""
+
+
+@dataclass
+class DockerSite:
+    """`docker/site.yaml`: see there for what each key means."""
+
+    image: str = "muster"
+    registry: str = ""
+    mounts: list[str] = field(default_factory=list)
+    shm: str = "auto"
+    network: str = "auto"
+    fabric: str = "none"
+    env_file: str = ""
+    extra_args: list[str] = field(default_factory=list)
+
+    @property
+    def reference(self) -> str:
+        return f"{self.registry.rstrip('/')}/{self.image}" if self.registry else self.image
+
+    def check(self) -> None:
+        """Refuse mounts and files that are not on this machine. Raises JobError: there are some."""
+        for mount in self.mounts:
+            source, *rest = mount.split(":")
+            well_formed = rest[:1] != [] and rest[0].startswith("/") and rest[1:] in ([], ["ro"])
+            check_rules([
+                (not well_formed, "mounts", mount, "is not source:target or source:target:ro",
+                 "Both are absolute paths"),
+                (not Path(source).exists(), "mounts", mount, f"{source} does not exist here",
+                 "Make the folder first: the engine would create it as root"),
+            ])  # fmt: skip
+        missing = bool(self.env_file) and not Path(self.env_file).is_file()
+        remedy = "Give the path of a file with NAME=value lines"
+        check_rules([(missing, "env_file", self.env_file, "does not exist here", remedy)])
 
 
 @dataclass
