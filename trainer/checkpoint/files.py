@@ -198,10 +198,7 @@ class Hashing:
 
 
 def dump(value: Any, file: BinaryIO) -> bytes:
-    """Write what torch.load reads; return its sha256.
-
-    Zip's own checksums are left out: they would be computed while no other thread can run.
-    """
+    """Write what torch.load reads, without zip's own checksums, which would block all threads; return its sha256."""
     hashing, before = Hashing(file), get_crc32_options()
     set_crc32_options(False)
     try:

@@ -38,10 +38,7 @@ class Plan(Generic[SiteT]):
     """Where `site` was read; None: the platform's own file."""
 
     def folder_lines(self, has_code: bool) -> list[str]:
-        """Shell lines for `muster render` that make the run folder; none where it exists.
-
-        `has_code`: whether the ranks find the user's code in the folder.
-        """
+        """Shell lines that make the run folder, if it is not there; `has_code`: ranks find the user's code in it."""
         if self.run.source.exists():
             return []
         paths = self.run.logs, self.run.events, self.run.code, self.run.job

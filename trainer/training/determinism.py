@@ -43,10 +43,7 @@ def any_kernels() -> Iterator[None]:
 
 @contextmanager
 def missing_kernels_named() -> Iterator[None]:
-    """Name the option when an operation has no deterministic kernel.
-
-    Raises JobError: in place of torch's RuntimeError.
-    """
+    """Raise a JobError that names the option, not torch's RuntimeError, for an operation without such a kernel."""
     try:
         yield
     except RuntimeError as error:

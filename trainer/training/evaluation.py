@@ -61,10 +61,7 @@ def evaluate(
 
 
 def check_count(losses: Tensor, count: int) -> None:
-    """Refuse losses that are not one for each of `count` samples: their mean would be over something else.
-
-    Raises JobError: another number.
-    """
+    """Refuse losses that are not one for each of `count` samples. Raises JobError: another number."""
     if losses.shape[0] != count:
         remedy = "Average over pixels, tokens and the like inside Task.loss"
         raise JobError("task.loss", tuple(losses.shape), f"must have one value for each of the {count} samples", remedy)
