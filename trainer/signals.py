@@ -9,10 +9,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """Kubernetes and Docker send TERM, Slurm sends USR2 before a time limit (our template asks for it), a person INT."""
 
 ORPHANED = signal.SIGHUP
-"""Tells a supervisor that the command which follows its run is gone.
-
-It may come twice: the kernel sends it whenever a thread of the command ends that was the parent meanwhile, and a
-progress bar has a thread. A second SIGTERM would end the run at once; a second SIGHUP changes nothing.
+"""Tells a supervisor that the command which follows its run is gone. It may come twice, and then changes nothing: the
+kernel sends it whenever a thread of the command ends that was the parent meanwhile, and a progress bar has a thread.
 """
 SUPERVISOR_SIGNALS = (*SIGNALS, ORPHANED)
 """Whoever starts a supervisor blocks these, so that none is lost before their handlers are there."""

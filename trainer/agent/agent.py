@@ -162,10 +162,11 @@ class NodeAgent:
         """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None)."""
         while True:
             connection.wait([process.sentinel for _, process in self._living()], 0.1)
+            living = self._living()  # first: a rank that ends from here on is looked at, with its last lines, next time
             self._copy_logs()
             if self.diagnosis.failed(self.processes):
                 return self._died()
-            if not self._living():
+            if not living:
                 return None
             wishes = self.rendezvous.look()
             self._relay_stop(wishes.stop)

@@ -4,8 +4,7 @@ A message is a line. A connection begins with a greeting, which is compared as b
 parsed, and an exchange that proves a secret can take the greeting's place. After it, each request is a JSON list and
 gets one JSON value.
 
-Why not torch's TCPStore: in torch 2.13 every operation of a client but `set` waits without bound for a server that does
-not answer, and the server serves anybody. What the agents write here is up to `trainer.agent.rendezvous`.
+What the agents write here is up to `trainer.agent.rendezvous`; docs/design.md says why this is not torch's TCPStore.
 """
 
 import asyncio

@@ -3,7 +3,6 @@
 Node 0 serves the agents' key-value store on the first candidate port that it can bind. The others try the same ports
 and accept a store only if it greets them as one of this job. The ranks of each round get a store of their own: from a
 shared one, restarted ranks would read the addresses of a dead attempt (with c10d's, 4 restarts of 22 recovered).
-What a round is, and what the agents tell each other in it: `trainer.agent.rounds`.
 """
 
 import socket
@@ -93,7 +92,10 @@ class NodeRendezvous:
         attempt = self.next_attempt(self.round, failures)
         if self.rank_store is not None:
             self.rank_store.close()
-        self.rank_store = RankStore(self.address)
+        try:
+            self.rank_store = RankStore(self.address)
+        except (EOFError, ConnectionError):  # the fork server is gone; multiprocessing starts another
+            self.rank_store = RankStore(self.address)
         self._store().set("round", self.round)
         self._store().set(f"{self.round}/plan", {"attempt": attempt, "master_port": self.rank_store.port})
 

@@ -1,15 +1,7 @@
 """What the agents of a job tell each other in a round. How they reach each other is up to `trainer.agent.rendezvous`.
 
-Four words, used everywhere in this sense:
-
-- A *launch* is one start of a job's agents by its platform: a submission, a requeue, `muster run` of an old run.
-  Its number is part of the agents' identity, so agents of two launches never meet.
-- A *round* is one meeting of the agents of a launch, numbered from 1. Each agent reports what failed, if anything
-  did; then node 0 plans: all agents start ranks, or the job ends. Whoever wants the next round ends the current one.
-- An *attempt* is one start of the ranks. Attempts are numbered over all launches of a run, from 0, and only the
-  newest may write checkpoints (`trainer.run.attempts`).
-- A *restart* is an attempt that follows a failure within a launch. `agent.restarts` limits how many may follow each
-  other without progress (`trainer.agent.restarts`).
+In a round each agent reports what failed, if anything did; then node 0 plans: all agents start ranks, or the job ends.
+Whoever wants the next round ends the current one. docs/faults.md explains launch, round, attempt and restart.
 """
 
 from collections.abc import Sequence

@@ -13,13 +13,13 @@ import yaml
 
 from trainer.errors import JobError
 
-INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+")
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+")
 NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 NAMED: dict[str, Any] = {
     "": None, "~": None, "null": None, "true": True, "false": False,
     ".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
 }  # fmt: skip
-COLOUR = re.compile(r":[ \t]+(#(?:[0-9a-fA-F]{3}){1,2})[ \t]*$", re.MULTILINE)
+COLOUR = re.compile(r"[ \t]+(#(?:[0-9a-fA-F]{3}){1,2})[ \t]*$", re.MULTILINE)
 ONE_OF_SEVERAL = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+""")
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
@@ -28,9 +28,6 @@ UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 def read_yaml(text: str, texts: Container[str] = (), key: str = "") -> Any:
     """Read a document, the value of `key`; `texts`: dotted keys declared as text. Raises what `UNREADABLE` lists."""
-    colour = COLOUR.search(text)
-    if colour:
-        raise ValueError(f"{colour[1]} is a comment to YAML: write '{colour[1]}', in quotes")
     node = yaml.compose(text, Loader=yaml.BaseLoader)  # which leaves all scalars as they are
     return {} if node is None else _read(node, texts, key)
 
@@ -50,11 +47,17 @@ def _read(node: yaml.Node, texts: Container[str], key: str) -> Any:
     raise ValueError(f"the tag {node.tag} is not supported{node.start_mark}")
 
 
-def _read_mapping(node: yaml.MappingNode, texts: Container[str], key: str) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    own: dict[str, Any] = {}
+def _read_mapping(node: yaml.MappingNode, texts: Container[str], key: str) -> dict[Any, Any]:
+    merged: dict[Any, Any] = {}
+    own: dict[Any, Any] = {}
     for name_node, value_node in node.value:
-        name = str(name_node.value)
+        mark = name_node.end_mark
+        colour = COLOUR.match(mark.buffer, mark.pointer + 1) if mark.buffer and value_node.value == "" else None
+        if colour:
+            raise ValueError(f"{colour[1]} is a comment to YAML: write '{colour[1]}', in quotes{mark}")
+        name: Any = str(name_node.value)
+        if "." in key and key not in texts and not name_node.style:
+            name = _read_plain(name, False)  # a key in a mapping of the user's may be a number
         if name in own:
             raise ValueError(f"{name!r} is given twice{name_node.start_mark}")
         if name != "<<":
@@ -68,7 +71,7 @@ def _read_mapping(node: yaml.MappingNode, texts: Container[str], key: str) -> di
 
 
 def _read_plain(text: str, as_text: bool) -> Any:
-    name = text.lower()
+    name = text.lower() if text in (text.lower(), text.title(), text.upper()) else text  # nULL is text
     if name in NAMED and (NAMED[name] is None or not as_text):
         return NAMED[name]
     if as_text:

@@ -24,7 +24,7 @@ class BatchDataset(Dataset[Any]):
         self.dataset, self.seed, self.collate = dataset, seed, task.collate
         self.own_collate = type(task).collate is not Task.collate
         self.draws = hasattr(dataset, "sample")
-        self.plain = isinstance(dataset, TensorDataset) or getattr(dataset, "deterministic", False)
+        self.plain = type(dataset) is TensorDataset or getattr(dataset, "deterministic", False)
         self.at_once = type(dataset) is TensorDataset and not self.own_collate
         self.rng = np.random.Generator(np.random.Philox(key=0))
         self.start: Any = self.rng.bit_generator.state

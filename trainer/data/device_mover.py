@@ -47,6 +47,9 @@ class DeviceMover:
         batch, event = waiting.popleft()
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)
-        # The allocator must know who uses the memory, or it gives it to another batch too early.
-        map_tensors(batch, lambda tensor: tensor.record_stream(current))
-        return batch
+
+        def mark(tensor: Tensor) -> Tensor:
+            tensor.record_stream(current)  # or the allocator gives the memory to another batch too early
+            return tensor
+
+        return map_tensors(batch, mark)

@@ -157,4 +157,4 @@ def describe(event: Event) -> str:
     """An event in words, empty for those that only machines read."""
     begun = f"from step {event['step']} " if event.get("step") else ""
     who = "" if event.get("rank") is None else f"rank {event['rank']} on "
-    return TEXTS.get(event["event"], "").format(**event, begun=begun, who=who)
+    return TEXTS.get(event["event"], "").format_map({**event, "begun": begun, "who": who})

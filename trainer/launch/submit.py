@@ -56,8 +56,8 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
 def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
     """As `_plan`, and make the run folder, or prepare the folder of a run that ended for its continuation."""
     platform, plan = _plan(job_path, overrides, on, site)
-    run = plan.run
-    if not run.job.exists():
+    run = _find_run(job_path)
+    if run is None:
         return platform, replace(plan, run=_make_run(plan, job_path))
     handle, ask = status_of(run)
     if handle and ask().is_active:

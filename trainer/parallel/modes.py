@@ -45,7 +45,8 @@ class ThreadReplicas(nn.Module):
         super().__init__()
         self.module = module
         self.replicas = replicas
-        self.threads = ThreadPoolExecutor(replicas, thread_name_prefix="replica")
+        # A thread each: autograd adds gradients in the order of its threads' operations, which must not be chance.
+        self.threads = [ThreadPoolExecutor(1, thread_name_prefix=f"replica-{number}") for number in range(replicas)]
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """Compute the module's outputs for the whole batch, in the order of its samples."""
@@ -57,7 +58,8 @@ class ThreadReplicas(nn.Module):
             with torch.set_grad_enabled(grad):
                 return replica(chunk, evaluate)
 
-        outputs = list(self.threads.map(apply, replicas, chunks))
+        calls = zip(self.threads, replicas, chunks, strict=False)
+        outputs = [future.result() for future in [thread.submit(apply, *call) for thread, *call in calls]]
         if isinstance(outputs[0], Mapping):
             return {key: torch.cat([output[key] for output in outputs]) for key in outputs[0]}
         return torch.cat(outputs)
@@ -65,8 +67,8 @@ class ThreadReplicas(nn.Module):
 
 def scatter(batch: Any, parts: int) -> list[Any]:
     """Cut the tensors of a batch as `torch.chunk` does, into at most `parts`; everything else goes into each part."""
-    counts: list[int] = []
-    map_tensors(batch, lambda tensor: counts.append(len(tensor.chunk(parts))))
+    counts: dict[int, Any] = {}
+    map_tensors(batch, lambda tensor: counts.setdefault(len(tensor.chunk(parts)), tensor))
 
     def part(index: int) -> Any:
         return map_tensors(batch, lambda tensor: tensor.chunk(parts)[index])

@@ -22,7 +22,15 @@ from trainer.task import Task
 from trainer.training.determinism import missing_kernels_named
 from trainer.training.evaluation import check_count, evaluate
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
-from trainer.training.optimizer import WeightAverage, copy_tensors, make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.training.optimizer import (
+    OPTIMIZERS,
+    WeightAverage,
+    copy_tensors,
+    make_optimizer,
+    make_scaler,
+    make_schedule,
+    set_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class Trainer:
         self.steps = min(limit for limit in limits if limit is not None)
         self.cadence = Cadence(job, self.sampler, self.steps)
         self.optimizer = make_optimizer(model, train)
-        # A trace shall show the update by its name.
-        self.update_weights = self.optimizer.step if job.log.profile_steps else make_step(self.optimizer)
+        # A trace shall show the update by its name, and an optimizer of the user's may have hooks.
+        public = bool(job.log.profile_steps) or train.optimizer not in OPTIMIZERS
+        self.update_weights = self.optimizer.step if public else make_step(self.optimizer)
         self.loss_check = LossCheck(train.on_nan, report)
         self.rate = make_schedule(train, self.steps)
         self.scaler = make_scaler(train.precision, device)

@@ -33,9 +33,7 @@ def train(
     Without a run folder rank 0 chooses one, the same again when its launcher restarts the ranks. `on_failure` is called
     with an exception before this process closes any connection, so that it is reported before its peers fail. After an
     exception the process must end at once: the process group is still open, because NCCL closes it only together with
-    the other ranks, and they wait for this one.
-
-    Raises Stopped: on request, with a checkpoint committed. Raises JobError: the job or the user's code is wrong.
+    the other ranks, and they wait for this one. Raises Stopped: on request, with a checkpoint; JobError: a wrong job.
     """
     FLAG.install()
     wiring = rank_wiring()

@@ -42,9 +42,7 @@ class RunEnded(Exception):
 def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as_json: bool) -> int:
     """Run, print and write `compare.json`, `compare.png` and the runs into one folder; return the exit code.
 
-    `steps`: of each run that count; `rounds`: timed runs of each mode, in turn.
-
-    Raises JobError: the job has no modes to compare, or some mode refuses it; nothing was started.
+    `steps`: of each run that count; `rounds`: timed runs of each mode. Raises JobError: some mode refuses the job.
     """
     for key, value in (("--steps", steps), ("--rounds", rounds)):
         if value < 1:
@@ -81,9 +79,7 @@ def compare(job_path: str, overrides: Sequence[str], steps: int, rounds: int, as
 def plan(job_path: str, overrides: Sequence[str], total: int) -> tuple[Job, dict[str, list[str]], str]:
     """The job as DDP sees it, the `key=value` words of each variant, and why there is none without synchronisation.
 
-    `total`: steps of each run.
-
-    Raises JobError: a script, one device, several nodes, a key that compare sets itself, or what a mode refuses.
+    `total`: steps of each run. Raises JobError: a script, one device, several nodes, or what a mode refuses.
     """
     refuse_run(job_path)
     common = [
@@ -134,9 +130,7 @@ def _run_all(
     """The loss of each step of each mode, and of each timed run samples/s, device type and peak memory by device.
 
     `window`: steps between two lines of `metrics.jsonl`. Where it is more than one, the losses come from a round of
-    their own: to read the loss of each step makes a GPU wait for it.
-
-    Raises RunEnded: a run failed or was stopped.
+    their own: to read the loss of each step makes a GPU wait for it. Raises RunEnded: a run failed or was stopped.
     """
     place = f"runs={json.dumps(str(folder / 'runs'))}"
     turns = [(0, mode, 1) for mode in MODES] if window > 1 else []
