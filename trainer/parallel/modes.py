@@ -43,8 +43,7 @@ class ThreadReplicas(nn.Module):
 
     def __init__(self, module: nn.Module, replicas: int) -> None:
         super().__init__()
-        self.module = module
-        self.replicas = replicas
+        self.module, self.replicas = module, replicas
         # A thread each: autograd adds gradients in the order of its threads' operations, which must not be chance.
         self.threads = [ThreadPoolExecutor(1, thread_name_prefix=f"replica-{number}") for number in range(replicas)]
 

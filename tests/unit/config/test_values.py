@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from trainer.config.load import merge_job
 from trainer.config.values import expand_path, parse_value, read_yaml, split_values
@@ -77,3 +78,19 @@ def test_paths_begin_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("$NOT_SET/runs", "~nobody-is-called-so/runs"):
         with pytest.raises(JobError, match="runs="):
             expand_path("runs", path)
+
+
+def test_numbers_are_keys_below_those_that_take_any(tmp_path: Path) -> None:
+    job = tmp_path / "job-file.yaml"
+    job.write_text("task: a:B\ntask_args: {weights: {0: 1.0, '1': 2.0}}\n")
+    assert merge_job(job).task_args == {"weights": {0: 1.0, "1": 2.0}}
+    assert merge_job(job, ["task_args.weights={2: 3}"]).task_args["weights"][2] == 3
+
+
+def test_text_survives_the_way_through_a_saved_job(tmp_path: Path) -> None:
+    texts = ["nULL", "tRUE", "0o17", "010", "no", "1.10", "two\ncolour: #fff\nlines"]
+    saved = tmp_path / "job.yaml"
+    saved.write_text(
+        OmegaConf.to_yaml(OmegaConf.create({"task": "a:B", "task_args": {"texts": texts[:3] + texts[6:]}}))
+    )
+    assert merge_job(saved).task_args["texts"] == texts[:3] + texts[6:]

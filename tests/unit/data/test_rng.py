@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from trainer.data.batches import BatchDataset
 from trainer.data.rng import COLLATING, EVALUATION, SAMPLES, STEPS, derive_seed, seed_generators
@@ -82,3 +82,14 @@ def test_a_collate_function_may_draw_too() -> None:
     draw()
     assert [batches[epoch, np.array([index, 0])] for epoch in range(3) for index in range(3)] == first
     assert len(set(first)) == 9
+
+
+def test_a_subclass_of_tensor_dataset_that_draws_is_seeded() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            return self.tensors[0][index] + torch.randn(1)
+
+    data = BatchDataset(Noisy(torch.zeros(4, 1)), Digits(), 7)
+    first = data.sample(0, 2)
+    torch.randn(5)
+    assert torch.equal(data.sample(0, 2), first)

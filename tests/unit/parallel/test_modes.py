@@ -102,3 +102,25 @@ def test_evaluation_reaches_the_replicas_without_gradients() -> None:
 def test_an_error_in_a_replica_is_the_users_to_see() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ThreadReplicas(Awkward(), 2)(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("replicas", [3, 4])
+def test_gradients_of_replicas_are_added_in_one_order(replicas: int) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(13, 6)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: Tensor, evaluate: bool = False) -> Tensor:
+            return self.model(batch).squeeze(1)  # type: ignore[no-any-return]
+
+    threads = ThreadReplicas(First(), replicas)
+    seen = set()
+    for _ in range(150):
+        model.zero_grad()
+        threads(batch).sum().backward()
+        seen.add(b"".join(parameter.grad.numpy().tobytes() for parameter in model.parameters()))  # type: ignore[union-attr]
+    assert len(seen) == 1
