@@ -74,11 +74,12 @@ def read_task_marks(folder: Path) -> list[Mark]:
     """The steps that rank 0 recorded, which all ranks have completed then."""
     marks = []
     for run in (folder / "runs").glob("*"):
-        pids = {event["attempt"]: {} for event in read_lines(run / "events.jsonl") if event["event"] == "ranks"}
+        lines = read_lines(run / "metrics.jsonl")  # before the events: each line's attempt is among them then
+        pids: dict[int, dict[str, int]] = {}
         for event in read_lines(run / "events.jsonl"):
             if event["event"] == "ranks":
-                pids[event["attempt"]] |= event["pids"]
-        for line in read_lines(run / "metrics.jsonl"):
+                pids.setdefault(event["attempt"], {}).update(event["pids"])
+        for line in lines:
             if line["kind"] == "train":
                 marks += [Mark(line["time"], pid, int(rank), "step", line["step"])
                           for rank, pid in pids[line["attempt"]].items()]  # fmt: skip
