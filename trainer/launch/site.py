@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import trainer
 from trainer.config.load import read_sections
-from trainer.config.values import is_text_type
+from trainer.config.values import expand_path, is_text_type
 from trainer.errors import JobError, did_you_mean
 
 Site = TypeVar("Site")
@@ -46,10 +46,7 @@ def fabric_environment(name: str) -> dict[str, str]:
 
 
 def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
-    """Read a site file into its dataclass; without a path the platform's `site.yaml`.
-
-    Raises JobError: unknown key, naming the nearest, wrong type, no such fabric, or what `check` of the class refuses.
-    """
+    """Read a site file, by default the platform's own. Raises JobError: a wrong key or value, or no such fabric."""
     path = path or template(folder, "site.yaml")
     types = {name: formatannotation(hint) for name, hint in get_type_hints(kind).items()}
     values = read_sections(path, [name for name, declared in types.items() if is_text_type(declared)])
@@ -57,6 +54,8 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
         if key not in types:
             remedy = did_you_mean(key, types, "Known keys: " + ", ".join(types))
             raise JobError(key, value, f"unknown key in {path}", remedy)
+        if key in ("runs", "setup", "env_file") and isinstance(value, str):  # paths of the submitting side
+            values[key] = expand_path(key, value)
     try:
         site: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:

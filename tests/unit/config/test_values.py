@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from trainer.config.load import merge_job
 from trainer.config.values import expand_path, parse_value, read_yaml, split_values
 from trainer.errors import JobError
+from trainer.launch.site import read_site
+from trainer.launch.slurm.platform import SlurmSite
 
 VALUES: list[tuple[str, Any]] = [
     ("1e-8", 1e-8), ("1e-1", 0.1), ("1.0e-8", 1e-8), (".5", 0.5), ("-3", -3), ("0x1f", 31), ("1_000", "1_000"),
@@ -94,3 +96,11 @@ def test_text_survives_the_way_through_a_saved_job(tmp_path: Path) -> None:
         OmegaConf.to_yaml(OmegaConf.create({"task": "a:B", "task_args": {"texts": texts[:3] + texts[6:]}}))
     )
     assert merge_job(saved).task_args["texts"] == texts[:3] + texts[6:]
+
+
+def test_paths_of_a_site_file_begin_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    site = tmp_path / "site.yaml"
+    site.write_text("runs: ~/runs\nsetup: ~/setup.sh\n")
+    read = read_site(site, "slurm", SlurmSite)
+    assert (read.runs, read.setup) == ("/home/someone/runs", "/home/someone/setup.sh")
