@@ -44,6 +44,7 @@ class Parallel:
     """Whether `warm_up` must be called before the first step."""
     steps = 0
     """How many steps are done. The loop sets it when it resumes."""
+    _gradient: tuple[Any, Tensor] = None, torch.empty(0)
     _loss: Tensor | None = None
     """This rank's part of the global mean loss of the current step, so far."""
     _stop = False
@@ -78,7 +79,10 @@ class Parallel:
 
         The sum of the losses times `weight` is this rank's part of the global mean loss; `scaler` multiplies it (fp16).
         """
-        gradient = torch.full_like(losses, weight)  # of their weighted sum, without computing that sum in autograd
+        key = (weight, len(losses), losses.dtype)
+        if self._gradient[0] != key:  # of the weighted sum, which autograd need not compute; most steps share it
+            self._gradient = key, torch.full_like(losses, weight)
+        gradient = self._gradient[1]
         loss = torch.dot(losses.detach(), gradient)
         self._loss = loss if self._loss is None else self._loss + loss
         self._stop = self._stop or stop

@@ -23,7 +23,7 @@ HALF = ("bf16", "fp16")
 """These exchange gradients in 16 bits."""
 
 
-class VotingStep(nn.Module):
+class VotingStep(Step):
     """A step with a parameter of two elements, whose gradient carries what the ranks tell each other.
 
     DDP averages it in a bucket with other gradients: the agreement on (loss, stop) needs no collective of its own,
@@ -31,15 +31,15 @@ class VotingStep(nn.Module):
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(step.model, step.task, step.autocast)
+        self.apply_model = step.apply_model
         # All gradients of a bucket have the same type.
         dtype = next((value.dtype for value in step.parameters() if value.requires_grad), torch.float32)
         self.vote = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
-        self.step = step
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Any, evaluate: bool = False) -> tuple[Any, Tensor]:
         """Losses and the vote. DDP must find it among the outputs to know that it is used."""
-        return self.step(batch), self.vote.view_as(self.vote)
+        return super().forward(batch, evaluate), self.vote.view_as(self.vote)
 
 
 class Distributed(Parallel):
@@ -64,6 +64,7 @@ class Distributed(Parallel):
         super().wrap(step)
         voting = VotingStep(step, self.device)
         self.vote = voting.vote
+        self._answers = torch.tensor([0.0, 1.0], device=self.device).unbind()
         self.ddp = DistributedDataParallel(
             voting, device_ids=[self.device] if self.cuda else None, bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True, static_graph=options.static_graph,
@@ -86,7 +87,9 @@ class Distributed(Parallel):
 
     def losses(self, batch: Any, last: bool = True) -> Tensor:
         """Gradients are averaged with the last micro-batch, but not under post-local SGD after its start."""
-        self.ddp.require_backward_grad_sync = last and not self._local()
+        averages = last and not self._local()
+        if self.ddp.require_backward_grad_sync != averages:  # a module's attributes are slow to set
+            self.ddp.require_backward_grad_sync = averages
         losses: Tensor
         losses, self._vote_output = self.ddp(batch)
         return losses
@@ -94,14 +97,17 @@ class Distributed(Parallel):
     def _backward(self, losses: Tensor, gradient: Tensor) -> None:
         """The vote goes along where gradients are averaged."""
         if self.ddp.require_backward_grad_sync:
-            run_backward((losses, self._vote_output), (gradient, self._ballot().to(self.vote.dtype)))
+            ballot = self._ballot()
+            if ballot.dtype is not self.vote.dtype:
+                ballot = ballot.to(self.vote.dtype)
+            run_backward((losses, self._vote_output), (gradient, ballot))
         else:
             super()._backward(losses, gradient)
 
     def _ballot(self) -> Tensor:
         """What this rank tells the others, shape (2,): its part of the loss, and 1 if it was asked to stop."""
         assert self._loss is not None
-        return torch.stack((self._loss, torch.full_like(self._loss, float(self._stop))))
+        return torch.stack((self._loss, self._answers[self._stop]))
 
     def _forget(self) -> None:
         """Begin a new step."""

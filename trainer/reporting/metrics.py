@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.run.folder import RunFolder
 
@@ -45,14 +46,16 @@ class TensorBoard(Sink):
     """Event files, by torch's SummaryWriter. TensorBoard hides what a killed attempt wrote beyond step `done`."""
 
     def __init__(self, folder: Path, done: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1, flush_secs=1)
+        self.summary = Summary
+        self.writer: Any = SummaryWriter(str(folder), purge_step=done + 1, flush_secs=1)
 
     def write(self, step: int, kind: str, values: Values) -> None:
-        """Write each value under the name `<kind>/<name>`: 0.3 ms for four, most of it in the writer's thread."""
-        for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, step)
+        """Write each value under the name `<kind>/<name>`, all in one record: `add_scalar` makes one for each."""
+        parts = [self.summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
+        self.writer.file_writer.add_summary(self.summary(value=parts), step)
 
     def flush(self) -> None:
         self.writer.flush()
