@@ -44,8 +44,8 @@ class Client:
 
     @property
     def path(self) -> str:
-        """A PATH on which sbatch and the others lead into the cluster."""
-        return f"{self.folder}:{os.environ.get('PATH', SYSTEM_PATH)}"
+        """A PATH on which sbatch and the others lead into the cluster; after them come the real ones."""
+        return f"{self.folder}:{os.environ.get('PATH', '')}:{SYSTEM_PATH}"
 
     def run(self, *command: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a program as a user would. RuntimeError with its own words when it fails.
