@@ -146,8 +146,7 @@ def test_a_script_or_weights_that_are_not_there_are_refused_at_once(tmp_path: Pa
         key, _, value = more[-1].partition("=")
         assert done.returncode == 64
         assert f"{key}='{value}': is not in {ROOT}. Give its absolute path" in done.stderr
-    assert [path.name for path in (tmp_path / "runs").glob("*/events.jsonl") if "wired" in path.read_text()] == []
-    assert [item["state"] for item in json.loads(muster("list", tmp_path / "runs", "--json").stdout)] == ["failed"] * 2
+    assert list((tmp_path / "runs").glob("*/")) == []
 
 
 def test_where_a_log_lies_that_is_not_here(run: Path) -> None:

@@ -124,9 +124,10 @@ class Agent:
     """Supervision: how failures are noticed, and how often the run is restarted."""
 
     restarts: int = _key(3, "how many restarts without progress to allow before giving up", minimum=0)
+    restarts_total: int = _key(100, "how many restarts to allow in all, with progress in between", minimum=0)
     hang_timeout_s: float = _key(300.0, "seconds without a heartbeat after which a rank counts as hung", above=0)
-    start_timeout_s: float = _key(600.0, "the same limit before the first step, for imports, data and compilation",
-        above=0)
+    start_timeout_s: float = _key(600.0,
+        "the same limit until the first step is done: imports, downloads, data, compilation", above=0)
     grace_s: float = _key(30.0,
         "seconds from a stop signal until the ranks are killed; one step (on GPUs two) and one save must fit", above=0)
     rejoin_timeout_s: float = _key(120.0, "seconds to wait for the replacement of a lost node", above=0)

@@ -11,6 +11,7 @@ from trainer.launch.follow import values
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.records import read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
+from trainer.run.history import last_words, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail
 
 
@@ -47,12 +48,11 @@ def status(run_path: str) -> dict[str, Any]:
     steps = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
     since = [line["step"] for line in steps if line["time"] >= training.get("time", 0)]  # a restart goes back
     attempts = last_event(events, "attempt", "restart") or {}
-    ended = last_event(events, "ended") or {}
-    reason = (read_json(run.failure) or {}).get("reason") or ended.get("reason") or ""
     good = now.is_active or now.phase == Phase.DONE
+    reason = now.reason or ("" if good else why_ended(run, events) or last_words(run, events))
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
-        "reason": now.reason or ("" if good else reason),
+        "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
         "code": now.code, "step": max(since, default=None), "steps": training.get("steps"),
         "attempt": attempts.get("attempt"), "handle": handle, "metrics": values(evaluated[-1]) if evaluated else {},
     }  # fmt: skip
@@ -60,8 +60,8 @@ def status(run_path: str) -> dict[str, Any]:
 
 def by_events(run: RunFolder) -> JobStatus:
     """The status of a run that `muster submit` did not start, from what its ranks wrote."""
-    event = last_event(run.read_events(), "done", "ended", "training")
-    if event is None:
+    event = last_event(run.read_events(), "done", "ended", "training", "continued")
+    if event is None or event["event"] == "continued":
         return JobStatus(Phase.PENDING)
     if event["event"] == "done":
         return JobStatus(Phase.DONE, code=DONE)
@@ -74,6 +74,8 @@ def status_text(status: dict[str, Any]) -> str:
     lines = [f"{status['state']}: {status['run']}"]
     if status["steps"]:
         lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
+    if status["restarts"]:
+        lines.append(f"restarts {status['restarts_text']}")
     lines += ["  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items()), status["reason"]]
     return "\n".join(line for line in lines if line)
 
@@ -120,6 +122,10 @@ def list_all(runs: Path) -> list[dict[str, Any]]:
 
 
 def list_text(statuses: list[dict[str, Any]]) -> str:
-    line = "{state:10} {platform:10} step {step}/{steps:<8} {run}"
-    rows = ({"platform": "-", "step": 0, "steps": "?"} | {k: v for k, v in item.items() if v} for item in statuses)
+    line = "{state:10} {platform:10} step {step}/{steps:<8} {run}{restarted}"
+    rows = [
+        {"platform": "-", "step": 0, "steps": "?", "restarted": ""} | {k: v for k, v in item.items() if v}
+        | ({"restarted": f"  restarts {item['restarts_text']}"} if item["restarts"] else {})
+        for item in statuses
+    ]  # fmt: skip
     return "\n".join(line.format(**row) for row in rows) or "no runs"

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from trainer.config.job import Job
-from trainer.errors import FAILED
+from trainer.errors import FAILED, WRONG_JOB
 from trainer.launch.platform import JobStatus, Phase
-from trainer.records import read_json
-from trainer.run.folder import Event, RunFolder, last_event
+from trainer.run.folder import Event, RunFolder
+from trainer.run.history import last_words, restarts_text, why_ended
 from trainer.run.log_tail import Tail
 from trainer.run.summary import plain_table, resume_command
 
@@ -52,7 +52,7 @@ def follow(
             except KeyboardInterrupt:
                 show.say("stopping: one step, one checkpoint (Ctrl-C again to end at once)")
                 stop()
-    _end(run, now)
+    end(run, now)
     return now.code if now.code is not None else FAILED
 
 
@@ -60,16 +60,23 @@ def _read_json(tail: Tail) -> list[dict[str, Any]]:
     return [json.loads(line) for line in tail.lines() if line.startswith("{")]
 
 
-def _end(run: RunFolder, status: JobStatus) -> None:
+def end(run: RunFolder, status: JobStatus) -> None:
     """Print the table, or why there is none."""
     if status.phase == Phase.DONE:
-        # Not wrapped: its last line is to be pasted. Where the nodes keep the run folder there is no table here.
-        print("\n" + (plain_table(run) or f"continue with  {resume_command(run)}"))
+        # Where the nodes keep the run folder, or a script trained, there is no table here.
+        print("\n" + (plain_table(run) or f"done: {run}{_restarts(run)}"))
         return
-    reason = (read_json(run.failure) or {}).get("reason")
-    ended = last_event(run.read_events(), "ended")
-    reason = reason or (ended["reason"] if ended else status.reason) or status.phase
-    print(f"{status.phase.upper()}: {reason}\nContinue with: {resume_command(run)}", file=sys.stderr)
+    events = run.read_events()
+    reason = why_ended(run, events) or status.reason or last_words(run, events) or status.phase
+    wrong = status.code == WRONG_JOB  # the run's own job says it: going on would repeat it
+    print(f"{status.phase.upper()}: {reason}{_restarts(run)}", file=sys.stderr)
+    if not wrong:
+        print(f"Continue with: {resume_command(run)}", file=sys.stderr)
+
+
+def _restarts(run: RunFolder) -> str:
+    text = restarts_text(run.read_events())
+    return f"\nrestarts {text}" if text else ""
 
 
 class Lines:
@@ -144,7 +151,7 @@ def numbers(line: dict[str, Any]) -> str:
 
 TEXTS = {
     "training": "training {begun}to {steps}: {parallel}, {world_size} rank(s) on {device}",
-    "failure": "{who}node {node} failed [{kind}]: {message:.300}",
+    "failure": "{who}node {node} failed [{kind}]: {message:.300}{place}",
     "restart": "restarting: attempt {attempt}", "resume": "resumed from {folder}", "requeued": "requeued",
     "checkpoint_refused": "checkpoint refused: {problem}", "pending": "pending: {reason}",
     "agent_lost": "the agent of node {node} was lost (exit {code}); starting it again",
@@ -157,4 +164,5 @@ def describe(event: Event) -> str:
     """An event in words, empty for those that only machines read."""
     begun = f"from step {event['step']} " if event.get("step") else ""
     who = "" if event.get("rank") is None else f"rank {event['rank']} on "
-    return TEXTS.get(event["event"], "").format_map({**event, "begun": begun, "who": who})
+    place = f" (at {where})" if (where := event.get("cause", "").partition(" at ")[2]) else ""
+    return TEXTS.get(event["event"], "").format_map({**event, "begun": begun, "who": who, "place": place})

@@ -1,5 +1,6 @@
 """How a job becomes a run on its platform: `muster run`, `submit` and `render`, apart from parsing."""
 
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,62 +54,81 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     return platform, Plan(job, to_text(config), run, facts, site)
 
 
-def _begin(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> tuple[AnyPlatform, AnyPlan]:
-    """As `_plan`, and make the run folder, or prepare the folder of a run that ended for its continuation."""
+@contextmanager
+def _begin(
+    job_path: str, overrides: Sequence[str], on: str | None, site: Path | None
+) -> Iterator[tuple[AnyPlatform, AnyPlan]]:
+    """As `_plan`, and make the run folder, or prepare the folder of a run that ended for its continuation.
+
+    A job that is refused meanwhile leaves no folder behind, and a run that is, stays as it was.
+    """
     platform, plan = _plan(job_path, overrides, on, site)
     run = _find_run(job_path)
     if run is None:
-        return platform, replace(plan, run=_make_run(plan, job_path))
+        plan = replace(plan, run=_make_run(plan, job_path))
+        with _removed_if_refused([plan.run]):
+            yield platform, plan
+        return
     handle, ask = status_of(run)
     if handle and ask().is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
+    before = {path: path.read_bytes() for path in (run.job, run.platform, run.failure, run.result) if path.exists()}
     run.job.write_text(plan.job_text)
+    run.record("continued")
     for stale in (run.failure, run.result):
         stale.unlink(missing_ok=True)
-    return platform, plan
+    try:
+        yield platform, plan
+    except JobError as error:
+        for path, content in before.items():
+            path.write_bytes(content)
+        run.record("ended", code=WRONG_JOB, reason=str(error))  # otherwise it would be pending forever
+        raise
 
 
 @contextmanager
-def _sending(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> Iterator[dict[str, Any]]:
-    """Keep where the runs go before the platform is asked: one that it refuses at first goes on there too.
+def _removed_if_refused(folders: list[RunFolder]) -> Iterator[None]:
+    """Remove new folders when the job is refused: nothing was started, so there is nothing to continue."""
+    try:
+        yield
+    except JobError:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
-    A refusal is recorded in the runs; otherwise they would be pending forever.
-    """
+
+def _place(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> dict[str, Any]:
+    """Keep where the runs go, before the platform is asked: they will be continued there."""
     place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
     for run in runs:
         run.plan.mkdir(exist_ok=True)
         write_json(run.platform, place)
-    try:
-        yield place
-    except JobError as error:
-        for run in runs:
-            run.record("ended", code=WRONG_JOB, reason=str(error))
-        raise
+    return place
 
 
 def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
-    with _sending(platform, plan, [plan.run]) as place:
-        request = platform.build(plan)
-        (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
-        handle = place | platform.submit(plan, request, following)
+    place = _place(platform, plan, [plan.run])
+    request = platform.build(plan)
+    (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
+    handle = place | platform.submit(plan, request, following)
     write_json(plan.run.handle, handle)
     return handle
 
 
 def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None, all_ranks: bool = False) -> int:
     """Submit and follow; pass a stop request on to the job. Return the job's exit code."""
-    platform, plan = _begin(job_path, overrides, on, site)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _begin(job_path, overrides, on, site) as (platform, plan):
+        handle = _submit(platform, plan, True)
     run = plan.run
     print(f"run folder: {run}", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    handle = _submit(platform, plan, True)
     ask, stop = partial(platform.status, run, handle), partial(platform.cancel, run, handle)
     return follow(run, plan.job, ask, stop, all_ranks)
 
 
 def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> RunFolder:
-    platform, plan = _begin(job_path, overrides, on, site)
-    _submit(platform, plan, False)
+    with _begin(job_path, overrides, on, site) as (platform, plan):
+        _submit(platform, plan, False)
     return plan.run
 
 
@@ -132,7 +152,8 @@ def submit_sweep(
     folder = _make_run(first, job_path, "-sweep")
     folder.job.unlink()  # a sweep is not a run
     write_json(folder.sweep, {"sweep": sweep, "runs": [str(run) for run in runs]})
-    with _sending(platform, first, runs) as place:
+    place = _place(platform, first, runs)
+    with _removed_if_refused([*runs, folder]):
         handles = platform.submit_sweep(replace(first, run=folder), runs)
     for run, handle in zip(runs, handles, strict=True):
         write_json(run.handle, place | handle)

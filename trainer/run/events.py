@@ -19,6 +19,7 @@ class Kind:
 EVENTS = {
     # The submitting side.
     "submitted": Kind("The run folder was made.", ("by",)),
+    "continued": Kind("A run that had ended was submitted again."),
     "cancel_requested": Kind("`muster cancel` asked the platform to end the run."),
     "preempt_requested": Kind("`muster preempt` asked the platform to stop and restart the run."),
     # The supervisor of a local or Docker run.
@@ -33,7 +34,8 @@ EVENTS = {
     "ranks": Kind("An agent started its ranks.", ("node", "attempt", "agent", "pids")),
     "hung": Kind("A rank gave no sign of life for too long.", ("rank", "step", "attempt")),
     "failure": Kind("An attempt failed; this is its first cause.", ("node", "host", "rank", "code", "kind", "message",
-                                                                    "log", "waiting", "step", "restarts_left")),
+                                                                    "log", "waiting", "cause", "at_step", "passing",
+                                                                    "step", "restarts_left")),
     "ended": Kind("A node's part in the run ended, but not well.", ("node", "code", "reason")),
     # Rank 0, and other ranks about themselves.
     "training": Kind("The training loop begins, or goes on.", ("attempt", "step", "steps", "steps_per_epoch", "device",

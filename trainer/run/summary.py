@@ -3,10 +3,13 @@
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from trainer.records import read_json
-from trainer.run.folder import RunFolder, last_event
+from trainer.records import read_json, read_lines
+from trainer.run.folder import Event, RunFolder, last_event
+from trainer.run.history import restarts_text, training_times
 
 
 def plain_table(run: RunFolder) -> str:
@@ -14,18 +17,33 @@ def plain_table(run: RunFolder) -> str:
     result = read_json(run.result)
     if result is None:
         return ""
+    events = run.read_events()
     metrics = result["metrics"].items()
     memory = (f"rank {item['rank']} {item['device']} {item['peak_mb']:,.0f} MiB" for item in result["peak_memory_mb"])
     table = {name: f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}" for name, value in metrics} | {
-        "samples/s": f"{result['samples_per_s']:,.0f}",
-        "time": f"{result['train_s']:.1f} s for {result['steps']} steps",
+        **_speed(run, result, training_times(events)),
         "mode": f"{result['parallel']}, {result['world_size']} rank(s), {result['device']}",
         "peak memory": "; ".join(memory),
+        **_restarts(events),
         "run folder": str(run),
-        "continue with": resume_command(run),
     }
     width = max(map(len, table))
     return "\n".join(f"{name:{width}}  {value}" for name, value in table.items())
+
+
+def _speed(run: RunFolder, result: dict[str, Any], times: Sequence[float]) -> dict[str, str]:
+    """Samples per second, and the time of the training: over all attempts, and not of the last one alone."""
+    speed, time, attempts = result["samples_per_s"], result["train_s"], ""
+    if len(times) > 1:
+        logged = [line["samples_per_s"] for line in read_lines(run.metrics) if line.get("samples_per_s", 0) > 0]
+        speed = len(logged) / sum(1 / each for each in logged) if logged else speed  # each of as many steps
+        time, attempts = sum(times), f" in {len(times)} attempts"
+    return {"samples/s": f"{speed:,.0f}", "time": f"{time:.1f} s for {result['steps']} steps{attempts}"}
+
+
+def _restarts(events: Sequence[Event]) -> dict[str, str]:
+    text = restarts_text(events)
+    return {"restarts": text} if text else {}
 
 
 def resume_command(run: RunFolder) -> str:

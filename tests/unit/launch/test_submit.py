@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from trainer.launch.submit import submit_job
+from trainer.errors import JobError
+from trainer.launch.submit import run_job, submit_job
+from trainer.records import write_json
+from trainer.run.folder import last_event
 
 
 def test_a_folder_that_a_rendering_made_by_hand_is_not_continued(
@@ -18,3 +21,29 @@ def test_a_folder_that_a_rendering_made_by_hand_is_not_continued(
     (by_hand / "events.jsonl").touch()
     first, second = (submit_job(str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path}"], None, None) for _ in range(2))
     assert len({str(first), str(second), str(by_hand)}) == 3
+
+
+def refuse(*_: object) -> None:
+    raise JobError("--on", "local", "has had enough", "Come back later")
+
+
+def test_a_refused_job_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", refuse)
+    for start in (submit_job, run_job):
+        with pytest.raises(JobError, match="enough"):
+            start(str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path / 'runs'}"], None, None)
+    assert list((tmp_path / "runs").glob("*/")) == []
+
+
+def test_a_run_whose_continuation_is_refused_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", lambda *_: {"pid": 0, "started": ""})
+    run = submit_job(str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path}"], None, None)
+    for file in (run.exit, run.failure, run.result):
+        write_json(file, {"code": 1, "reason": "so"})
+    before = {path: path.read_bytes() for path in (run.job, run.failure, run.result, run.platform)}
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", refuse)
+    with pytest.raises(JobError, match="enough"):
+        submit_job(str(run), ["train.epochs=9"], None, None)
+    assert {path: path.read_bytes() for path in before} == before
+    ended = last_event(run.read_events(), "ended", "continued")
+    assert ended is not None and ended["code"] == 64

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -50,7 +51,7 @@ class Supervisor:
         """Whether the agents of this launch are to end, whoever asked for it."""
         self.deadline = math.inf
         """When those that are still there are killed."""
-        self.used, self.progress = 0, -1
+        self.used, self.lost, self.progress = 0, 0, -1
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal: USR2 preempts, TERM and INT end for good, a second time at once; HUP counts once."""
@@ -149,12 +150,12 @@ class Supervisor:
         self.deadline = min(self.deadline, time.monotonic() + LINGER_S)
 
     def may_restart(self, node: int, code: int) -> bool:
-        """Whether a killed agent is started again: the budget counts restarts without progress."""
+        """Whether a killed agent is started again, by the budgets of restarts: without progress, and in all."""
         step = self.run.steps_committed()
         self.used = 1 if step > self.progress else self.used + 1
-        self.progress = step
+        self.progress, self.lost = step, self.lost + 1
         self.run.record("agent_lost", node=node, code=code)
-        return self.used <= self.job.agent.restarts
+        return self.used <= self.job.agent.restarts and self.lost <= self.job.agent.restarts_total
 
 
 def combined_exit_code(codes: list[int]) -> int:
@@ -181,6 +182,11 @@ def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
         print(f"ERROR: {error}", file=sys.stderr)
         run.record("ended", code=WRONG_JOB, reason=str(error))
         code = WRONG_JOB
+    except Exception as error:  # such as a docker command that is gone by now
+        traceback.print_exc()
+        reason = f"the supervisor failed: {type(error).__name__}: {error}. logs/supervisor.log has the traceback"
+        run.record("ended", code=FAILED, reason=reason)
+        code = FAILED
     write_json(run.exit, {"code": code, "time": time.time()})
     return code
 

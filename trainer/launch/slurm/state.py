@@ -16,6 +16,7 @@ from trainer.run.folder import RunFolder, last_event
 
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "CONFIGURING"}
 RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+NOTES = {"COMPLETING": "completing", "SUSPENDED": "suspended by Slurm: it goes on when Slurm resumes it"}
 ENDED = {
     "COMPLETED": (Phase.DONE, ""),
     "CANCELLED": (Phase.CANCELLED, "cancelled"),
@@ -47,7 +48,7 @@ class SlurmJob:
             before = f"requeued ({cause}), " if cause else "requeued, " if self.log.exists() else ""
             return JobStatus(Phase.PENDING, f"{before}Slurm says: {reason}")
         if state in RUNNING:
-            return JobStatus(Phase.RUNNING, "completing" if state == "COMPLETING" else "")
+            return JobStatus(Phase.RUNNING, NOTES.get(state, ""))
         if state in ENDED:
             return self._ended(state, code)
         status = by_events(self.run)

@@ -1,0 +1,88 @@
+"""What became of all attempts of a run, told from its events: restarts with their causes, time, and why it ended."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from trainer.errors import STOPPED, WRONG_JOB
+from trainer.records import read_json
+from trainer.run.folder import Event, RunFolder, last_event
+from trainer.run.log_tail import last_lines
+
+ENDS = ("failure", "stopped", "ended", "done", "agent_lost", "requeued")
+"""Events that end a stretch of training, when it ends."""
+BEGINNINGS = ("continued", "wired", "attempt", "restart", "training")
+"""Events before which one has ended, some time after its own last event: all its processes were killed."""
+
+
+def restart_causes(events: Sequence[Event]) -> list[str]:
+    """Why the run was started again, once for each time; a continuation that somebody asked for does not count."""
+    causes, pending = [], ""
+    for event in events:
+        kind = event["event"]
+        if kind == "failure":  # of one of several nodes it is known already that its agent was lost
+            pending = pending if pending and event["kind"] == "peer lost" else event.get("cause") or event["kind"]
+        elif kind == "agent_lost":
+            pending = "agent lost"
+        elif kind == "requeued" or (kind == "wired" and event.get("node") == 0 and event.get("launch", 0) > 0):
+            pending = pending or "requeued"
+        elif kind == "continued":
+            pending = ""
+        elif kind in ("attempt", "restart"):
+            causes += [pending] if pending else []
+            pending = ""
+    return causes
+
+
+def restarts_text(events: Sequence[Event]) -> str:
+    """Such as "7: ValueError at cells/bad.py:12 (7x)", the most frequent cause first; empty without a restart."""
+    causes = restart_causes(events)
+    counted = ", ".join(f"{cause} ({times}x)" for cause, times in Counter(causes).most_common())
+    return f"{len(causes)}: {counted}" if causes else ""
+
+
+def training_times(events: Sequence[Event]) -> list[float]:
+    """Seconds that each attempt trained for, which reached its loop."""
+    return list(_stretches(events))
+
+
+def _stretches(events: Sequence[Event]) -> Iterator[float]:
+    began = last = None
+    for event in events:
+        name, time = event["event"], event["time"]
+        if began is not None and name in (*ENDS, *BEGINNINGS):
+            yield (last if name in BEGINNINGS else time) - began
+            began = None
+        began = time if name == "training" else began
+        last = time
+
+
+def why_ended(run: RunFolder, events: Sequence[Event]) -> str:
+    """Why the run ended, as its agents say, in one line; empty when none of them said so since it was submitted."""
+    recent = _recent(events)
+    said = [read_json(run.failure) or {}, *(event for event in reversed(recent) if event["event"] == "ended")]
+    # What is wrong with the job explains why others failed; who was stopped explains nothing.
+    rank = {WRONG_JOB: 0, STOPPED: 2}
+    known = sorted((each for each in said if each.get("reason")), key=lambda each: rank.get(each.get("code", 1), 1))
+    return str(known[0]["reason"]) if known else ""
+
+
+def last_words(run: RunFolder, events: Sequence[Event]) -> str:
+    """Why the run may have ended, where nobody could say: an agent that was lost, else the end of a log."""
+    recent = _recent(events)
+    lost = last_event(recent, "agent_lost")
+    if lost is not None:
+        return f"the agent of node {lost['node']} was lost (exit {lost['code']}) too often; see {run.logs}"
+    since = recent[0]["time"] if recent else 0.0
+    for log in (*sorted(run.logs.glob("node-*.log")), *sorted(run.logs.glob("s*.*"))):  # of Slurm, the supervisor
+        lines = last_lines(log).split("\n") if log.stat().st_mtime >= since else []
+        lines = [line.strip() for line in lines if line.strip()]
+        wrong = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        if lines:
+            return f"{(wrong or lines)[-1]:.500} (the end of {log})"
+    return ""
+
+
+def _recent(events: Sequence[Event]) -> list[Event]:
+    """The events since the run was submitted the last time."""
+    begins = [index for index, event in enumerate(events) if event["event"] in ("submitted", "continued")]
+    return list(events[begins[-1] :] if begins else events)
