@@ -18,6 +18,17 @@ class Task(ABC):
     Subclass it, name it in a job file as `task: package.module:Class`, give its arguments in `task_args`.
     """
 
+    def prepare(self) -> None:  # noqa: B027  # a task need not have it
+        """Download, unpack or index what the datasets need: called once per node, before any rank uses it.
+
+        Node 0 goes first, then all other nodes at once; the ranks wait for it, within `agent.start_timeout_s`. What it
+        sets on `self` is lost: each rank has a task of its own. After a failure of it, it is called again; so begin
+        with a look at what is there already.
+
+        A task without this method is built by one rank of a node before the others, because its constructor, `model`
+        or datasets may do such things. With it, even if it does nothing, all ranks build at once.
+        """
+
     @abstractmethod
     def model(self) -> nn.Module:
         """Build the model, on the CPU. The seed is set before: every rank builds the same one."""

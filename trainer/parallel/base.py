@@ -109,6 +109,9 @@ class Parallel:
     def share_buffers(self) -> None:
         """Give all ranks the buffers of rank 0's model, such as batch statistics: a checkpoint holds those."""
 
+    def meet(self) -> None:
+        """Wait until all ranks have come here."""
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag

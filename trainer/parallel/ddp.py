@@ -19,6 +19,8 @@ from trainer.parallel.fast_path import run_backward
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
 
+SUPERVISED = timedelta(days=7)
+"""For collectives that an agent watches over: as good as no limit."""
 HALF = ("bf16", "fp16")
 """These exchange gradients in 16 bits."""
 
@@ -48,12 +50,15 @@ class Distributed(Parallel):
     def __init__(self, job: Job, wiring: RankWiring, supervised: bool) -> None:
         """Join the process group: NCCL for GPUs (with gloo for CPU tensors), else gloo.
 
-        `supervised`: an agent watches heartbeats. It has to notice and name a hang before a collective gives up.
+        `supervised`: an agent watches heartbeats. It notices and names a hang, so no collective ever gives up: those
+        of a job that was suspended would, as soon as it goes on.
         """
         super().__init__(job, wiring)
         backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
-        timeout = timedelta(seconds=job.agent.hang_timeout_s + (60 if supervised else 0))
+        timeout = SUPERVISED if supervised else timedelta(seconds=job.agent.hang_timeout_s)
         dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
+        start = timedelta(seconds=job.agent.start_timeout_s)
+        self.starting = None if supervised else dist.new_group(timeout=start, backend="gloo")
 
     def wrap(self, step: Step) -> None:
         options = self.job.ddp
@@ -182,6 +187,10 @@ class Distributed(Parallel):
     def share_buffers(self) -> None:
         """Give all ranks rank 0's buffers. DDP does that before a forward pass of training only."""
         coalesced(lambda flat: dist.broadcast(flat, 0), list(self.step.model.buffers()))
+
+    def meet(self) -> None:
+        """Wait for all ranks: before the first step longer than a collective would."""
+        dist.all_reduce(torch.zeros(1), group=self.starting)
 
     def any(self, flag: bool) -> bool:
         tensor = torch.tensor([float(flag)])

@@ -11,7 +11,9 @@ from trainer.wiring import variables
 
 SLOT = struct.Struct("<dqq")
 """Monotonic seconds, step, phase."""
-PHASES = ("starting", "training", "evaluating", "saving", "finishing")
+PHASES = ("starting", "training", "evaluating", "saving", "finishing", "beginning")
+FIRST_PHASES = ("starting", "beginning")
+"""Until the first step is done: imports, data and model; then the loop, whose first step may compile."""
 HEARTBEAT = "heartbeat"
 """The file in an agent's own folder."""
 

@@ -51,7 +51,7 @@ class Report:
             self.samples_file = self.run.samples(self.parallel.rank).open("a", buffering=1)
         self.profile.step(position.step)
         self.started = self.written = time.perf_counter()
-        self.phase("training", position)
+        self.phase("beginning", position)
 
     def step(self, position: Position, loss: DeferredScalars | float, rate: float, samples: int) -> None:
         """A step is done; `loss` is the mean over its global batch."""
@@ -103,7 +103,7 @@ class Report:
             sink.flush()
         self.written += seconds
         self.paused_s += seconds
-        self.phase("training", self.position)
+        self.phase("training" if self.samples_done else "beginning", self.position)
 
     def samples(self, position: Position, micros: Sequence[tuple[MicroBatch, Any]]) -> None:
         """Record which samples this rank's part of the step consumed."""

@@ -164,6 +164,9 @@ class ByteLM(Task):
             raise JobError("task_args.folder", str(self.folder), problem, remedy)
         return {held_out: torch.frombuffer(text, dtype=torch.uint8) for held_out, text in texts.items()}
 
+    def prepare(self) -> None:
+        """The corpus comes with Python: there is nothing to prepare."""
+
     def model(self) -> GPT:
         return GPT(self.shape)
 

@@ -34,6 +34,9 @@ class Digits(Task):
         self.images, self.labels = load_digits()
         self.held_out = torch.arange(len(self.labels)) % 5 == 4
 
+    def prepare(self) -> None:
+        """The images come with scikit-learn: there is nothing to prepare."""
+
     def model(self) -> nn.Module:
         width = self.width
         return nn.Sequential(

@@ -149,6 +149,9 @@ class Segment(Task):
         self.images, self.labels = load_digits()
         self.held_out = torch.arange(len(self.labels)) % 5 == 4
 
+    def prepare(self) -> None:
+        """The digits come with scikit-learn: there is nothing to prepare."""
+
     def model(self) -> UNet:
         """About 117,000 weights at the default width."""
         return UNet(self.width)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.config.job import Job
 from trainer.config.user_code import add_import_paths
 from trainer.data.rng import derive_seed, seed_generators
 from trainer.errors import DONE
+from trainer.parallel.base import Parallel
 from trainer.parallel.modes import make_parallel
 from trainer.parallel.step import Step
 from trainer.reporting.heartbeat import Pulse
@@ -17,8 +20,9 @@ from trainer.run.attempts import check_current
 from trainer.run.folder import RunFolder
 from trainer.run.summary import plain_table
 from trainer.signals import FLAG
-from trainer.task import make_task
+from trainer.task import Task, make_task
 from trainer.training.determinism import choose_kernels
+from trainer.training.first_rank import build_in_turn
 from trainer.training.loop import Trainer
 from trainer.training.optimizer import autocast
 from trainer.wiring.devices import use_cuda
@@ -51,14 +55,10 @@ def train(
     check_current(folder, wiring.attempt)
     report = Report(job, folder, wiring.attempt, parallel, pulse)
     try:
-        task = make_task(job.task, job.task_args)
-        seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
-        model = task.model().to(parallel.device)
-        if job.train.precision == "float64":
-            model = model.double()
-        if job.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        data = task.train_dataset(), task.eval_dataset()
+        name, arguments = job.task, job.task_args
+        task, model, *data = build_in_turn(
+            parallel, pulse, lambda: make_task(name, arguments), lambda task: build(job, parallel, task)
+        )
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit(on_failure)
@@ -72,6 +72,17 @@ def train(
     finally:
         report.close()
     return DONE
+
+
+def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, nn.Module, Any, Any]:
+    """What the user's task makes: the model, on its device, and both datasets."""
+    seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
+    model = task.model().to(parallel.device)
+    if job.train.precision == "float64":
+        model = model.double()
+    if job.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return task, model, task.train_dataset(), task.eval_dataset()
 
 
 def choose_run(job: Job, wiring: RankWiring) -> Path:
