@@ -11,7 +11,6 @@ from pathlib import Path  # noqa: E402
 from trainer.agent.fork_server import start_fork_server  # noqa: E402
 from trainer.agent.health import check_health  # noqa: E402
 from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
-from trainer.records import tell_platform  # noqa: E402
 from trainer.run.folder import find_job  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
 
@@ -62,16 +61,26 @@ def _names_script(path: Path, overrides: list[str]) -> bool:
 
 
 def run() -> None:
-    """Entry point: errors of the user end in one line and exit code 64."""
+    """Entry point: an error of the user ends in one line and exit code 64, any other in a traceback and 1."""
     try:
         code = main(sys.argv[1:])
-    except JobError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        tell_platform(f"ERROR: {error}")
-        code = WRONG_JOB
+    except Exception as error:
+        code = _explain(error)
     finally:
         ignore_signals()
     sys.exit(code)
+
+
+def _explain(error: Exception) -> int:
+    """Say why this process ends, here and where the run and the platform keep it; return the exit code."""
+    from trainer.agent.last_word import judge, leave_for
+
+    code, reason = judge(error)
+    if code == WRONG_JOB:
+        print(f"ERROR: {reason}", file=sys.stderr)
+    if not any(argument.startswith("--") for argument in sys.argv[1:]):  # an option only asks
+        leave_for(sys.argv[1] if sys.argv[1:] else "", code, reason)
+    return code
 
 
 if __name__ == "__main__":

@@ -144,14 +144,17 @@ def newest_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").iterdir())
 
 
-def test_a_metric_that_is_not_a_mean(shell: Shell) -> None:
-    (program,) = documents.code(documents.ROOT / "docs/your-model.md", "python")
+def test_a_metric_that_is_not_a_mean_and_data_that_is_fetched(shell: Shell) -> None:
+    programs = documents.code(documents.ROOT / "docs/your-model.md", "python")
+    scored, fetched = (next(text for text in programs if name in text) for name in ("class Scored", "class Fetched"))
     tutorial = shell.project / "docs/tutorial"
-    (tutorial / "scored.py").write_text(program)
-    text = (tutorial / "tumours.yaml").read_text().replace("tumours:Tumours", "scored:Scored")
+    fetched = fetched.replace("https://example.org/cells.csv", (tutorial / "tumours.yaml").as_uri())
+    (tutorial / "scored.py").write_text(f"{scored}\n{fetched}\nclass Both(Scored, Fetched):\n    pass\n")
+    text = (tutorial / "tumours.yaml").read_text().replace("tumours:Tumours", "scored:Both")
     (tutorial / "scored.yaml").write_text(text)
     shell.type("muster run docs/tutorial/scored.yaml device=cpu train.epochs=3")
     assert 0.9 < shell.newest("scored").status()["metrics"]["f1"] <= 1
+    assert [path.name for path in (shell.project / "data").iterdir()] == ["cells.csv"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

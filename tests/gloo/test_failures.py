@@ -67,9 +67,9 @@ def test_without_progress_the_budget_ends_and_with_it_not(tmp_path: Path) -> Non
         for number in range(4):  # progress each time: more failures than restarts
             run.wait("checkpoint", number + 1)
             fail_once(run, 0, "raise")
-        for number in range(2):  # none any more: restart, restart, end
+        for number, word in enumerate(("exit 3", "raise")):  # none any more: restart, restart, end
             run.wait("first_step", 5 + number)
-            run.order(1, "raise")
+            run.order(1, word)
             run.wait("failure", 5 + number)
         assert result(run) == 1
         status = run.status()

@@ -89,3 +89,20 @@ def test_a_stopped_script_is_noticed_too(tmp_path: Path) -> None:
         assert result(run, 40) == 1
         reason = run.status()["reason"]
         assert "rank 1 on node 0" in reason and "[hung]" in reason and "the process is stopped" in reason
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    """As by Slurm's suspend or `docker pause`: nobody was late, because everybody stood still."""
+    with submitted(tmp_path, *KEYS, "nodes=2", "devices_per_node=1") as run:
+        run.wait("checkpoint")
+        everybody = run.processes()
+        assert set(run.ranks().values()) < set(everybody)
+        for pid in everybody:
+            kill(pid, signal.SIGSTOP)
+        time.sleep(15 + HANG_TIMEOUT_S)  # longer than an agent may be silent, too
+        for pid in everybody:
+            kill(pid, signal.SIGCONT)
+        step = run.events("checkpoint")[-1]["step"]
+        time.sleep(HANG_TIMEOUT_S + 2)
+        wait_for("more steps", lambda: run.events("checkpoint")[-1]["step"] > step + 20)
+        assert not run.events("hung", "failure", "restart", "agent_lost")

@@ -12,11 +12,14 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from trainer.agent.awake_clock import CLOCK
 from trainer.agent.diagnosis import STACKS_S, Diagnosis, process_state
 from trainer.agent.failure import Failure, paragraph
 from trainer.agent.fork_server import PROCESSES
+from trainer.agent.health import LIMIT
 from trainer.agent.kv_store import PeerLost
-from trainer.agent.preflight import network_settings
+from trainer.agent.last_word import judge
+from trainer.agent.preflight import LOOPBACK, network_settings
 from trainer.agent.rank_environment import rank_defaults, rank_variables, threads_per_rank
 from trainer.agent.rank_process import run_rank
 from trainer.agent.rendezvous import NodeRendezvous
@@ -52,11 +55,13 @@ class NodeAgent:
             self.restarts.next_attempt, say,
         )  # fmt: skip
         self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
+        (folder / LIMIT).write_text(str(max(job.agent.start_timeout_s, job.agent.hang_timeout_s)))
         self.threads = threads_per_rank(job, wiring)
         self.environment = rank_defaults(run, wiring, self.threads)
         for name, (value, why) in network_settings(wiring).items():
-            say(f"{name}={value}: {why}")
             self.environment[name] = value
+            if value.strip("=") != LOOPBACK:  # nothing to know where all is on one machine; `--explain` says it
+                say(f"{name}={value}: {why}")
         self.environment[variables.HEARTBEAT] = str(folder / HEARTBEAT)
         self.environment |= self.memory.environment() if self.memory else {}
         self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat)
@@ -79,8 +84,10 @@ class NodeAgent:
         except RendezvousTimeoutError as error:
             failure = self.rendezvous.failure
             return FAILED, paragraph(failure, f"Then {error}.", self.run) if failure else f"peer lost: {error}"
-        except OSError as error:
-            return FAILED, str(error)
+        except Exception as error:
+            code, reason = judge(error)
+            self.rendezvous.end_all(reason, code)
+            return code, reason
         finally:
             self._end_ranks()
             self.rendezvous.shutdown()
@@ -207,12 +214,12 @@ class NodeAgent:
         if not wanted and not self._stop_requested():
             return
         if self.stop_began is None:
-            self.stop_began = time.monotonic()
+            self.stop_began = CLOCK.now()
             self.rendezvous.stop_all()
             for _, process in self._living():
                 process.terminate()  # SIGTERM
         grace_s = self.job.agent.grace_s
-        if time.monotonic() - self.stop_began > grace_s:
+        if CLOCK.now() - self.stop_began > grace_s:
             late = f"the ranks did not finish a step and a save within agent.grace_s={grace_s:.0f} s"
             raise Ended(f"stopped on request, but {late}; the last checkpoint stands", STOPPED)
 

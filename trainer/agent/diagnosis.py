@@ -3,6 +3,7 @@
 How failures of all nodes are compared, and what is said about them: `trainer.agent.failure`.
 """
 
+import dataclasses
 import itertools
 import os
 import re
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.agent.awake_clock import CLOCK
+from trainer.agent.exception_place import place_of
 from trainer.agent.failure import Failure, classify, describe_exit, first_failure, oom_kills
 from trainer.agent.rank_process import STACKS
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
 from trainer.records import read_json
-from trainer.reporting.heartbeat import PHASES, Heartbeat
+from trainer.reporting.heartbeat import FIRST_PHASES, PHASES, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail, last_lines, size
 from trainer.wiring.node import Wiring
@@ -33,6 +36,11 @@ On GPUs collectives are queued: what waits is the look at a number that comes af
 """
 STACKS_S = 2.0  # for the stacks to be written: longer means that a rank is in uninterruptible sleep
 CAUSE_S = 3.0  # for a rank that is about to end with the cause, when others have ended with its consequences already
+BRIEFLY_S = 60.0  # a script that fails the same way within this time of its start, twice, will do so every time
+CERTAIN = ("user code", "data")
+"""Kinds that may be sure to repeat; all others come from outside of the code."""
+WORKER_LOST = "exited unexpectedly"
+"""torch's words for a loader worker that was killed; kind `data`, but not the code's doing."""
 TRAINER = Path(__file__).parents[1]
 
 
@@ -53,11 +61,14 @@ class Diagnosis:
     def __init__(self, job: Job, run: RunFolder, wiring: Wiring, heartbeat: Heartbeat) -> None:
         self.job, self.run, self.wiring, self.heartbeat = job, run, wiring, heartbeat
         self.first_rank = wiring.node_rank * job.ranks_per_node
+        source = read_json(run.source) or {}
+        folders = (source[key] for key in ("working_directory", "job_folder") if key in source)
+        self.roots = [run.code, *map(Path, folders)]  # where the user's code may lie
         self.start_attempt(0)
 
     def start_attempt(self, attempt: int) -> None:
         """New ranks start: remember what was there before them."""
-        self.attempt = attempt
+        self.attempt, self.began = attempt, time.time()
         self.oom_before = oom_kills()
         ranks = range(self.first_rank, self.first_rank + self.job.ranks_per_node)
         self.log_sizes = {rank: size(self.run.rank_log(rank)) for rank in ranks}
@@ -94,14 +105,28 @@ class Diagnosis:
         record = read_json(self.run.rank_failure(self.attempt, rank))
         if record is not None:
             kind = classify(record["code"], " ".join(record["chain"]), record["message"], "", oom)
-            name = "" if record["code"] == WRONG_JOB else f"{record['exception']}: "
-            return self._of(rank, kind, name + record["message"], record["code"], record["time"])
+            if record["code"] == WRONG_JOB:
+                return self._of(rank, kind, record["message"], record["code"], record["time"])
+            return self._raised(index, kind, record)
         if code is None or not self._is_failure(index, code):
             return None
         message = describe_exit(code) + (" in the middle of the training" if code == DONE else "")
         message += ": the kernel killed it for memory" if oom and code == -signal.SIGKILL else ""
         kind = classify(code, "", message, last_lines(self.run.rank_log(rank), self.log_sizes[rank]), oom)
         return self._of(rank, kind, message, code)
+
+    def _raised(self, index: int, kind: str, record: dict[str, Any]) -> Failure:
+        """The failure of a rank that raised an exception: where, after which step, and whether it may pass."""
+        message = f"{record['exception']}: {record['message']}"
+        failure = self._of(self.first_rank + index, kind, message, record["code"], record["time"])
+        place = place_of(f"{record['traceback']}\n{record['message']}", self.roots)
+        step = 0 if self.job.script else self.heartbeat.read(index).step
+        late = bool(self.job.script) and record["time"] - self.began > BRIEFLY_S  # nobody knows how far it was
+        outside = record.get("from_outside", False) or WORKER_LOST in message
+        return dataclasses.replace(
+            failure, cause=f"{record['exception']} at {place}" if place else record["exception"], at_step=step,
+            passing=kind not in CERTAIN or late or outside,
+        )  # fmt: skip
 
     def _of(
         self, rank: int | None, kind: str, message: str, code: int = FAILED, when: float = 0.0, waiting: bool = False
@@ -125,20 +150,20 @@ class Diagnosis:
 
         `alarmed`: another node found one that hangs, or its ranks waiting for one that hangs here.
         """
-        now = time.monotonic()
         living = [index for index, process in enumerate(processes) if process.exitcode is None]
         for index in living:  # of a script no more is known than whether it is stopped
             if self.job.script and process_state(processes[index].pid) != "T":
                 self.heartbeat.beat(index, 0, "training")
         beats = {index: self.heartbeat.read(index) for index in living}
-        silent = {index: now - max(beat.time, spawned) for index, beat in beats.items()}
+        silent = {index: CLOCK.since(max(beat.time, spawned)) for index, beat in beats.items()}
         limits = dict.fromkeys(PHASES, self.job.agent.hang_timeout_s)
-        limits["starting"] = self.job.agent.start_timeout_s
-        shares = {index: silent[index] / limits[beat.phase] for index, beat in beats.items()}
-        if not alarmed and all(share <= 1 for share in shares.values()):
+        limits |= dict.fromkeys(FIRST_PHASES, self.job.agent.start_timeout_s)
+        limit = {index: limits[beat.phase] for index, beat in beats.items()}
+        over = [limit[index] for index in living if silent[index] > limit[index]]
+        if not alarmed and not over:
             return None
         # Those that wait for a rank fell silent when it did, give or take a step: which one it is, the stacks tell.
-        late = [index for index, share in shares.items() if share > 0.5]
+        late = [index for index in living if silent[index] > min(limit[index], *over) / 2]
         stopped = [index for index in late if process_state(processes[index].pid) == "T"]
         stacks = self._dump_stacks(processes)
         for index in stopped:

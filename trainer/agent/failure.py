@@ -24,6 +24,29 @@ class Failure:
     message: str
     log: str
     waiting: bool = False  # the rank hangs because it waits for others
+    cause: str = ""  # exception and place, such as "ValueError at cells/bad.py:12"; empty where no exception is known
+    at_step: int = -1  # steps that the rank had done; -1 where nobody knows
+    passing: bool = True  # it may be another time: anything but an exception that the code itself raises
+
+    @property
+    def label(self) -> str:
+        """What to call it when failures are counted."""
+        return self.cause or self.kind
+
+    @property
+    def place(self) -> str:
+        """The line that raised the exception, as far as known."""
+        return self.cause.partition(" at ")[2]
+
+    def repeats(self, before: "Failure") -> bool:
+        """Whether this is the failure of `before` once more, and so will be every time."""
+        same = (self.cause, self.at_step) == (before.cause, before.at_step)
+        return bool(self.cause) and same and not self.passing and not before.passing
+
+    @property
+    def when(self) -> str:
+        """Between which steps it came."""
+        return f"after step {self.at_step}" if self.at_step > 0 else "before the first step was done"
 
     @property
     def distance(self) -> int:
@@ -99,9 +122,11 @@ def paragraph(failure: Failure, outcome: str, run: str | PathLike[str]) -> str:
     """One paragraph: node, rank, exception, class, fix, logs."""
     who = f"rank {failure.rank} on node {failure.node}" if failure.rank is not None else f"node {failure.node}"
     message = " ".join(failure.message.split())[:500]
+    place = f" (at {failure.place})" if failure.place else ""
+    remedy = "Correct the task" if message.startswith("task.") else KINDS[failure.kind][0]  # no key of a job file
     return (
-        f"{who} ({failure.host}) failed first [{failure.kind}]: {message or 'no message'}. "
-        f"{KINDS[failure.kind][0]}. {outcome} Logs: {failure.log}; everything: {run}"
+        f"{who} ({failure.host}) failed first [{failure.kind}]: {message or 'no message'}{place}. "
+        f"{remedy}. {outcome} Logs: {failure.log}; everything: {run}"
     )
 
 

@@ -8,7 +8,9 @@ from trainer.errors import DONE, FAILED
 from trainer.reporting.heartbeat import HEARTBEAT, SLOT, Heartbeat
 
 FRESH_S = 600.0
-"""A rank may be silent this long while it starts or compiles; the agent itself knows the job's tighter limits."""
+"""A rank may be silent this long, or as long as its job allows; the agent itself knows which limit holds now."""
+LIMIT = "limit"
+"""A file in an agent's own folder: the longest silence in seconds that the job allows."""
 
 
 def check_health() -> int:
@@ -21,8 +23,10 @@ def check_health() -> int:
 
 def _silent_ranks(file: Path) -> list[str]:
     ranks, now = range(file.stat().st_size // SLOT.size), time.monotonic()
+    limit = file.with_name(LIMIT)
+    fresh_s = max(FRESH_S, float(limit.read_text()) if limit.exists() else 0.0)
     beats = map(Heartbeat(file, len(ranks)).read, ranks) if ranks else ()
     return [
         f"rank {local_rank}: no heartbeat for {now - beat.time:.0f} s, step {beat.step}"
-        for local_rank, beat in enumerate(beats) if beat.time and now - beat.time > FRESH_S
+        for local_rank, beat in enumerate(beats) if beat.time and now - beat.time > fresh_s
     ]  # fmt: skip

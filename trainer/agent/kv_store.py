@@ -19,11 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.agent.awake_clock import CLOCK
+
 CONNECT_S = 1.0  # for a client, to connect and to be greeted
 GREETING_S = 5.0  # for the server: how long a connection may stay open without a greeting
 ANSWER_S = 10.0  # for an answer; if it takes longer, node 0 or the way to it is gone
 BEAT_S = 1.0  # each client sends a request at least this often
 SILENT_S = 15.0  # without a request a node counts as lost after this time; when its connection ends, at once
+SLICE_S = 1.0  # of a wait: between two of them the clock is asked, which stands still while this process does
 LEFT, LOST = math.inf, -math.inf  # for an agent that ended as it should, and one that did not
 MESSAGE_BYTES = 1 << 20  # at most, in either direction
 
@@ -60,7 +63,7 @@ class KeyValueStore:
 class _Client:
     """What the server knows of an agent."""
 
-    heard: float  # when, last; LEFT or LOST when its connection has ended
+    heard: float  # when, last, by `CLOCK`; LEFT or LOST when its connection has ended
 
 
 class KeyValueServer(KeyValueStore):
@@ -109,7 +112,7 @@ class KeyValueServer(KeyValueStore):
         for node, heard in [(node, client.heard) for node, client in list(self.clients.items())]:
             if heard == LOST:
                 return node, "its agent is gone: the connection ended"
-            if time.monotonic() - heard > SILENT_S:
+            if CLOCK.now() - heard > SILENT_S:
                 return node, f"no beat of its agent for {SILENT_S:.0f} s"
         return None
 
@@ -130,7 +133,7 @@ class KeyValueServer(KeyValueStore):
             client = await asyncio.wait_for(self._greet(reader, writer), GREETING_S)
             while client.heard != LEFT:
                 request = json.loads(await reader.readuntil())
-                client.heard = LEFT if request == ["leave"] else time.monotonic()
+                client.heard = LEFT if request == ["leave"] else CLOCK.now()
                 writer.write(_line(json.dumps(self._request(request)).encode()))
                 await writer.drain()
         if client is not None and client.heard != LEFT:
@@ -143,7 +146,7 @@ class KeyValueServer(KeyValueStore):
         node = int(greeting.removeprefix(self.greeting))
         if not greeting.startswith(self.greeting) or not 0 < node < self.nodes:
             raise ValueError("not an agent of this job")
-        self.clients[node] = client = _Client(time.monotonic())  # first, so that whoever was let in is known
+        self.clients[node] = client = _Client(CLOCK.now())  # first, so that whoever was let in is known
         writer.write(_line(self.greeting))
         return client
 
@@ -191,13 +194,18 @@ class KeyValueClient(KeyValueStore):
 
     def _exchange(self, message: bytes, bound_s: float) -> bytes:
         """Send a message and wait for the answer, both within one bound; an answer that is too long is cut off."""
-        end = time.monotonic() + bound_s
+        end = CLOCK.now() + bound_s
         self.connection.settimeout(bound_s)
         self.connection.sendall(_line(message))
         answer = b""
         while not answer.endswith(b"\n") and len(answer) <= MESSAGE_BYTES:
-            self.connection.settimeout(max(end - time.monotonic(), 0.001))
-            part = self.connection.recv(1 << 16)
+            self.connection.settimeout(min(max(end - CLOCK.now(), 0.001), SLICE_S))
+            try:
+                part = self.connection.recv(1 << 16)
+            except TimeoutError:
+                if CLOCK.now() < end:
+                    continue
+                raise
             if not part:
                 raise ConnectionError("the connection ended")
             answer += part

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.agent.agent import NodeAgent, say
+from trainer.agent.last_word import judge, leave
 from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.scratch_folder import own_folder
 from trainer.config.job import Job
@@ -56,12 +57,14 @@ def run_node(path: Path, overrides: list[str]) -> int:
     )  # fmt: skip
     if not run_is_shared():
         say("the run folder goes with this node: the run resumes in place, but not on another node")
-    code, reason = _check_and_supervise(job, path, run, wiring)
+    try:
+        code, reason = _check_and_supervise(job, path, run, wiring)
+    except Exception as error:
+        code, reason = judge(error)
     if code == DONE:
         tell_platform(plain_table(run))
     else:
-        run.record("ended", node=wiring.node_rank, code=code, reason=reason)
-        tell_platform(reason)
+        leave(run, code, reason, wiring.node_rank)
         say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {reason}")
     return code
 

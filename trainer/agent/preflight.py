@@ -14,6 +14,9 @@ from trainer.wiring.devices import gpu_files, has_infiniband
 from trainer.wiring.hardware import WORKER_SHM_MB
 from trainer.wiring.node import Wiring
 
+LOOPBACK = "lo"
+"""Linux' interface of the machine to itself."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -51,15 +54,16 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
 def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:
     """Variables that the network needs, each with value and reason; usually none."""
     if wiring.nodes == 1:
-        return {"GLOO_SOCKET_IFNAME": ("lo", "one node: no need for the host's name to resolve")}
+        return {"GLOO_SOCKET_IFNAME": (LOOPBACK, "one node: no need for the host's name to resolve")}
     if wiring.platform == "local":
         reason = "simulated nodes live on this machine's loopback"
-        return {"GLOO_SOCKET_IFNAME": ("lo", reason), "NCCL_SOCKET_IFNAME": ("=lo", f"{reason}, which NCCL skips")}
+        nccl = f"={LOOPBACK}", f"{reason}, which NCCL skips"
+        return {"GLOO_SOCKET_IFNAME": (LOOPBACK, reason), "NCCL_SOCKET_IFNAME": nccl}
     try:
         own = socket.gethostbyname(socket.gethostname())
     except OSError:
         own = ""
-    if wiring.interface not in ("", "lo") and (not own or own.startswith("127.")):
+    if wiring.interface not in ("", LOOPBACK) and (not own or own.startswith("127.")):
         reason = f"this host's own name resolves to {own or 'nothing'}; {wiring.interface} routes to the master"
         return {"GLOO_SOCKET_IFNAME": (wiring.interface, reason)}
     return {}

@@ -122,6 +122,12 @@ def print_error(error: BaseException) -> str:
     return text
 
 
+def _is_from_outside(error: BaseException) -> bool:
+    """Whether the world raised it, such as a network: another time it may not. A path that is not there stays so."""
+    lasting = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return isinstance(error, OSError) and not isinstance(error, lasting)
+
+
 def _record_failure(path: Path, rank: int, error: BaseException) -> None:
     """Leave a record of the first exception for the agent's diagnosis, and the traceback in the log."""
     if isinstance(error, Stopped) or path.exists():
@@ -132,7 +138,7 @@ def _record_failure(path: Path, rank: int, error: BaseException) -> None:
     record = {
         "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": exit_code(error),
         "exception": type(error).__name__, "message": str(error)[:4000], "traceback": print_error(error)[-8000:],
-        "chain": [type(item).__name__ for item in chain],
+        "chain": [type(item).__name__ for item in chain], "from_outside": any(map(_is_from_outside, chain)),
     }  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed; the exit code and the log are left
         path.parent.mkdir(exist_ok=True)

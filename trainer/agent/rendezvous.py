@@ -5,25 +5,23 @@ and accept a store only if it greets them as one of this job. The ranks of each 
 shared one, restarted ranks would read the addresses of a dead attempt (with c10d's, 4 restarts of 22 recovered).
 """
 
+import contextlib
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
-from trainer import __version__
+from trainer.agent.awake_clock import CLOCK
 from trainer.agent.failure import Failure
 from trainer.agent.kv_store import KeyValueClient, KeyValueServer, PeerLost
 from trainer.agent.rank_store import RankStore
-from trainer.agent.rounds import Ended, RendezvousTimeoutError, Round, Wishes, check_versions
+from trainer.agent.rounds import VERSIONS, Ended, RendezvousTimeoutError, Round, Wishes, check_versions
 from trainer.errors import FAILED, STOPPED
 from trainer.wiring.network import own_address
 from trainer.wiring.node import Wiring
 
-# What must be the same on all nodes, or ranks compute different things.
-VERSIONS = {"muster": __version__, "torch": version("torch")}
 POLLS_PER_S = 4000
 """What node 0 can answer with a fraction of a core: the more nodes there are, the more rarely each of them asks."""
 
@@ -54,8 +52,8 @@ class NodeRendezvous:
 
     def next_round(self) -> Round:
         """Meet all nodes. Raises Ended: the job ends. Raises RendezvousTimeoutError: some node did not come in time."""
-        deadline = time.monotonic() + self.bound_s
-        self.next_progress = time.monotonic() + 5
+        deadline = CLOCK.now() + self.bound_s
+        self.next_progress = CLOCK.now() + 5
         while True:
             try:
                 agreed = self._meet(deadline)
@@ -127,7 +125,7 @@ class NodeRendezvous:
         """Between two tries: notice a stop request and the bound, and show progress."""
         if stop or self.interrupted():
             raise Ended("stopped on request before the ranks started", STOPPED)
-        now = time.monotonic()
+        now = CLOCK.now()
         if now > deadline:
             raise RendezvousTimeoutError(timeout)
         if now > self.next_progress:
@@ -196,6 +194,13 @@ class NodeRendezvous:
     def stop_all(self) -> None:
         """Make the other agents stop their ranks too."""
         self._store().set("stop", True)
+
+    def end_all(self, reason: str, code: int) -> None:
+        """Let the other agents end as this one does: its `reason` is more than what they would see of it."""
+        with contextlib.suppress(PeerLost):
+            if self.store is not None:
+                self.store.set("end", [reason, code])
+                self.store.join(f"{self.round + 1}/wishes", "next_round", "cause_known")
 
     def all_done(self) -> bool:
         """Whether the ranks of every node are done in this round; tells the others that those of this node are."""

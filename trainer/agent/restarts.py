@@ -13,7 +13,7 @@ from trainer.run.folder import RunFolder
 
 
 class RestartPolicy:
-    """Counts restarts without progress, and numbers the attempts."""
+    """Counts restarts, in all and without progress, and numbers the attempts."""
 
     def __init__(self, job: Job, run: RunFolder, say: Callable[[str], None], memory: Memory | None = None) -> None:
         """`say` prints a line; `memory`: of this node, where survivors leave their state."""
@@ -35,11 +35,13 @@ class RestartPolicy:
             newest = attempts.newest(self.run)
             if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
                 raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
-            self.attempt = newest + 1
-            attempts.claim(self.run, self.attempt)
+            attempts.claim(self.run, newest + 1)
+        except attempts.StaleAttempt as error:  # it came between the two looks
+            raise Ended(f"{error}: another launch of this run goes on", FAILED) from None
         except OSError as error:
             remedy = "Give a writable runs folder"
             raise JobError("runs", str(self.run), f"cannot be written ({error})", remedy) from None
+        self.attempt = newest + 1
         self.run.record("restart" if cause else "attempt", attempt=self.attempt, round=round_number)
         return self.attempt
 
@@ -53,13 +55,24 @@ class RestartPolicy:
         facts = asdict(cause)
         del facts["time"]
         self.run.record("failure", **facts, step=step, restarts_left=max(left, 0))
-        if cause.code == WRONG_JOB:
-            raise Ended(paragraph(cause, "It is not retried.", self.run), WRONG_JOB)
-        if cause.kind == "loss":
-            raise Ended(paragraph(cause, "train.on_nan=halt: it is not retried.", self.run), FAILED)
-        if left < 0:
-            wasted = f"{self.restarts_without_progress - 1} restarts without progress"
-            outcome = f"Gave up after {wasted} (step {max(step, 0)})."
-            raise Ended(paragraph(cause, outcome, self.run), FAILED)
+        if (reason := self._why_not(cause, left, step)) is not None:
+            raise Ended(paragraph(cause, reason, self.run), WRONG_JOB if cause.code == WRONG_JOB else FAILED)
         outcome = f"Restarting from step {max(step, 0)}; {left} restarts without progress are left."
         self.say(paragraph(cause, outcome, self.run))
+
+    def _why_not(self, cause: Failure, left: int, step: int) -> str | None:
+        """Why there is no restart any more; None: there is one. `left`: without progress; `step`: the newest kept."""
+        total = self.job.agent.restarts_total
+        if cause.code == WRONG_JOB:
+            return "It is not retried."
+        if cause.kind == "loss":
+            return "train.on_nan=halt: it is not retried."
+        if self.restarts_without_progress > 1 and cause.repeats(self.failures[-2]):
+            return f"It failed twice in the same way, {cause.when}, and would fail again: it is not retried."
+        if left < 0:
+            return (
+                f"Gave up after {self.restarts_without_progress - 1} restarts without progress (step {max(step, 0)})."
+            )
+        if len(self.failures) > total:
+            return f"Gave up after agent.restarts_total={total} restarts, with progress in between (step {step})."
+        return None

@@ -4,10 +4,31 @@ In a round each agent reports what failed, if anything did; then node 0 plans: a
 Whoever wants the next round ends the current one. docs/faults.md explains launch, round, attempt and restart.
 """
 
+import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
+from trainer import __version__
 from trainer.errors import WRONG_JOB
+
+
+def torch_version() -> str:
+    """The version of torch, without importing it: from its package's metadata, or as its own source says."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:  # built from source, and found through PYTHONPATH
+        spec = importlib.util.find_spec("torch")
+        file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+        text = file.read_text() if file and file.is_file() else ""
+        found = re.search(r"^__version__\b.*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+        return found[1] if found else "of unknown version"
+
+
+VERSIONS = {"muster": __version__, "torch": torch_version()}
+"""What must be the same on all nodes, or ranks compute different things."""
 
 
 class Ended(RuntimeError):

@@ -13,10 +13,13 @@ class StaleAttempt(RuntimeError):
 
 
 def claim(run: RunFolder, attempt: int) -> None:
-    """Make `attempt` the owner of the run. Raises StaleAttempt: a later attempt owns it already."""
+    """Make `attempt` the owner of the run. Raises StaleAttempt: it, or a later one, was claimed already."""
     run.attempts.mkdir(parents=True, exist_ok=True)
     check_current(run, attempt)
-    handle = os.open(run.attempts / f"{attempt:06d}", os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        handle = os.open(run.attempts / f"{attempt:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:  # two launches of the run claim at the same time: one of them has it
+        raise StaleAttempt(f"attempt {attempt} of {run.name} is somebody else's") from None
     os.fsync(handle)
     os.close(handle)
 

@@ -1,0 +1,110 @@
+"""Which failures are followed by a restart: budgets, failures that are sure to repeat, runs that others own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trainer.agent.failure import Failure
+from trainer.agent.restarts import RestartPolicy
+from trainer.agent.rounds import Ended
+from trainer.config.job import Agent, Job
+from trainer.errors import FAILED
+from trainer.run import attempts
+from trainer.run.folder import RunFolder
+
+BUG = Failure(0, "host", 1, 5.0, FAILED, "user code", "ValueError: bad", "rank-1.log", cause="ValueError at bad.py:12",
+              at_step=7, passing=False)  # fmt: skip
+
+
+class Policy(RestartPolicy):
+    """Of a run in a folder, which may make progress."""
+
+    def __init__(self, folder: Path, **options: int) -> None:
+        self.said: list[str] = []
+        super().__init__(Job(task="a:B", agent=Agent(**options)), RunFolder(folder), self.said.append)
+        self.round = 0
+        self.fail()
+
+    def fail(self, *failures: Failure) -> int:
+        self.round += 1
+        return self.next_attempt(self.round, list(failures))
+
+    def save(self, step: int) -> None:
+        (self.run.checkpoints / f"step-{step:09d}").mkdir(parents=True)
+
+
+def test_the_same_exception_at_the_same_step_is_not_tried_a_third_time(tmp_path: Path) -> None:
+    policy = Policy(tmp_path)
+    assert policy.fail(BUG) == 1
+    with pytest.raises(Ended, match=r"twice in the same way, after step 7, .* not retried") as end:
+        policy.fail(replace(BUG, rank=0, time=9.0))
+    assert end.value.code == FAILED
+    assert "ValueError: bad (at bad.py:12)" in str(end.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(BUG, cause="ValueError at bad.py:13"),
+        replace(BUG, cause="KeyError at bad.py:12"),
+        replace(BUG, at_step=8),
+        replace(BUG, passing=True),
+        replace(BUG, cause="", kind="killed"),
+    ],
+    ids=["another line", "another exception", "another step", "it may pass", "no exception"],
+)
+def test_all_others_have_the_budget_without_progress(tmp_path: Path, other: Failure) -> None:
+    policy = Policy(tmp_path, restarts=3)
+    policy.fail(BUG)
+    policy.fail(other)
+    policy.fail(BUG)
+    with pytest.raises(Ended, match="Gave up after 3 restarts without progress"):
+        policy.fail(replace(other, at_step=9))
+
+
+def test_after_progress_it_may_be_another_one(tmp_path: Path) -> None:
+    policy = Policy(tmp_path)
+    policy.fail(BUG)
+    policy.save(8)
+    assert policy.fail(BUG) == 2
+
+
+def test_restarts_with_progress_have_a_budget_too(tmp_path: Path) -> None:
+    policy = Policy(tmp_path, restarts=1, restarts_total=4)
+    for step in range(1, 5):
+        policy.save(step)
+        policy.fail(replace(BUG, at_step=step))
+    policy.save(9)
+    with pytest.raises(Ended, match=r"agent\.restarts_total=4 restarts"):
+        policy.fail(replace(BUG, at_step=9))
+
+
+def test_a_wrong_job_is_tried_once(tmp_path: Path) -> None:
+    with pytest.raises(Ended, match="not retried"):
+        Policy(tmp_path).fail(Failure(0, "host", 0, 1.0, 64, "config", "train.lr=x: is no number. Give one", "log"))
+
+
+def test_a_launch_that_comes_between_two_looks_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(tmp_path)
+    newest = attempts.newest
+
+    def overtaken(run: RunFolder) -> int:
+        monkeypatch.setattr(attempts, "newest", newest)
+        attempts.claim(run, before := newest(run) + 1)
+        return before - 1
+
+    monkeypatch.setattr(attempts, "newest", overtaken)
+    with pytest.raises(Ended, match="another launch of this run goes on") as end:
+        policy.fail(BUG)
+    assert end.value.code == FAILED
+
+
+def test_an_attempt_has_one_owner(tmp_path: Path) -> None:
+    attempts.claim(RunFolder(tmp_path), 3)
+    for attempt in (2, 3):
+        with pytest.raises(attempts.StaleAttempt):
+            attempts.claim(RunFolder(tmp_path), attempt)
+    attempts.claim(RunFolder(tmp_path), 4)
