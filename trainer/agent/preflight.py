@@ -3,6 +3,7 @@
 Whether the nodes reach each other is proven by the rendezvous itself, which waits with progress shown.
 """
 
+import os
 import resource
 import shutil
 import socket
@@ -31,7 +32,7 @@ class Problem:
 
 
 def check_node(job: Job, wiring: Wiring) -> list[Problem]:
-    """Look at shared memory, devices, locked memory and processors of this node."""
+    """Look at shared memory, devices, locked memory, compiler and processors of this node."""
     problems, ranks, wanted = [], job.ranks_per_node, job.devices_per_node
     loaders = job.data.workers * ranks if job.task and SHM.is_dir() else 0
     if loaders and (free := shutil.disk_usage(SHM).free / 2**20) < (needed := loaders * WORKER_SHM_MB):
@@ -45,6 +46,10 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
     if has_infiniband() and lockable != resource.RLIM_INFINITY and lockable < 2**30:
         text = f"InfiniBand is here, but memlock is limited to {lockable >> 10} KiB: RDMA registration will fail"
         problems.append(Problem("interface", f"{text}. Use ulimit -l unlimited (docker: --ulimit memlock=-1)", False))
+    compiler = os.environ.get("CXX", "g++")
+    if job.task and job.train.compile and not (job.device != "cpu" and gpu_files()) and not shutil.which(compiler):
+        text = f"train.compile=true needs a C++ compiler, and this node has no {compiler}"
+        problems.append(Problem("config", f"{text}. Install one, name it in CXX, or set train.compile=false"))
     if wiring.cpus < ranks:
         text = f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too"
         problems.append(Problem("config", text, False))

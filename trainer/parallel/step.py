@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from trainer.errors import JobError
 from trainer.task import Task
 
+COMPILER = ("torch._inductor", "torch._dynamo")
+"""Where torch defines the errors of its compiler."""
+
 
 class Step(nn.Module):
     """The model with the task's loss inside. Modes replicate or wrap it, and only per-sample values leave it."""
@@ -22,7 +25,7 @@ class Step(nn.Module):
         self.model = model
         self.task = task
         self.autocast = autocast or nullcontext
-        self.apply_model = torch.compile(apply_model) if compile else apply_model
+        self.apply_model = compile_model() if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
@@ -50,3 +53,20 @@ class Step(nn.Module):
 def apply_model(model: nn.Module, inputs: Any) -> Any:
     """What is compiled. `model.compile()` silently does nothing for torch's own classes, such as Sequential."""
     return model(inputs)
+
+
+def compile_model() -> Callable[[nn.Module, Any], Any]:
+    """`apply_model` compiled; the first calls compile. Raises JobError then: the compiler fails."""
+    compiled = torch.compile(apply_model)
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        try:
+            return compiled(model, inputs)
+        except Exception as error:
+            if not type(error).__module__.startswith(COMPILER):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem, remedy = f"torch cannot compile the model: {reason}", "Set it to false, or install what is missing"
+            raise JobError("train.compile", True, problem, remedy) from error
+
+    return call

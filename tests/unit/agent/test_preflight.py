@@ -12,7 +12,7 @@ import pytest
 
 from trainer.agent import preflight
 from trainer.agent.preflight import check_node, network_settings
-from trainer.config.job import Data, Job
+from trainer.config.job import Data, Job, Train
 from trainer.wiring.network import PORTS, candidate_ports
 from trainer.wiring.node import Wiring
 
@@ -46,6 +46,15 @@ def test_shared_memory_that_the_loader_workers_overflow(monkeypatch: pytest.Monk
     monkeypatch.setattr(preflight, "SHM", Path("/sys"))  # a file system without a free block
     ((text, fatal),) = problems(Job(task="a:B", parallel="ddp", devices_per_node=2, data=Data(workers=2)))
     assert "4 loader workers may need 256" in text and fatal
+
+
+def test_a_compiler_where_the_job_wants_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(task="a:B", parallel="ddp", devices_per_node=2, device="cpu", train=Train(compile=True))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    ((text, fatal),) = problems(job)
+    assert "this node has no no-such-compiler" in text and "train.compile=false" in text and fatal
+    monkeypatch.setenv("CXX", "true")
+    assert problems(job) == []
 
 
 @pytest.mark.parametrize(("limit", "told"), [(2**16, True), (2**30, False), (resource.RLIM_INFINITY, False)])
