@@ -25,7 +25,7 @@ def read_state(run: Path, step: int | None = None) -> dict[str, Any]:
 def difference(one: Any, other: Any, path: str = "") -> str:
     """The path of the first value that is not equal bit by bit; empty when all are."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return "" if one.dtype == other.dtype and torch.equal(one, other) else path or "."
+        return "" if one.dtype == other.dtype and torch.equal(one.to_dense(), other.to_dense()) else path or "."
     if isinstance(one, dict) and isinstance(other, dict):
         if list(one) != list(other):
             return f"{path} keys {list(one)} and {list(other)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.nested import map_tensors
+from trainer.parallel.module_state import is_dense
 
 NICE = 15
 """Beside a training that uses all cores, writing gets 3 % of one."""
@@ -59,6 +60,8 @@ class Writer:
         before, self.copies = self.copies, {}
 
         def copy(tensor: Tensor) -> Tensor:
+            if not is_dense(tensor):  # a sparse one has no place in memory to be known by
+                return tensor.detach().to("cpu", copy=True)
             # Tied weights are one tensor under two names: they are copied, and written, once.
             origin = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
             if origin not in self.copies:

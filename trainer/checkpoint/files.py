@@ -1,8 +1,8 @@
 """Checkpoints: committed whole or not at all, verified before they are believed.
 
 A checkpoint is a folder `step-<n>` with `model.pt` (the plain state dict of the unwrapped model), `state.pt`
-(optimizer, scaler, average, position) and `manifest.json`, which is written last and holds the sha256 of the others.
-It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
+(optimizer, scaler, average, buffers, position) and `manifest.json`, which is written last and holds the sha256 of the
+others. It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
 """
 
 import hashlib
@@ -38,10 +38,13 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Path:
+def commit(
+    root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int, prove: bool = False
+) -> Path:  # fmt: skip
     """Write `payload` (file name to object) and its manifest; return `root/step-<step>`, which is visible now.
 
-    Raises OSError, StaleAttempt (a later one owns the run): nothing became visible, what was there is untouched.
+    Raises OSError, StaleAttempt (a later one owns the run), JobError (it holds what could not be loaded again, which
+    `prove` looks for): nothing became visible, what was there is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     pending = root / f".pending-step-{step:09d}-{os.getpid()}"
@@ -49,6 +52,9 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
     try:
         pending.mkdir()
         files = {name: _write(pending / name, value) for name, value in payload.items()}
+        if prove:
+            for name in payload:
+                _prove(pending / name)
         manifest = {
             "format": 1, "step": step, "attempt": attempt, "saved_at": time.time(), "muster": __version__,
             "torch": torch.__version__, **facts, "files": files,
@@ -149,40 +155,6 @@ def load(folder: Path, name: str) -> Any:
     return torch.load(folder / name, map_location="cpu", weights_only=True)
 
 
-def load_weights(path: Path) -> dict[str, Any]:
-    """A model's state dict from a checkpoint folder or a `.pt` file of any origin, verified where it can be.
-
-    Raises JobError: not there, not a state dict.
-    """
-    if path.is_dir():
-        if (path / "manifest.json").is_file():
-            verify(path)
-        path = path / "model.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise JobError("checkpoint.load", str(path), "no such file", "Give a step-* folder or a .pt file") from None
-    except Exception as error:
-        problem = f"torch cannot load it ({type(error).__name__})"
-        remedy = "Save a state dict with torch.save(model.state_dict(), path)"
-        raise JobError("checkpoint.load", str(path), problem, remedy) from error
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        problem = f"contains a {type(state).__name__}, not a state dict"
-        raise JobError("checkpoint.load", str(path), problem, "Save one with torch.save(model.state_dict(), path)")
-    return unwrapped(state)
-
-
-def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefixes that wrappers put before every name (DataParallel, DDP, torch.compile)."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
 class Hashing:
     """A file that hashes what is written: torch.save's zip writer seeks nowhere, so one pass is enough."""
 
@@ -221,6 +193,18 @@ def _write(path: Path, value: Any) -> dict[str, Any]:
     with _new_file(path) as file:
         digest = dump(value, file)
         return {"bytes": file.tell(), "sha256": digest.hex()}
+
+
+def _prove(path: Path) -> None:
+    """Load what was written. Raises JobError: that fails; better now than when a run goes on from it."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found[1] if found else f"what torch cannot load ({type(error).__name__})"
+        key, owner = ("task.model", "model") if path.name == "model.pt" else ("train.optimizer", "optimizer")
+        problem = f"the state of the {owner} holds it, and loading it would run code"
+        raise JobError(key, what, problem, "Keep tensors, numbers, texts, lists and dictionaries in it") from error
 
 
 def _sync_folder(path: Path) -> None:

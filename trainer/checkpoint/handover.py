@@ -20,6 +20,7 @@ from trainer.checkpoint.files import dump
 from trainer.checkpoint.memory import ANSWERED, ASK, BUSY, NOTE, NOTE_HEAD, NOTES, ROOM, SILENT, Memory, keeps_state
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
+from trainer.parallel.module_state import is_dense, saved_buffers
 
 UPDATE_S = 1.0
 """For an update that is going on when the rank is asked."""
@@ -37,8 +38,7 @@ class BufferNotes:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.memory: Memory | None = None
-        saved = model.state_dict(keep_vars=True)
-        self.buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in saved}
+        self.buffers = {name: buffer for name, buffer in saved_buffers(model).items() if is_dense(buffer)}
         ends = [0, *itertools.accumulate(-(-buffer.nbytes // 64) * 64 for buffer in self.buffers.values())]
         self.offsets, self.size = dict(zip(self.buffers, ends, strict=False)), ends[-1]
         self.fit = self.size <= ROOM
@@ -71,9 +71,9 @@ class BufferNotes:
         NOTE.pack_into(self.memory.notes, place, self.attempt, step, self.size)
 
     def hold(self) -> bool:
-        """Whether the model still has the tensors that are noted: user code may have put others in their place."""
-        now = dict(self.model.named_buffers(remove_duplicate=False))
-        return all(now.get(name) is buffer for name, buffer in self.buffers.items())
+        """Whether the notes are of all buffers: user code may have put others in their place, or made more."""
+        now = {name: buffer for name, buffer in saved_buffers(self.model).items() if is_dense(buffer)}
+        return now.keys() == self.buffers.keys() and all(now[name] is buffer for name, buffer in self.buffers.items())
 
     def put(self, note: bytes, contents: dict[str, Any]) -> None:
         """Give all models in a checkpoint's `contents` the noted buffers: the average copies the model's."""

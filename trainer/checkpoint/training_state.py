@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from trainer.checkpoint import files as checkpoint
 from trainer.checkpoint.background_writer import Writer
 from trainer.checkpoint.handover import Handover
+from trainer.checkpoint.weights import fit, start_from
 from trainer.config.job import Job
 from trainer.config.load import read_sections
 from trainer.data.sampler import Position
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
+from trainer.parallel.module_state import buffers_beside, restore_buffers
 from trainer.reporting.rank_report import Report
 
 
@@ -28,8 +29,9 @@ class TrainingState:
 
     def __init__(
         self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
-        average: AveragedModel | None, parallel: Parallel, report: Report,
+        average: Any, parallel: Parallel, report: Report,
     ) -> None:  # fmt: skip
+        """`average`: has the averaged weights in `module` and the number of updates in `n_averaged`; or None."""
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.average, self.position, self.parallel, self.report = average, Position(), parallel, report
         self.root = report.run.checkpoints
@@ -46,6 +48,8 @@ class TrainingState:
         """Value of the best metric so far, and the name of its checkpoint."""
         self.evaluated = True
         """Whether what was due at the current position has been done."""
+        self.proven = False
+        """Whether a checkpoint of this attempt was found to load again."""
 
     def save(self, wait: bool = False) -> None:
         """Save the current position: rank 0 writes. With `wait` all ranks go on when it is committed.
@@ -90,6 +94,7 @@ class TrainingState:
         scaler, average = self.scaler, self.average
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "buffers": buffers_beside(self.model),
             "scaler": scaler.state_dict() if scaler else None,
             "average": {"model": average.module.state_dict(), "updates": average.n_averaged} if average else None,
             "position": dataclasses.asdict(self.position), "evaluated": self.evaluated, "metrics": self.metrics,
@@ -110,7 +115,8 @@ class TrainingState:
             self.best = value, f"step-{step:09d}"
 
     def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
-        folder = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
+        folder = checkpoint.commit(self.root, step, payload, facts, self.report.attempt, prove=not self.proven)
+        self.proven = True
         self.report.event("checkpoint", step=step, folder=str(folder.relative_to(self.report.run.path)))
         checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 
@@ -129,7 +135,7 @@ class TrainingState:
         if found is not None:
             self._load(Path(found))
         elif self.job.checkpoint.load:
-            self._load_weights(checkpoint.load_weights(Path(self.job.checkpoint.load)))
+            start_from(self.model, Path(self.job.checkpoint.load), self.job.checkpoint.strict, self.report.say)
             if self.average is not None:
                 self.average.module.load_state_dict(self.model.state_dict())
 
@@ -154,9 +160,11 @@ class TrainingState:
         if seen or self.parallel.rank == 0:
             payload = [checkpoint.load(folder, name) for name in checkpoint.PAYLOAD]
         weights, state = payload if payload and seen else self.parallel.share(payload)
-        self._restore(state, checkpoint.unwrapped(weights), folder.name)
+        self._restore(state, weights, folder.name)
 
     def _restore(self, state: dict[str, Any], weights: dict[str, Any], origin: str) -> None:
+        beside = state.get("buffers", {"saved": [], "others": {}})  # older checkpoints say nothing of them
+        restore_buffers(self.model, weights, beside)
         self._load_weights(weights)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -167,6 +175,7 @@ class TrainingState:
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"]:
+            restore_buffers(self.average.module, state["average"]["model"], beside)
             self.average.module.load_state_dict(state["average"]["model"])
             self.average.n_averaged.copy_(state["average"]["updates"])
         for item in dataclasses.fields(Position):
@@ -178,5 +187,9 @@ class TrainingState:
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
-            problem = "its model does not fit the checkpoint: " + " ".join(str(error).split())
-            raise JobError("task", self.job.task, problem, "Use the task and task_args of that checkpoint") from None
+            fitting, misfits = fit(weights, self.model)  # a wrapper, such as a compiled model's, may have come or gone
+            if misfits:
+                problem = "its model does not fit the checkpoint: " + " ".join(str(error).split())
+                remedy = "Use the task and task_args of that checkpoint"
+                raise JobError("task", self.job.task, problem, remedy) from None
+            self.model.load_state_dict(fitting, strict=False)

@@ -105,7 +105,10 @@ class Checkpoints:
     keep_last: int = _key(2, "how many of the newest checkpoints to keep", minimum=1)
     best: str | None = _key(None, "also keep the checkpoint that is best by this metric")
     best_mode: str = _key("max", "whether a larger or a smaller value of that metric is better", choices=("max", "min"))
-    load: str | None = _key(None, "start a new run with the weights of this checkpoint folder or model.pt", path=True)
+    load: str | None = _key(None,
+        "start a new run with the weights in this file (.pt, .safetensors) or folder, of any origin", path=True)
+    strict: bool = _key(True,
+        "refuse to `load` weights that do not fit the model; false: take those that fit, and print which do not")
 
 
 @dataclass

@@ -78,6 +78,8 @@ TRAINING = (
          "torch implements it for GPUs only", "Remove it, or device=cuda"),
     Rule("checkpoint.best_mode", lambda job: job.checkpoint.best_mode != "max" and job.checkpoint.best is None,
          "would be ignored", "Name the metric in checkpoint.best"),
+    Rule("checkpoint.strict", lambda job: not job.checkpoint.strict and job.checkpoint.load is None,
+         "would be ignored", "Name the weights in checkpoint.load"),
     Rule("log.profile_steps", lambda job: (steps := job.log.profile_steps) and not (
              len(steps) == 2 and 1 <= steps[0] <= steps[1]),
          "must be [first, last], counted from 1", "For example log.profile_steps=[10,12]"),

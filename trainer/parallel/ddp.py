@@ -1,6 +1,6 @@
 """DistributedDataParallel: how the ranks of a process group compute one step together, and agree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from trainer.config.job import Ddp, Job
 from trainer.errors import JobError
 from trainer.parallel.base import DeferredScalars, Parallel
 from trainer.parallel.fast_path import run_backward
+from trainer.parallel.module_state import is_dense
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
 
@@ -35,13 +36,20 @@ class VotingStep(Step):
     def __init__(self, step: Step, device: torch.device) -> None:
         super().__init__(step.model, step.task, step.autocast)
         self.apply_model = step.apply_model
-        # All gradients of a bucket have the same type.
-        dtype = next((value.dtype for value in step.parameters() if value.requires_grad), torch.float32)
-        self.vote = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
+        # All gradients of a bucket have the same type; but 16 bits would lose a loss's digits.
+        exact = any(value.dtype == torch.float64 for value in step.parameters() if value.requires_grad)
+        self.vote = nn.Parameter(torch.zeros(2, device=device, dtype=torch.float64 if exact else torch.float32))
 
     def forward(self, batch: Any, evaluate: bool = False) -> tuple[Any, Tensor]:
         """Losses and the vote. DDP must find it among the outputs to know that it is used."""
         return super().forward(batch, evaluate), self.vote.view_as(self.vote)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Those that DDP can share. Sparse ones, such as adjacency matrices, are constant, and equal from the start."""
+        every = super().named_buffers(prefix, recurse, remove_duplicate)
+        return ((name, buffer) for name, buffer in every if is_dense(buffer))
 
 
 class Distributed(Parallel):
@@ -66,6 +74,9 @@ class Distributed(Parallel):
             if not self.cuda:
                 raise JobError("ddp.sync_batchnorm", True, "torch implements it for GPUs only", "Remove it")
             step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
+        if not self.cuda and any(isinstance(part, nn.SyncBatchNorm) for part in step.model.modules()):
+            remedy = "Use BatchNorm, and set ddp.sync_batchnorm=true where there are GPUs"
+            raise JobError("task.model", "SyncBatchNorm", "torch implements it for GPUs only", remedy)
         super().wrap(step)
         voting = VotingStep(step, self.device)
         self.vote = voting.vote
@@ -164,7 +175,7 @@ class Distributed(Parallel):
         """
         averages = self._averages(due)
         if averages and self._local():
-            coalesced(self._average, [parameter.data for parameter in self.step.model.parameters()])
+            coalesced(self._average, [weight.data for weight in self.step.model.parameters() if weight.requires_grad])
             states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
             coalesced(self._average, states)
             self.share_buffers()
@@ -186,7 +197,7 @@ class Distributed(Parallel):
 
     def share_buffers(self) -> None:
         """Give all ranks rank 0's buffers. DDP does that before a forward pass of training only."""
-        coalesced(lambda flat: dist.broadcast(flat, 0), list(self.step.model.buffers()))
+        coalesced(lambda flat: dist.broadcast(flat, 0), list(filter(is_dense, self.step.model.buffers())))
 
     def meet(self) -> None:
         """Wait for all ranks: before the first step longer than a collective would."""

@@ -15,6 +15,7 @@ from trainer.data.nested import map_tensors
 from trainer.data.sampler import evaluation_batches
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
+from trainer.parallel.module_state import evaluation_mode
 from trainer.task import Task
 from trainer.training.determinism import any_kernels
 
@@ -35,9 +36,8 @@ def evaluate(
     step, own = parallel.step, parallel.step.model
     step.model = model
     parallel.share_buffers()
-    step.eval()
     try:
-        with torch.no_grad(), any_kernels():
+        with evaluation_mode(step), torch.no_grad(), any_kernels():
             for turn in range(rounds):
                 if parallel.any(stop()):
                     return None
@@ -50,7 +50,6 @@ def evaluate(
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
                     sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
     finally:
-        step.train()
         step.model = own
     parts = parallel.gather_objects(map_tensors(sums, Tensor.cpu))
     every: list[dict[str, Any]] = [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]

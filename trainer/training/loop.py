@@ -13,10 +13,11 @@ from trainer.config.job import Job
 from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
 from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
-from trainer.data.sampler import MicroBatch, Position, Sampler
+from trainer.data.sampler import Indices, MicroBatch, Position, Sampler
 from trainer.errors import JobError, Stopped
 from trainer.parallel.base import Parallel
 from trainer.parallel.fast_path import make_step
+from trainer.parallel.module_state import unchanged
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.determinism import missing_kernels_named
@@ -24,13 +25,13 @@ from trainer.training.evaluation import check_count, evaluate
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
 from trainer.training.optimizer import (
     OPTIMIZERS,
-    WeightAverage,
-    copy_tensors,
     make_optimizer,
     make_scaler,
     make_schedule,
     set_rate,
 )
+from trainer.training.smallest_batch import check_smallest_batch
+from trainer.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,21 @@ class Trainer:
 
         The peak of memory is counted from then on.
         """
+        used = min(self.sampler.count, self.steps * self.sampler.batch_size)
+        check_smallest_batch(self.job, self.parallel, used, self.read)
         if not self.parallel.warms_up:
             return
-        micro = next(self.sampler.epoch(Position()))
-        [batch] = self.mover.move(self.loader.read([(micro.epoch, micro.indices)]))
-        before = [buffer.clone() for buffer in self.state.model.buffers()]
-        self.parallel.warm_up(batch)
-        copy_tensors(self.state.model.buffers(), before)
+        with unchanged(self.state.model):
+            self.parallel.warm_up(self.read(next(self.sampler.epoch(Position())).indices))
         self.drop_gradients()
         for device in self.parallel.devices:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self, indices: Indices) -> Any:
+        """A batch of samples of the first epoch."""
+        [batch] = self.mover.move(self.loader.read([(0, indices)]))
+        return batch
 
     def epoch(self) -> Iterator[list[tuple[MicroBatch, Any]]]:
         """The steps from the current position to the end of its epoch, each a list of micro-batches."""

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, precision and the moving average of weights, as the job names them."""
+"""Optimizer, learning-rate schedule and precision, as the job names them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
@@ -39,7 +38,10 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     if kind is None:
         kind = find_object("train.optimizer", train.optimizer)
     elif not {"foreach", "fused"} & set(arguments):
-        arguments["fused"] = True
+        # The fused kernels know neither complex weights nor sparse gradients.
+        arguments["fused"] = all(weight.is_floating_point() for weight in parameters) and not any(
+            gives_sparse_gradients(part) for part in model.modules()
+        )
     try:
         optimizer = kind(groups, lr=train.lr, **arguments)
     except (TypeError, ValueError) as error:
@@ -47,6 +49,11 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise JobError("train.optimizer", train.optimizer, "did not return a torch.optim.Optimizer", "Return one")
     return optimizer
+
+
+def gives_sparse_gradients(module: nn.Module) -> bool:
+    """Whether it is an embedding whose gradient holds the rows alone that a batch used."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
 
 
 def make_schedule(train: Train, steps: int) -> Callable[[int], float]:
@@ -90,29 +97,6 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     if device.type != "cuda":
         raise JobError("train.precision", "fp16", "needs a GPU: CPU kernels lack it", "Use bf16 or float32")
     return torch.amp.GradScaler("cuda")
-
-
-class WeightAverage(AveragedModel):
-    """An exponential moving average of the weights; buffers are copied, so that they fit the newest weights.
-
-    torch's own update copies its counter to the GPU, for which each step would wait.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """`decay`: the share of the average that each update keeps; the first update takes the weights as they are."""
-        super().__init__(model)
-        self.mix = get_ema_multi_avg_fn(decay)
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Move towards the weights of `model`."""
-        averages, weights = list(self.module.parameters()), list(model.parameters())
-        if self.n_averaged:
-            self.mix(averages, weights, self.n_averaged)
-        else:
-            copy_tensors(averages, weights)
-        copy_tensors(self.module.buffers(), model.buffers())
-        self.n_averaged += 1
 
 
 def copy_tensors(kept: Iterable[Tensor], new: Iterable[Tensor]) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from trainer.config.job import Job
@@ -25,6 +24,7 @@ from trainer.training.determinism import choose_kernels
 from trainer.training.first_rank import build_in_turn
 from trainer.training.loop import Trainer
 from trainer.training.optimizer import autocast
+from trainer.training.user_model import take_model, weights_beside
 from trainer.wiring.devices import use_cuda
 from trainer.wiring.rank import RankWiring, rank_wiring
 
@@ -56,11 +56,13 @@ def train(
     report = Report(job, folder, wiring.attempt, parallel, pulse)
     try:
         name, arguments = job.task, job.task_args
-        task, model, *data = build_in_turn(
+        task, (model, notices), *data = build_in_turn(
             parallel, pulse, lambda: make_task(name, arguments), lambda task: build(job, parallel, task)
         )
+        for notice in notices:
+            report.say(f"NOTE: {notice}")
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
-        trainer = Trainer(job, task, parallel, report, model, lambda: FLAG.requested is not None, *data)
+        trainer = Trainer(job, task, parallel, report, parallel.step.model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit(on_failure)
         report.finish(metrics)
         report.say("\n" + plain_table(folder))
@@ -74,15 +76,12 @@ def train(
     return DONE
 
 
-def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, nn.Module, Any, Any]:
-    """What the user's task makes: the model, on its device, and both datasets."""
+def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, tuple[nn.Module, list[str]], Any, Any]:
+    """What the user's task makes: the model, on its device, with notices about it, and both datasets."""
     seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
-    model = task.model().to(parallel.device)
-    if job.train.precision == "float64":
-        model = model.double()
-    if job.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return task, model, task.train_dataset(), task.eval_dataset()
+    model, notices = take_model(task.model(), job, parallel.device)
+    notices += weights_beside(task, model)
+    return task, (model, notices), task.train_dataset(), task.eval_dataset()
 
 
 def choose_run(job: Job, wiring: RankWiring) -> Path:

@@ -115,3 +115,15 @@ def test_a_shape_that_changes_gets_memory_of_its_own(disk: Disk) -> None:
         writer.submit({"memory": torch.full((size,), float(size))}, disk.commit, nothing)
         writer.wait(nothing)
     assert torch.equal(disk.states[1]["memory"], torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_sparse_tensors_are_written(disk: Disk, asynchronous: bool) -> None:
+    disk.ready.set()
+    state = {"grid": torch.eye(3).to_sparse(), "rows": torch.eye(3).to_sparse_csr()}
+    writer = Writer(asynchronous=asynchronous)
+    for _ in range(2):
+        writer.submit(state, disk.commit, nothing)
+        writer.wait(nothing)
+    assert torch.equal(disk.states[1]["grid"].to_dense(), torch.eye(3))
+    assert torch.equal(disk.states[1]["rows"].to_dense(), torch.eye(3))

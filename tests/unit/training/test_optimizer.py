@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
-from trainer.training.optimizer import WeightAverage, make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.training.optimizer import make_optimizer, make_scaler, make_schedule, set_rate
 
 
 @pytest.mark.parametrize("schedule, expected", [
@@ -74,22 +73,20 @@ def test_a_model_without_parameters_is_refused() -> None:
         make_optimizer(nn.ReLU(), Train())
 
 
+def test_complex_weights_and_sparse_gradients_take_the_plain_kernels() -> None:
+    model = nn.ParameterDict({"phase": nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+    optimizer = make_optimizer(model, Train(lr=0.5))
+    model["phase"].abs().sum().backward()
+    optimizer.step()
+    assert model["phase"].abs().max() < 1
+    table = nn.Embedding(5, 2, sparse=True)
+    optimizer = make_optimizer(table, Train(optimizer="sgd", lr=0.5, optimizer_args={"momentum": 0.9}))
+    before = table.weight.detach().clone()
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert (before != table.weight).any(1).tolist() == [False, True, False, False, False]
+
+
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(JobError, match="needs a GPU"):
         make_scaler("fp16", torch.device("cpu"))
-
-
-def test_the_average_is_torchs_and_its_buffers_are_the_newest() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    average, reference = WeightAverage(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for _ in range(5):
-        for parameter in model.parameters():
-            parameter.data += torch.randn_like(parameter)
-        model(torch.randn(6, 3))
-        average.update_parameters(model)
-        reference.update_parameters(model)
-    for name, value in average.state_dict().items():
-        assert torch.equal(value, reference.state_dict()[name]), name
-    assert torch.equal(average.module[1].running_mean, model[1].running_mean)  # type: ignore[index, arg-type]
-    assert not torch.equal(average.module[0].weight, model[0].weight)  # type: ignore[index, arg-type]

@@ -1,0 +1,84 @@
+"""Tasks of the gloo tier whose models are as users have them: frozen, sparse, complex, changing in a forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from digit_tasks import Small
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
+from torch.utils.checkpoint import checkpoint
+
+
+class Odd(nn.Module):
+    """Much of what a model may be, in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3)
+        self.frozen, self.norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.frozen.running_mean.fill_(0.1)  # type: ignore[union-attr]
+        self.dropout = nn.Dropout(0.3)
+        self.narrow = parametrizations.weight_norm(nn.Linear(144, 16))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.head = weight_norm(nn.Linear(16, 10))
+        self.phase = nn.Parameter(torch.ones(16, dtype=torch.complex64))
+        self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.register_buffer("grid", torch.eye(16).to_sparse())
+        self.register_buffer("turn", torch.polar(torch.ones(16), torch.linspace(0, 1, 16)))
+        self.register_buffer("mask", torch.ones(2, 16, dtype=torch.bool))
+        self.register_buffer("places", torch.arange(16).expand(2, -1))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, 10)."""
+        if not hasattr(self, "made"):
+            self.register_buffer("made", torch.zeros(4))
+        if self.training:
+            self.calls += 1
+            self.made += self.frozen.training + images.detach().mean()
+        hidden = self.norm(self.frozen(checkpoint(self.stem, images, use_reentrant=False)))
+        hidden = self.dropout(torch.tanh(hidden)).flatten(1) + self.made.sum() / 100 + self.calls / 100
+        hidden = torch.sparse.mm(self.grid, self.narrow(hidden).T).T
+        hidden = (hidden * self.mask[0] * self.phase * self.turn).real + self.places[0] / 16
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+class Peculiar(Small):
+    """An odd model: as it comes, with a batch norm and a dropout that its user froze, or all in evaluation mode."""
+
+    def __init__(self, mode: str = "frozen", dtype: str = "float32", **arguments: Any) -> None:
+        """`mode`: frozen, or evaluation; `dtype`: of the weights of an ordinary model, if not float32."""
+        super().__init__(**arguments)
+        self.mode, self.dtype = mode, getattr(torch, dtype)
+
+    def model(self) -> nn.Module:
+        """In that mode."""
+        if self.dtype != torch.float32:
+            return super().model().to(self.dtype)
+        model = Odd()
+        if self.mode == "evaluation":
+            return model.eval()
+        model.frozen.eval()
+        return model
+
+    def inputs(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """As exact as the weights."""
+        return batch[0].to(self.dtype)
+
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+        """Nothing besides the loss."""
+        return {}
+
+
+class Narrow(Small):
+    """A batch norm of vectors, which refuses a single one."""
+
+    def model(self) -> nn.Module:
+        """Two layers with the norm between."""
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))

@@ -1,0 +1,144 @@
+"""The model that `Task.model` returns: refused, or made ready to train. In which modes, and what is said about them."""
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.checkpoint.files import dump
+from trainer.config.job import Job
+from trainer.errors import JobError
+from trainer.parallel.module_state import is_dense, put_buffer, saved_buffers
+from trainer.task import Task
+from trainer.training.optimizer import gives_sparse_gradients
+
+HALF = (torch.float16, torch.bfloat16)
+SHOWN = 5
+"""Names in one notice."""
+
+
+def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, list[str]]:
+    """The model on its device, in the job's number format and memory layout; notices for the user.
+
+    Raises JobError: it cannot be trained.
+    """
+    _check(model)
+    model = model.to(device)
+    if job.train.precision == "float64":
+        model = model.double()
+    _lay_out(model, job.train.channels_last)
+    _check_state(model)
+    _check_sparse(model, job)
+    return model, [*_set_modes(model), *_check_halves(model, job)]
+
+
+def weights_beside(task: Task, model: nn.Module) -> list[str]:
+    """A notice for each module of the task that looks as if it was to be trained, and is no part of the model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    notices = []
+    for name, value in vars(task).items():
+        parameters = list(value.parameters()) if isinstance(value, nn.Module) else []
+        if any(weight.requires_grad and id(weight) not in own for weight in parameters):
+            notices.append(
+                f"task.{name} has weights that are no part of the model: they are not trained, saved or moved to the "
+                f"device. Put it into the model, or call task.{name}.requires_grad_(False)"
+            )
+    return notices
+
+
+def _check(model: Any) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise JobError("task.model", kind, "is not a torch.nn.Module", "Return the model alone")
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise JobError("task.model", kind, "wraps the model already", "Return the model itself: `parallel` wraps it")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(value):
+            remedy = "Call the model once on a batch before you return it: then its layers know their sizes"
+            raise JobError("task.model", name, "has no size yet (a lazy layer)", remedy)
+        if value.is_meta:
+            remedy = "Build it outside of torch.device('meta'), or give it its weights before you return it"
+            raise JobError("task.model", name, "is on the meta device: it has no values", remedy)
+
+
+def _lay_out(model: nn.Module, channels_last: bool) -> None:
+    """Give buffers memory of their own, which cannot be written otherwise, and 4-d tensors the layout of the job."""
+    saved = saved_buffers(model)
+    for name, buffer in model.named_buffers():
+        if is_dense(buffer) and 0 in buffer.stride() and buffer.numel():  # such as position_ids.expand(8, -1)
+            put_buffer(model, name, buffer.clone(memory_format=torch.contiguous_format), name in saved)
+    if channels_last:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4 and is_dense(tensor):  # torch's own `to` refuses a model that has 5-d weights as well
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def _check_state(model: nn.Module) -> None:
+    """Save and load what the model calls its state, as a resumed run will."""
+    state = model.state_dict()
+    try:
+        others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+        if others:
+            file = io.BytesIO()
+            dump(others, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:
+        problem = f"its state dict cannot be saved and loaded again: {' '.join(str(error).split())[:300]}"
+        remedy = "Let state_dict and get_extra_state return tensors and plain values, all that load_state_dict needs"
+        raise JobError("task.model", type(model).__name__, problem, remedy) from error
+
+
+def _set_modes(model: nn.Module) -> list[str]:
+    """Training mode, except for the parts that `Task.model` or their own `train` put into evaluation mode."""
+    parts = dict(model.named_modules())
+    trains = {name: part.training for name, part in parts.items()}
+    model.train()
+    if not any(trains.values()):
+        return [
+            "model() returned the model in evaluation mode, as from_pretrained does. It trains in training mode. To "
+            "keep parts of it, such as batch norms, in evaluation mode, call .train() on the model and .eval() on them"
+        ]
+    for name, part in parts.items():
+        part.training = part.training and trains[name]
+    calm = {name for name, part in parts.items() if not any(inner.training for inner in part.modules())}
+    stay = [name for name in parts if name in calm and name.rpartition(".")[0] not in calm]  # without their inner parts
+    if not stay:
+        return []
+    shown = ", ".join(f"{name} ({type(parts[name]).__name__})" for name in stay[:SHOWN])
+    more = f" and {len(stay) - SHOWN} more" if len(stay) > SHOWN else ""
+    return [f"these parts stay in evaluation mode, as you set them: {shown}{more}"]
+
+
+def _check_sparse(model: nn.Module, job: Job) -> None:
+    """Refuse what cannot use the gradients of embeddings that have sparse ones."""
+    name = next((name for name, part in model.named_modules() if gives_sparse_gradients(part)), None)
+    if name is None:
+        return
+    problem, remedy = f"does not take the sparse gradients of {name}", "Set sparse=False there"
+    if job.train.optimizer in ("adam", "adamw"):
+        raise JobError("train.optimizer", job.train.optimizer, problem, f"{remedy}, or use sgd")
+    if job.train.clip_norm is not None:
+        raise JobError("train.clip_norm", job.train.clip_norm, problem, f"{remedy}, or remove the key")
+    if job.train.weight_decay:
+        raise JobError("train.weight_decay", job.train.weight_decay, problem, f"{remedy}, or set it to 0")
+
+
+def _check_halves(model: nn.Module, job: Job) -> list[str]:
+    """Refuse what cannot work with trainable weights of 16 bits, or advise against them."""
+    half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF), None)
+    if half is None:
+        return []
+    name, remedy = str(half).removeprefix("torch."), "Return model.float() from Task.model"
+    if job.train.precision == "fp16" and half == torch.float16:
+        raise JobError("train.precision", "fp16", "scales the gradients of float32 weights, these are float16", remedy)
+    if job.train.ema_decay is not None:
+        problem = f"the weights are {name}, in which so small a share of an update is lost"
+        raise JobError("train.ema_decay", job.train.ema_decay, problem, remedy)
+    return [
+        f"the weights are {name}: updates below their 3 digits are lost. {remedy}, and set train.precision=bf16 to "
+        "compute in 16 bits"
+    ]

@@ -1,0 +1,71 @@
+"""The moving average of the weights that `train.ema_decay` asks for."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from trainer.errors import JobError
+from trainer.parallel.module_state import is_dense, put_buffer, saved_buffers
+
+
+class WeightAverage(nn.Module):
+    """An exponential moving average of the weights; buffers are the newest, so that they fit the newest weights.
+
+    As torch's AveragedModel, which however copies a counter to the GPU, for which each step would wait, and knows
+    neither buffers that a forward pass makes nor sparse ones.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """`decay`: the share of the average that each update keeps; the first update takes the weights as they are.
+
+        Raises JobError: the model cannot be copied.
+        """
+        super().__init__()
+        # What weight_norm and the like computed in the last forward pass cannot be copied; the next one makes it anew.
+        computed = {
+            id(value): value.detach().clone()
+            for part in model.modules() for value in vars(part).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }  # fmt: skip
+        try:
+            self.module = copy.deepcopy(model, computed)
+        except Exception as error:
+            problem = f"the model cannot be copied for its average: {type(error).__name__}: {error}"
+            remedy = "Keep such things outside of the model, or remove the key"
+            raise JobError("train.ema_decay", decay, problem, remedy) from error
+        self.register_buffer("n_averaged", torch.tensor(0))
+        self.mix = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards the weights of `model`."""
+        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        mixed = [pair for pair in pairs if mixes(pair[0])] if self.n_averaged else []
+        if mixed:
+            self.mix([average for average, _ in mixed], [weight for _, weight in mixed], self.n_averaged)
+        if len(mixed) < len(pairs):
+            for average, weight in pairs:
+                if not (mixed and mixes(average)):
+                    average.copy_(weight)
+        self._take_buffers(model)
+        self.n_averaged += 1
+
+    def _take_buffers(self, model: nn.Module) -> None:
+        own = dict(self.module.named_buffers())
+        for name, new in model.named_buffers():
+            old = own.get(name)
+            if old is new:
+                continue
+            if old is not None and is_dense(new) and is_dense(old) and (old.shape, old.dtype) == (new.shape, new.dtype):
+                old.copy_(new)
+            else:  # a forward pass made it, or it is sparse: then both have the same one
+                put_buffer(self.module, name, new.clone() if is_dense(new) else new, name in saved_buffers(model))
+
+
+def mixes(parameter: Tensor) -> bool:
+    """Whether a parameter has a mean: frozen ones may be integers."""
+    return parameter.is_floating_point() or parameter.is_complex()
