@@ -1,34 +1,73 @@
-"""What a process may use of this machine: processors (its affinity, and a container's limit) and shared memory."""
+"""What a process may use of this machine: processors (its affinity, and a cgroup's limit), shared memory, files."""
 
 import contextlib
 import math
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+OPEN_FILES = 1 << 16
+"""More than any job needs; programs that look at each number up to the limit are still quick."""
 WORKER_SHM_MB = 64
 """What one loader worker may need of /dev/shm: a few batches in flight; docker's default for a whole container."""
 
 
-def usable_processors(root: Path = CGROUPS) -> tuple[int, str]:
+def usable_processors(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> tuple[int, str]:
     """The number, and where it comes from.
 
-    A container's limit (`docker run --cpus`, a pod's limits.cpu) leaves the affinity at all processors of its host:
-    as many threads as those would only be throttled.
+    A limit (`docker run --cpus`, a pod's limits.cpu, systemd's CPUQuota) leaves the affinity at all processors of its
+    host: as many threads as those would only be throttled.
     """
     affinity = len(os.sched_getaffinity(0))
-    limit = cpu_limit(root)
+    limit = cpu_limit(root, own)
     if limit is not None and limit < affinity:
-        return max(1, math.ceil(limit)), f"CPU limit of the container: {limit:g} of {affinity}"
+        return max(1, math.ceil(limit)), f"CPU limit of this cgroup: {limit:g} of {affinity}"
     return affinity, "CPU affinity of this process"
 
 
-def cpu_limit(root: Path = CGROUPS) -> float | None:
-    """Processors that the cgroup may use; None without a limit (cpu.max of cgroup v2, cfs_quota of v1)."""
+def cpu_limit(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> float | None:
+    """Processors that this process may use by its cgroup and those around it; None without a limit."""
+    limits = [limit for folder in _cgroups(root, own) if (limit := _limit(folder)) is not None]
+    return min(limits, default=None)
+
+
+def _cgroups(root: Path, own: Path) -> Iterator[Path]:
+    """The folders of this process's cgroup and of those around it: of v2, and of v1's controller `cpu`.
+
+    Where `own`, a container's view of its host, names none that is here, those of the roots are left.
+    """
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = own.read_text().splitlines()
+    for line in ["0::/", "1:cpu:/", *lines]:
+        _, controllers, path = line.split(":", 2)
+        tops = (root, root / "unified") if not controllers else (root / "cpu", root / controllers)
+        if not controllers or "cpu" in controllers.split(","):
+            for top in tops:
+                folder = top / path.strip("/")
+                yield from [folder, *(outer for outer in folder.parents if outer.is_relative_to(top))]
+
+
+def _limit(folder: Path) -> float | None:
+    """The limit of one cgroup: cpu.max of v2, cpu.cfs_quota_us of v1."""
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
     with contextlib.suppress(OSError, ValueError):
-        quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-        return quota_us / int((root / "cpu" / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
+        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+        return quota_us / int((folder / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
     return None
+
+
+def raise_open_files() -> None:
+    """Let this process, and those that it starts, open as many files as they may, within reason.
+
+    Batches of loader workers and connections of other nodes are open files; a shell's usual limit is 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -31,6 +31,38 @@ def test_the_limit_of_a_container_counts(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    count, source = usable_processors(tmp_path)
+    count, source = usable_processors(tmp_path, tmp_path / "no such file")
     assert count == expected
     assert ("limit" in source) == (expected < 64)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        # A unit of systemd, a Slurm step, a nested container: the limit is not the root's.
+        ("0::/user.slice/run-1.scope\n", {"user.slice/run-1.scope/cpu.max": "300000 100000"}, 3),
+        ("0::/user.slice/run-1.scope\n", {"user.slice/cpu.max": "200000 100000",
+                                          "user.slice/run-1.scope/cpu.max": "max 100000"}, 2),
+        ("0::/a/b/c\n", {"a/cpu.max": "500000 100000", "a/b/c/cpu.max": "800000 100000"}, 5),
+        ("0::/a\n", {"b/cpu.max": "100000 100000"}, 64),
+        # v1 mounts `cpu` alone or with `cpuacct`; a hybrid host has v2 beside it.
+        ("12:cpuset:/x\n4:cpu,cpuacct:/slurm/uid_0/job_7\n0::/\n",
+         {"cpu/slurm/uid_0/job_7/cpu.cfs_quota_us": "600000", "cpu/slurm/uid_0/job_7/cpu.cfs_period_us": "100000"}, 6),
+        ("4:cpu,cpuacct:/slurm/step_0\n",
+         {"cpu,cpuacct/slurm/cpu.cfs_quota_us": "150000", "cpu,cpuacct/slurm/cpu.cfs_period_us": "100000"}, 2),
+        ("4:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"}, 64),
+        ("0::/a\n", {"unified/a/cpu.max": "700000 100000"}, 7),
+        # A container that sees the path of its host: only its own root is mounted.
+        ("4:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("0::/../../other\n", {"cpu.max": "400000 100000"}, 4),
+    ],
+)  # fmt: skip
+def test_so_does_one_of_a_cgroup_below_the_root(
+    own: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    assert usable_processors(tmp_path / "root", tmp_path / "own")[0] == expected
