@@ -1,6 +1,7 @@
 """One node's part of a job, from wiring to its report: what `python -m trainer` does when it is the agent."""
 
 import os
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.scratch_folder import own_folder
 from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
-from trainer.errors import DONE, STOPPED, WRONG_JOB
+from trainer.errors import DONE, STOPPED, WRONG_JOB, JobError
 from trainer.records import tell_platform, write_json
+from trainer.run.abilities import check_abilities
 from trainer.run.folder import RunFolder, run_of
 from trainer.run.summary import plain_table
 from trainer.wiring.node import Wiring, wire
@@ -48,7 +50,7 @@ def run_node(path: Path, overrides: list[str]) -> int:
     if run is None:  # a new one; on a scheduler it is named after the job there
         named = RunFolder(Path(job.runs).resolve() / f"{job.name}-{wiring.job_id}")
         run = RunFolder.create(job.runs, job.name, text) if wiring.platform == "alone" else named
-    run.logs.mkdir(parents=True, exist_ok=True)
+    _open(run)
     if wiring.node_rank == 0 and not run.job.exists():
         run.job.write_text(text)
     run.record(
@@ -67,6 +69,18 @@ def run_node(path: Path, overrides: list[str]) -> int:
         leave(run, code, reason, wiring.node_rank)
         say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {reason}")
     return code
+
+
+def _open(run: RunFolder) -> None:
+    """Make the run folder if it is not there. Raises JobError: this node cannot write there what a run needs."""
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        check_abilities(run.path)
+    except PermissionError as error:
+        remedy = (
+            "Let the user of the ranks write there, or give another folder: runs=... (Kubernetes: user_id, group_id)"
+        )
+        raise JobError("runs", str(run), f"cannot be written on {socket.gethostname()}: {error}", remedy) from None
 
 
 def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring) -> tuple[int, str]:

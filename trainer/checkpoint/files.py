@@ -5,6 +5,7 @@ A checkpoint is a folder `step-<n>` with `model.pt` (the plain state dict of the
 others. It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -208,8 +209,12 @@ def _prove(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    """Have a folder's names on the disk, where the file system can do that for folders; mounts of others refuse."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+            raise
     finally:
         os.close(handle)

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.errors import JobError
 from trainer.records import append_line, read_json, read_lines, write_json
+from trainer.run.abilities import check_abilities
 from trainer.run.events import EVENTS
 from trainer.wiring.variables import RUN, SLURM_ARRAY_TASK_ID, array_task, read_path
 
@@ -44,7 +45,7 @@ class RunFolder:
     # What was asked for.
     job = Entry(JOB, "The merged job. Interpolations stay as written.")
     plan = Entry("plan", "A folder: what was submitted, and what submitit keeps.")
-    source = Entry("plan/source.json", "The working directory and the job file's folder at submission.")
+    source = Entry("plan/source.json", "The working directory, the job file's folder and the run's own at submission.")
     platform = Entry("plan/platform.json", "The platform and the site file; known before the job is accepted.")
     code = Entry("code", "A folder: the snapshot of the user's code.")
     handle = Entry("handle.json", "The platform, and its name for the job.")
@@ -121,17 +122,20 @@ class RunFolder:
         """Make a new run folder `<runs>/<name>-<id>`. No two calls ever get the same.
 
         `job_text` is the merged job as YAML. User code may lie in `job_folder`, beside the job file.
-        Raises JobError: the folder `runs` cannot be written.
+        Raises JobError: the folder `runs` cannot be written, or its file system cannot do what a run needs.
         """
         root = Path(runs).resolve()
         try:
             if not root.exists():
                 root.mkdir(parents=True, exist_ok=True)
                 (root / ".gitignore").write_text("*\n")  # no repository, and no snapshot of its code, takes runs along
+            check_abilities(root)
             run = cls(_make_unique(root, name))
             run.logs.mkdir()
             run.plan.mkdir()
-            write_json(run.source, {"working_directory": os.getcwd(), "job_folder": str(job_folder or os.getcwd())})
+            here = os.getcwd()
+            places = {"working_directory": here, "job_folder": str(job_folder or here), "run": str(run)}
+            write_json(run.source, places)
             run.job.write_text(job_text)
         except OSError as error:
             problem = f"cannot be written: {error}"
