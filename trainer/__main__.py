@@ -10,8 +10,11 @@ from pathlib import Path  # noqa: E402
 
 from trainer.agent.fork_server import start_fork_server  # noqa: E402
 from trainer.agent.health import check_health  # noqa: E402
+from trainer.agent.late_files import await_job  # noqa: E402
+from trainer.agent.scratch_folder import shorten_temporary_folder  # noqa: E402
 from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
 from trainer.run.folder import find_job  # noqa: E402
+from trainer.wiring.hardware import raise_open_files  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
@@ -38,7 +41,9 @@ def main(arguments: list[str]) -> int:
     if not operands:
         print(USAGE, file=sys.stderr, end="")
         return WRONG_JOB
-    path, overrides = find_job(Path(operands[0])), operands[1:]
+    shorten_temporary_folder()
+    raise_open_files()
+    path, overrides = find_job(await_job(Path(operands[0]))), operands[1:]
     if is_rank():
         from trainer.agent.external_rank import run_external_rank
 

@@ -1,6 +1,7 @@
 """The folder of one agent, with the heartbeats of its ranks, and what is removed after ranks or agents were killed."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -8,7 +9,37 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.errors import JobError
+
 SHM = Path("/dev/shm")
+SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+"""Where a short name for a long TMPDIR may be, in order."""
+LONGEST = 107 - len("/torch-shm-dir-abcdef/manager.sock")
+"""Bytes of a TMPDIR in which multiprocessing and torch can make sockets: their paths have 107 at most (unix(7))."""
+
+
+def shorten_temporary_folder() -> None:
+    """Give a long TMPDIR a short name, by a link, for this process and all that it starts.
+
+    Raises JobError: no folder for temporary files can be written, or none holds the link.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        remedy = "Set TMPDIR to a folder that this user may write to"
+        raise JobError("TMPDIR", os.environ.get("TMPDIR"), str(error), remedy) from None
+    if len(os.fsencode(folder)) <= LONGEST:
+        return
+    for parent in SHORT:
+        link = Path(parent, f"muster-{os.getuid()}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}")
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(folder)
+            if os.readlink(link) == folder and link.lstat().st_uid == os.getuid():
+                os.environ["TMPDIR"] = tempfile.tempdir = str(link)
+                return
+    problem = f"has more than {LONGEST} characters: sockets cannot be made below it"
+    raise JobError("TMPDIR", folder, problem, "Set TMPDIR to a folder with a shorter path")
 
 
 def folder_prefix() -> str:

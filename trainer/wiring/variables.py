@@ -53,6 +53,13 @@ OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "MUSTER_", "SUBMITIT_")
 """How the names begin that a job's processes inherit, and that its submission must not hand to another job."""
 
 
+OF_A_USER = (
+    SLURM_CONF, "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION", "SBATCH_CONSTRAINT",
+    "SBATCH_TIMELIMIT",
+)  # fmt: skip
+"""Those among them that Slurm sets for no job, and people for all of theirs, in their shell's start-up file."""
+
+
 def read_int(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     """The value of a variable that counts something. Raises JobError: unset without a default, or not a number."""
     text = environ.get(name) or default
@@ -72,6 +79,11 @@ def run_is_shared() -> bool:
     return os.environ.get(RUN_SHARED) != "0"
 
 
+def is_placed() -> bool:
+    """Whether a platform or Slurm started this process as part of a job."""
+    return bool(os.environ.get(PLATFORM) or (os.environ.get(SLURM_JOB_ID) and os.environ.get(SLURM_NODEID)))
+
+
 def array_task() -> str | None:
     """The number of this task of a Slurm array; None outside one."""
     return os.environ.get(SLURM_ARRAY_TASK_ID)
@@ -85,5 +97,5 @@ def without_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def without_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for submitting a job from inside another: without that one's variables and its GPU mask."""
-    dropped = {name for name in environ if name.startswith(OF_A_JOB)} - {SLURM_CONF} | {CUDA_VISIBLE_DEVICES}
+    dropped = {name for name in environ if name.startswith(OF_A_JOB)} - {*OF_A_USER} | {CUDA_VISIBLE_DEVICES}
     return {name: value for name, value in environ.items() if name not in dropped}

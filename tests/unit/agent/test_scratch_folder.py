@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from trainer.agent.health import check_health
-from trainer.agent.scratch_folder import SHM, agent_folders, folder_prefix, own_folder, remove_leftovers
+from trainer.agent.scratch_folder import (
+    SHM,
+    agent_folders,
+    folder_prefix,
+    own_folder,
+    remove_leftovers,
+    shorten_temporary_folder,
+)
+from trainer.errors import JobError
 from trainer.reporting.heartbeat import HEARTBEAT
 
 MAKE_ONE = """
@@ -112,3 +121,44 @@ def test_what_killed_workers_left_in_shared_memory_is_removed(tmp_path: Path) ->
     finally:
         for path in (left, *others):
             path.unlink(missing_ok=True)
+
+
+def test_a_long_folder_gets_a_short_name(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets below it have paths of at most 107 bytes; files go where the user wants them all the same."""
+    shorten_temporary_folder()
+    assert os.environ["TMPDIR"] == str(temporary), "a short one stays"
+    long = temporary / ("d" * 100)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    for _ in range(2):  # the second agent finds the link of the first
+        tempfile.tempdir = None
+        shorten_temporary_folder()
+        link = Path(os.environ["TMPDIR"])
+        assert len(str(link)) < 40 and link.resolve() == long
+        monkeypatch.setenv("TMPDIR", str(long))
+    try:
+        with own_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder.parent / "pymp-abcdefgh-listener-abcdefgh"))
+            assert len(list(long.iterdir())) == 2
+        link.unlink()
+        link.symlink_to("/somewhere/else")  # of somebody who was here first
+        tempfile.tempdir = None
+        shorten_temporary_folder()
+        assert Path(os.environ["TMPDIR"]).parent == Path("/var/tmp")
+        Path(os.environ["TMPDIR"]).unlink()
+        monkeypatch.setenv("TMPDIR", str(long))
+        monkeypatch.setattr("trainer.agent.scratch_folder.SHORT", ("/proc",))
+        tempfile.tempdir = None
+        with pytest.raises(JobError, match=r"TMPDIR='.*ddd.*: has more than 73 characters"):
+            shorten_temporary_folder()
+    finally:
+        link.unlink()
+
+
+def test_no_folder_for_temporary_files(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError("No usable temporary directory found in ['/nowhere']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    with pytest.raises(JobError, match=r"TMPDIR=.*No usable temporary directory.*may write to"):
+        shorten_temporary_folder()
