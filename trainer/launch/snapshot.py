@@ -4,11 +4,13 @@ import functools
 import hashlib
 import os
 import shutil
-import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config.job import Job
 from trainer.errors import JobError
+from trainer.launch.source_files import list_files
 from trainer.records import write_json
 from trainer.run.folder import RunFolder
 
@@ -19,11 +21,18 @@ LIMIT_MB = 100
 def take_snapshot(source: Path, run: RunFolder) -> Path:
     """Copy the tracked and unignored files of `source` to the run folder, read-only, and record their hash.
 
-    Without git, the Python and YAML files are copied. Raises JobError: they are larger than `LIMIT_MB`.
+    Links to folders stay links. What is left out is said. Raises JobError: they are larger than `LIMIT_MB`, or git
+    refuses to list them.
     """
     if run.code.exists():  # a run that is continued keeps the code that it began with
         return run.code
-    sizes = {name: (source / name).stat().st_size for name in _files(source.resolve(), run)}
+    if run.code.is_symlink():
+        problem = f"its code is that of its sweep, {os.readlink(run.code)}, which is not there"
+        raise JobError("RUN", str(run), problem, "Keep the folder of the sweep beside its runs")
+    source = source.resolve()
+    names, left_out = list_files(source, _of_runs(source, run.path.parent))
+    links = [name for name in names if (source / name).is_symlink() and (source / name).is_dir()]
+    sizes = {name: (source / name).stat().st_size for name in names if name not in links}
     size = sum(sizes.values())
     if size > LIMIT_MB * 2**20:
         problem = f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {max(sizes, key=sizes.__getitem__)}"
@@ -32,12 +41,48 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
     for name in sizes:
         copy = run.code / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, copy)
+        try:
+            shutil.copyfile(source / name, copy)
+        except OSError as error:
+            raise JobError(
+                "code", name, f"cannot be copied: {error}", "Make it readable, or ignore it in git"
+            ) from None
         copy.chmod(0o555 if (source / name).stat().st_mode & 0o100 else 0o444)
-        digest.update(name.encode() + b"\0" + hashlib.sha256(copy.read_bytes()).digest())
+        digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(copy.read_bytes()).digest())
+    for name in links:
+        left_out += _link(source, run.code, name)
     run.code.mkdir(exist_ok=True)
-    write_json(run.plan / "code.json", {"sha256": digest.hexdigest(), "files": len(sizes), "bytes": size})
+    facts = {"sha256": digest.hexdigest(), "files": len(sizes), "bytes": size, "left_out": left_out}
+    write_json(run.plan / "code.json", facts)
+    for note in left_out:
+        print(f"note: {note}", file=sys.stderr)
     return run.code
+
+
+def _link(source: Path, code: Path, name: str) -> list[str]:
+    """Link to a folder as `source` does; return a note if it is outside of the snapshot."""
+    target = (source / name).resolve()
+    link = code / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_relative_to(source) and (code / target.relative_to(source)).is_dir():
+        link.symlink_to(os.path.relpath(code / target.relative_to(source), link.parent))
+        return []
+    link.symlink_to(target)
+    return [f"{name} is a link to {target}, which is not copied: the nodes use what they find there when they start"]
+
+
+def _of_runs(source: Path, runs: Path) -> Callable[[Path], bool]:
+    """Whether a folder below `source` is one of runs: each snapshot would hold all earlier ones."""
+
+    @functools.cache
+    def is_of_runs(folder: Path) -> bool:
+        if folder == source:
+            return False
+        here = RunFolder(folder)
+        is_run = here.events.exists() and (here.job.exists() or here.sweep.exists())
+        return is_run or folder == runs or is_of_runs(folder.parent)
+
+    return is_of_runs
 
 
 def check_files(job: Job, run: RunFolder, folder: Path, sees_machine: bool) -> None:
@@ -50,24 +95,3 @@ def check_files(job: Job, run: RunFolder, folder: Path, sees_machine: bool) -> N
         if value and (sees_machine or not os.path.isabs(value)) and not (folder / value).exists():
             ignored = "" if sees_machine else ", or remove it from .gitignore, so that it is copied there"
             raise JobError(key, value, f"is not in {folder}", f"Give its absolute path{ignored}")
-
-
-def _files(source: Path, run: RunFolder) -> list[str]:
-    """The names of the files to copy, without those of runs: each snapshot would hold all earlier ones."""
-
-    @functools.cache
-    def is_of_runs(folder: Path) -> bool:
-        if folder == source:
-            return False
-        here = RunFolder(folder)
-        is_run = here.events.exists() and (here.job.exists() or here.sweep.exists())
-        return is_run or folder == run.path.parent or is_of_runs(folder.parent)
-
-    argv = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        output = subprocess.run(argv, capture_output=True, check=True).stdout
-        names = set(output.decode().split("\0")) - {""}
-    except (OSError, subprocess.CalledProcessError):
-        paths = [path.relative_to(source) for pattern in ("*.py", "*.yaml") for path in source.rglob(pattern)]
-        names = {str(path) for path in paths if not any(part[0] == "." for part in path.parts)}
-    return sorted(name for name in names if (source / name).is_file() and not is_of_runs((source / name).parent))

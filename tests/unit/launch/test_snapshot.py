@@ -11,6 +11,7 @@ import pytest
 
 from trainer.errors import JobError
 from trainer.launch.snapshot import LIMIT_MB, take_snapshot
+from trainer.launch.source_files import MANY
 from trainer.run.folder import RunFolder
 
 
@@ -56,8 +57,85 @@ def test_what_git_does_not_ignore(source: Path, tmp_path: Path) -> None:
     assert (run / "code/task.py").read_text() == "task.py"
 
 
-def test_without_git_python_and_yaml_files(source: Path, tmp_path: Path) -> None:
-    assert copied(source, tmp_path / "run") == ["job.yaml", "my folder/runs.py", "task.py"]
+def test_without_git_what_does_not_look_like_data(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is left out is said."""
+    for name in (
+        "labels.json",
+        "LICENSE",
+        "weights.PTH",
+        "kernels/fast.cu",
+        "venv/pyvenv.cfg",
+        "venv/lib/a.py",
+        "__pycache__/a.py",
+    ):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).touch()
+    (source / "images").mkdir()
+    for index in range(MANY + 1):
+        (source / f"images/{index:06d}.txt").touch()
+    expected = ["LICENSE", "job.yaml", "kernels/fast.cu", "labels.json", "my folder/runs.py", "start.sh", "task.py"]
+    assert copied(source, tmp_path / "run") == expected
+    said = f"{MANY + 3} files, such as data.bin, are not copied for the nodes: {source} is not in git"
+    assert said in capsys.readouterr().err
+    assert said in json.loads((tmp_path / "run/plan/code.json").read_text())["left_out"][0]
+
+
+def git(*words: object) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "protocol.file.allow=always"]
+    subprocess.run(["git", *identity, *map(str, words)], check=True, capture_output=True)
+
+
+def test_submodules_nested_clones_and_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library, elsewhere = tmp_path / "library", tmp_path / "elsewhere"
+    for folder in (library, elsewhere, source / "package", source / "nested"):
+        folder.mkdir()
+        (folder / "module.py").write_text(folder.name)
+    for folder in (library, source, source / "nested"):
+        git("init", "--quiet", folder)
+    git("-C", library, "add", ".")
+    git("-C", library, "commit", "-qm", "1")
+    git("-C", source, "submodule", "add", "-q", library, "third party/lib")
+    (source / "data.bin").unlink()
+    (source / "linked").symlink_to("package")
+    (source / "alias.py").symlink_to(elsewhere / "module.py")
+    (source / "outside").symlink_to(elsewhere)
+    (source / "loop").symlink_to(source)
+    run = tmp_path / "run"
+    names = copied(source, run)
+    assert {"third party/lib/module.py", "package/module.py", "nested/module.py", "alias.py"} <= set(names)
+    code = run / "code"
+    assert (code / "linked").resolve() == code / "package" and not os.path.isabs(os.readlink(code / "linked"))
+    assert (code / "alias.py").read_text() == (code / "outside/module.py").read_text() == "elsewhere"
+    assert (code / "loop").resolve() == code
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"note: outside is a link to {elsewhere}, which is not copied")
+
+
+def test_what_git_refuses_is_not_guessed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin/git"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2; exit 128\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    with pytest.raises(JobError, match=r"code='.*': git does not list .*dubious ownership.*safe\.directory"):
+        take_snapshot(source, RunFolder(tmp_path / "run"))
+
+
+def test_a_hook_of_git_may_submit(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git("init", "--quiet", source)
+    (source / ".gitignore").write_text("*.bin\n")
+    git("init", "--quiet", tmp_path / "other")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))
+    assert "task.py" in copied(source, tmp_path / "run")
+
+
+def test_a_task_of_a_sweep_that_was_moved_away_from_it(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/code").symlink_to("../digits-sweep/code")
+    with pytest.raises(JobError, match=r"its code is that of its sweep, .*Keep the folder of the sweep"):
+        take_snapshot(source, RunFolder(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("has_git", [True, False])
@@ -72,8 +150,8 @@ def test_runs_do_not_contain_earlier_runs(source: Path, tmp_path: Path, has_git:
         (source / name).with_name("task.py").touch()
         if "results" not in name:
             (source / name).with_name("events.jsonl").touch()
-    expected = ["job.yaml", "my folder/runs.py", "task.py"]
-    assert copied(source, source / "results/run-2") == sorted([*expected, *[".hidden/a.py", "start.sh"] * has_git])
+    expected = ["job.yaml", "my folder/runs.py", "start.sh", "task.py"]
+    assert copied(source, source / "results/run-2") == sorted([*expected, *[".hidden/a.py"] * has_git])
 
 
 def test_a_new_runs_folder_ignores_itself(tmp_path: Path) -> None:

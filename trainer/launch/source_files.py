@@ -1,0 +1,83 @@
+"""Which files of a folder are code: those that git does not ignore; without git, what does not look like data."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trainer.errors import JobError
+
+DATA = re.compile(
+    r"\.(jpe?g|png|gif|bmp|tiff?|webp|npy|npz|pth?|ckpt|safetensors|onnx|bin|h5|hdf5|parquet|arrow|feather|tfrecord|mdb|db|"
+    r"sqlite3?|mp[34]|avi|mkv|wav|flac|ogg|nii|dcm|zip|tar|gz|bz2|xz|zst|7z|pkl|pickle|pdf|log)",
+    re.IGNORECASE,
+)
+"""Suffixes of what is not copied without git."""
+LARGE, MANY = 1 << 20, 1000
+"""Bytes of a file, and files of a folder, from which on it is data."""
+
+
+def list_files(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], list[str]]:
+    """The names of files and of links to folders, and notes on what is left out. `skip`: folders that are not code.
+
+    Raises JobError: git refuses.
+    """
+    names = _ask_git(source)
+    if names is not None:
+        return sorted(name for name in names if not skip((source / name).parent)), []
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for path, is_code in _walk(source, skip):
+        found[is_code].append(str(path.relative_to(source)))
+    return sorted(found[True]), [_left_out(source, found[False])] if found[False] else []
+
+
+def _left_out(source: Path, names: list[str]) -> str:
+    what = f"{len(names)} files, such as {min(names)}, are" if len(names) > 1 else f"{names[0]} is"
+    return f"{what} not copied for the nodes: {source} is not in git, where all is copied that .gitignore does not list"
+
+
+def _ask_git(source: Path) -> set[str] | None:
+    """What git tracks or does not ignore, in submodules and nested clones too; None outside of a repository.
+
+    Raises JobError: git refuses.
+    """
+    argv = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    of_hooks = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them when it starts us
+    own = {name: value for name, value in os.environ.items() if name not in of_hooks}
+    try:
+        done = subprocess.run(argv, capture_output=True, env={**own, "LC_ALL": "C"})
+    except OSError:  # there is no git
+        return None
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        if "not a git repository" in said:
+            return None
+        remedy = f"Do what it says; of an owner: git config --global --add safe.directory {source}"
+        raise JobError("code", str(source), f"git does not list its files: {said}", remedy)
+    names = set()
+    for name in map(os.fsdecode, done.stdout.split(b"\0")):
+        path = source / name
+        if path.is_file() or (path.is_dir() and path.is_symlink()):
+            names.add(name)
+        elif name and path.is_dir():  # a submodule, or a clone inside of this one, which git names alone
+            inner = _ask_git(path) if (path / ".git").exists() else None
+            names |= {os.path.join(name, each) for each in inner or ()}
+    return names
+
+
+def _walk(source: Path, skip: Callable[[Path], bool]) -> Iterator[tuple[Path, bool]]:
+    """Files and links to folders, each with whether it is code; without hidden ones, caches, Python environments."""
+    for folder, folders, files in os.walk(source):
+        here = Path(folder)
+        yield from ((here / name, True) for name in folders if name[0] != "." and (here / name).is_symlink())
+        folders[:] = [name for name in folders if not _is_no_code(here / name) and not skip(here / name)]
+        for path in (here / name for name in files if name[0] != "."):
+            if path.is_file():
+                is_small = len(files) <= MANY and path.stat().st_size <= LARGE
+                yield path, is_small and DATA.fullmatch(path.suffix) is None
+
+
+def _is_no_code(folder: Path) -> bool:
+    environment = any((folder / name).exists() for name in ("pyvenv.cfg", "conda-meta"))
+    return environment or folder.name[0] == "." or folder.name in ("__pycache__", "node_modules")
