@@ -16,7 +16,7 @@ class JobError(ValueError):
         shown = repr(value)
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
         super().__init__(f"{key}={shown}: {problem}. {remedy}")
-        self.key = key
+        self.key, self.value, self.problem = key, value, problem
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:

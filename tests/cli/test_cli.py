@@ -76,6 +76,9 @@ def test_torch_is_not_imported(words: list[str], run: Path) -> None:
         (["run", "jobs/digits.yaml", "train.lrr=1"], ["train.lrr", "train.lr"]),
         (["run", "jobs/nothing.yaml"], ["jobs/nothing.yaml", "no such file"]),
         (["render", "jobs/digits.yaml", "--on", "docker", "--site", "no.yaml"], ["file='no.yaml'", "no such file"]),
+        (["run", "jobs/digits.yaml", "partition=main"], ["partition='main'", "slurm's site file", "--site FILE"]),
+        (["run", "jobs/digits.yaml", "--on", "docker", "image=mine"], ["image='mine'", "docker's site file", "--site"]),
+        (["render", "jobs/digits.yaml", "claim=runs"], ["claim='runs'", "kubernetes's site file", "--on kubernetes"]),
         (["submit", "jobs/digits.yaml", "--sweep", "train.lr"], ["--sweep='train.lr'", "key=value,value"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from paths import MUSTER, ROOT
 
 from trainer.errors import JobError
+from trainer.launch import control
 from trainer.launch.slurm.platform import Slurm
 from trainer.launch.submit import render_job, submit_job, submit_sweep
 from trainer.run.folder import RunFolder
@@ -108,14 +110,20 @@ def test_a_run_is_continued_where_it_ran(client: SimpleNamespace, runs: Path, tm
     assert len(client.words("sbatch")) == 3
 
 
-def test_so_is_one_that_was_refused_at_first(client: SimpleNamespace, runs: Path) -> None:
+def test_a_refused_job_leaves_nothing_and_a_refused_run_stays(client: SimpleNamespace, runs: Path) -> None:
     client.write("sbatch", "echo 'sbatch: error: invalid partition specified: nigth' >&2; exit 1")
     with pytest.raises(JobError, match=r"Slurm refused: .*invalid partition.*slurm/site\.yaml"):
         submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    assert list(runs.glob("*-*")) == [], "a refused job leaves no run folder"
     client.write("sbatch", "echo Submitted batch job 8")
-    (run,) = runs.glob("*-*")
-    submit_job(str(run), [], None, None)
-    assert json.loads((run / "handle.json").read_text()) == {"platform": "slurm", "site": None, "job_id": "8"}
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    ends(client)
+    client.write("sbatch", "echo 'sbatch: error: QOS is over its limit' >&2; exit 1")
+    with pytest.raises(JobError, match="over its limit"):
+        submit_job(str(run), [], None, None)
+    assert "over its limit" in run.events.read_text() and run.exists(), "but a run that is continued stays"
+    expected = {"platform": "slurm", "site": None, "job_id": "8", "run": str(run)}
+    assert json.loads(run.handle.read_text()) == expected
 
 
 def test_nobody_else_may_write_what_submitit_reads(client: SimpleNamespace, runs: Path) -> None:
@@ -164,6 +172,67 @@ def test_a_platform_without_arrays_leaves_nothing_behind(runs: Path) -> None:
     with pytest.raises(JobError, match="local has no job arrays"):
         submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("sizes", ["nodes=1,2", "devices_per_node=1,2", "device=cpu,cuda"])
+def test_an_array_cannot_give_its_runs_different_sizes(client: SimpleNamespace, runs: Path, sizes: str) -> None:
+    words = [f"runs={runs}", "nodes=2", "parallel=ddp", "device=cuda", "devices_per_node=1"]
+    with pytest.raises(JobError, match=rf"--sweep='{sizes}': .* needs --\S+\. Submit them one by one: .* --on slurm"):
+        submit_sweep(JOB, words, "slurm", None, sizes)
+    assert client.words("sbatch") == [] and not runs.exists()
+    made = submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "name=a,b")
+    assert [run.name[:2] for run in made] == ["a-", "b-"]
+
+
+def test_it_is_unknown_how_a_job_is_when_nobody_answers(client: SimpleNamespace, runs: Path) -> None:
+    """On a host without Slurm's commands, and while the controller restarts; what has ended is known all the same."""
+    run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    for name in ("squeue", "scontrol", "sacct"):
+        client.write(name, "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    found = control.status(str(run))
+    assert (found["state"], "Unable to contact slurm controller" in found["reason"]) == ("unknown", True)
+    with pytest.raises(JobError, match=rf"may still be running: .*remove {run.handle}"):
+        submit_job(str(run), [], None, None)
+    client.write("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert control.status(str(run))["state"] == "lost", "the controller says that it does not know the job"
+    client.write("squeue", "exec /nowhere/squeue")
+    assert control.status(str(run))["state"] == "unknown"
+    run.record("done", attempt=0, step=9)
+    assert control.status(str(run))["state"] == "done"
+
+
+def test_what_people_set_for_all_their_jobs_goes_along(
+    client: SimpleNamespace, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what an interactive job sets for its own processes."""
+    client.write("sbatch", 'echo Submitted batch job 7; env >"$0.env"')
+    inherited = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_MEM_PER_NODE": "4", "SBATCH_EXPORT": "NONE"}
+    mine = {"SBATCH_ACCOUNT": "vision", "SLURM_CONF": "/etc/slurm.conf"}
+    for name, value in (inherited | mine).items():
+        monkeypatch.setenv(name, value)
+    submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    program = shutil.which("sbatch")
+    assert program
+    seen = dict(line.partition("=")[::2] for line in Path(f"{program}.env").read_text().splitlines())
+    assert not inherited.keys() & seen.keys() and mine.items() <= seen.items()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "2,1", "SLURM_CPUS_ON_NODE": "2"}, "1"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "64(x2),48,128(x3)", "SLURM_CPUS_ON_NODE": "64"}, "48"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "64(x2)", "SLURM_CPUS_PER_TASK": "24", "SLURM_CPUS_ON_NODE": "64"}, "24"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "64", "SLURM_CPUS_ON_NODE": "8"}, "8"),  # inherited
+        ({"SLURM_CPUS_ON_NODE": "16"}, "16"),
+    ],
+)
+def test_each_node_has_what_its_task_asks_for(
+    client: SimpleNamespace, environment: dict[str, str], expected: str
+) -> None:
+    facts = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", **environment}
+    subprocess.run(["bash", "slurm/job.sbatch", "program"], env={"PATH": os.environ["PATH"], **facts}, check=True)
+    assert f"--cpus-per-task={expected}" in client.words("srun")[0].split()
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])

@@ -58,9 +58,13 @@ def test_no_cluster_and_no_kubectl(cluster: Cluster, tmp_path: Path, site: Path,
     write_json(config, text)
     monkeypatch.setenv("KUBECONFIG", str(config))
     found = control.status(str(run))
-    assert (found["state"], "cluster-info" in found["reason"]) == ("lost", True)
+    assert (found["state"], "cluster-info" in found["reason"]) == ("unknown", True)
     with pytest.raises(JobError, match="cluster-info"):
         submit(tmp_path, site)
+    with pytest.raises(JobError, match="may still be running: kubectl failed"):
+        submit_job(str(run), [], "kubernetes", site)
     monkeypatch.setenv("PATH", "")
+    found = control.status(str(run))
+    assert (found["state"], "no kubectl on this machine" in found["reason"]) == ("unknown", True)
     with pytest.raises(JobError, match="no kubectl on this machine"):
         submit(tmp_path, site)

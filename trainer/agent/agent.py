@@ -4,6 +4,7 @@ It outlives its ranks: it names the first failure, restarts within the budget, r
 in `trainer.agent.rendezvous`; what went wrong is found out in `trainer.agent.diagnosis`.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -162,8 +163,9 @@ class NodeAgent:
             ])  # fmt: skip
 
     def _copy_logs(self) -> None:
-        for tail in self.tails:
-            tail.copy()
+        with contextlib.suppress(OSError):  # nobody reads our output any more, or its disk is full: the logs have it
+            for tail in self.tails:
+                tail.copy()
 
     def _watch(self) -> Failure | None:
         """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None)."""

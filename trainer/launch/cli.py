@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.errors import WRONG_JOB, JobError
+from trainer.errors import DONE, WRONG_JOB, JobError
 from trainer.launch import control
 from trainer.launch.submit import render_job, run_job, submit_job, submit_sweep
 
@@ -114,7 +114,12 @@ def main() -> None:
     """Do what the command line says: a mistake of the user is one line and exit code 64."""
     open_standard_files()
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))  # the code of typer.Exit, or nothing
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)  # the code of typer.Exit, or nothing
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(DONE)
     except JobError as error:
         message = str(error)
     except typer.Abort:

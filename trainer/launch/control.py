@@ -8,11 +8,13 @@ from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.follow import values
+from trainer.launch.moved import copied_from
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
+from trainer.launch.waiting import is_waiting, waited
 from trainer.records import read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.history import last_words, restart_causes, restarts_text, why_ended
-from trainer.run.log_tail import Tail
+from trainer.run.log_tail import Tail, nobody_reads
 
 
 def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
@@ -20,6 +22,8 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     handle = read_json(run.handle)
     if handle is None:
         return None, partial(by_events, run)
+    if original := copied_from(run, handle):
+        return None, partial(_by_copy, run, original)
     return handle, partial(find_platform(handle["platform"]).status, run, handle)
 
 
@@ -29,6 +33,8 @@ def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
     handle = read_json(run.handle)
     if handle is None:
         raise JobError("RUN", str(run), "was not submitted by muster", "Stop it with its platform's own tools")
+    if original := copied_from(run, handle):
+        raise JobError("RUN", str(run), f"is a copy of {original}", "Give the folder that it was copied from")
     platform = find_platform(handle["platform"])
     now = platform.status(run, handle)
     if not now.is_active and now.phase != Phase.LOST:  # the platform itself explains what became of a lost one
@@ -53,6 +59,7 @@ def status(run_path: str) -> dict[str, Any]:
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
+        "waiting": waited(run).strip() if is_waiting(now) else "",
         "code": now.code, "step": max(since, default=None), "steps": training.get("steps"),
         "attempt": attempts.get("attempt"), "handle": handle, "metrics": values(evaluated[-1]) if evaluated else {},
     }  # fmt: skip
@@ -70,8 +77,14 @@ def by_events(run: RunFolder) -> JobStatus:
     return JobStatus(Phase.STOPPED if event["code"] == STOPPED else Phase.FAILED, event["reason"], event["code"])
 
 
+def _by_copy(run: RunFolder, original: RunFolder) -> JobStatus:
+    status = by_events(run)
+    reason = f"a copy of {original}, made before that had ended; `muster run` continues the copy by itself"
+    return JobStatus(Phase.LOST, reason) if status.is_active else status
+
+
 def status_text(status: dict[str, Any]) -> str:
-    lines = [f"{status['state']}: {status['run']}"]
+    lines = [f"{' '.join(filter(None, (status['state'], status['waiting'])))}: {status['run']}"]
     if status["steps"]:
         lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
     if status["restarts"]:
@@ -93,7 +106,7 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
                 tails[path] = Tail(path)
                 tails[path].offset = 0
             tails[path].copy()
-        if not following or not now.is_active:
+        if not following or not now.is_active or nobody_reads():
             break
         time.sleep(0.2)
     if rank is not None and not tails:
@@ -118,14 +131,23 @@ def preempt(run_path: str) -> None:
 
 
 def list_all(runs: Path) -> list[dict[str, Any]]:
-    return [status(str(run)) for run in RunFolder.list_all(runs)]
+    return [_status_or_problem(run) for run in RunFolder.list_all(runs)]
+
+
+def _status_or_problem(run: RunFolder) -> dict[str, Any]:
+    """The status of a run; of one that cannot be read, why: the others are listed all the same."""
+    try:
+        return status(str(run))
+    except (JobError, OSError, LookupError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, JobError) else f"its records cannot be read: {error!r}"
+        return {"run": str(run), "state": Phase.UNKNOWN, "reason": reason}
 
 
 def list_text(statuses: list[dict[str, Any]]) -> str:
     line = "{state:10} {platform:10} step {step}/{steps:<8} {run}{restarted}"
     rows = [
         {"platform": "-", "step": 0, "steps": "?", "restarted": ""} | {k: v for k, v in item.items() if v}
-        | ({"restarted": f"  restarts {item['restarts_text']}"} if item["restarts"] else {})
+        | ({"restarted": f"  restarts {item['restarts_text']}"} if item.get("restarts") else {})
         for item in statuses
     ]  # fmt: skip
     return "\n".join(line.format(**row) for row in rows) or "no runs"

@@ -13,6 +13,7 @@ from typing import Any
 from trainer.config.job import Job
 from trainer.errors import FAILED, WRONG_JOB
 from trainer.launch.platform import JobStatus, Phase
+from trainer.launch.waiting import Waiting
 from trainer.run.folder import Event, RunFolder
 from trainer.run.history import last_words, restarts_text, why_ended
 from trainer.run.log_tail import Tail
@@ -30,7 +31,7 @@ def follow(
 
     Of a script, what rank 0 prints is shown as under torchrun; `all_ranks`: what every rank prints.
     """
-    events, metrics = Tail(run.events), Tail(run.metrics)
+    events, metrics, waiting = Tail(run.events), Tail(run.metrics), Waiting(run)
     ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
     output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
     with ExitStack() as stack:
@@ -38,6 +39,8 @@ def follow(
         while True:
             try:
                 now = status()
+                if text := waiting.line(now):
+                    show.say(text)
                 for event in _read_json(events):
                     show.event(event)
                 for line in _read_json(metrics):

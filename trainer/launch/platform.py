@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from trainer.config.job import Job
-from trainer.errors import wrong_choice
+from trainer.errors import JobError, wrong_choice
 from trainer.run.folder import RunFolder
 
 REGISTRY = {
@@ -61,6 +61,8 @@ class Phase(str, Enum):
     CANCELLED = "cancelled"
     LOST = "lost"
     """The platform does not know it any more, and the run folder holds no end."""
+    UNKNOWN = "unknown"
+    """The platform cannot be asked here and now: it may still run."""
 
     __str__ = str.__str__
 
@@ -73,9 +75,13 @@ class JobStatus:
     reason: str = ""
     code: int | None = None
 
+    waits: bool = False
+    """Whether it runs, and something that it needs is not there yet: `reason` says what."""
+
     @property
     def is_active(self) -> bool:
-        return self.phase in (Phase.PENDING, Phase.RUNNING)
+        """Whether it has not ended, as far as is known."""
+        return self.phase in (Phase.PENDING, Phase.RUNNING, Phase.UNKNOWN)
 
 
 class Platform(ABC, Generic[SiteT, RequestT]):
@@ -110,6 +116,10 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     def submit(self, plan: Plan[SiteT], request: RequestT, follow: bool) -> dict[str, Any]:
         """Send the request; return the handle that `handle.json` keeps. `follow`: the caller waits for the end."""
 
+    def resources(self, plan: Plan[SiteT]) -> list[str]:
+        """What the platform is asked for; the runs of an array ask for the same."""
+        raise NotImplementedError
+
     def submit_sweep(self, plan: Plan[SiteT], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
         raise NotImplementedError
@@ -117,7 +127,10 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """Where the submission stands; an answer that is younger than `poll_s` is given again."""
         if self.kept is None or time.monotonic() - self.kept[0] >= self.poll_s:
-            status = self.ask(run, handle)
+            try:
+                status = self.ask(run, handle)
+            except JobError as error:  # this machine lacks the platform's command, or nobody answers it
+                status = JobStatus(Phase.UNKNOWN, str(error))
             self.kept = time.monotonic(), status
         return self.kept[1]
 
@@ -145,3 +158,14 @@ def find_platform(name: str) -> AnyPlatform:
     module, _, symbol = REGISTRY[name].partition(":")
     platform: AnyPlatform = getattr(importlib.import_module(module), symbol)()
     return platform
+
+
+def site_fact(error: JobError, wanted: str) -> JobError | None:
+    """The error for a key of a job that belongs into the site file, of the `wanted` platform or another; else None."""
+    for name in sorted(REGISTRY, key=wanted.__ne__):
+        keys = getattr(find_platform(name), "site_type", None)
+        if keys and "unknown key" in error.problem and error.key in keys.__dataclass_fields__:
+            problem = f"is a fact of the site, not of the job: a key of {name}'s site file"
+            remedy = f"Write `{error.key}: ...` into a file, and add --on {name} --site FILE"
+            return JobError(error.key, error.value, problem, remedy)
+    return None

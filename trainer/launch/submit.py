@@ -12,7 +12,8 @@ from typing import Any
 from trainer.errors import WRONG_JOB, JobError
 from trainer.launch.control import status_of
 from trainer.launch.follow import follow
-from trainer.launch.platform import AnyPlan, AnyPlatform, Plan, find_platform
+from trainer.launch.moved import find_code
+from trainer.launch.platform import AnyPlan, AnyPlatform, Phase, Plan, find_platform, site_fact
 from trainer.records import read_json, write_json
 from trainer.run.folder import JOB, RunFolder
 
@@ -39,11 +40,16 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     from trainer.config.load import merge_job, to_job, to_text  # here: `muster status` starts faster without
 
     run = _find_run(job_path)
+    if run:
+        find_code(run)
     before = (read_json(run.handle) or read_json(run.platform) or {}) if run else {}
     on = on or before.get("platform", "local")
     if site is None and on == before.get("platform") and before.get("site"):
         site = Path(before["site"])
-    config = merge_job(run.job if run else job_path, overrides)
+    try:
+        config = merge_job(run.job if run else job_path, overrides)
+    except JobError as error:
+        raise site_fact(error, on) or error from None
     job = to_job(config)
     platform = find_platform(on)
     facts = platform.load_site(site)
@@ -70,7 +76,11 @@ def _begin(
             yield platform, plan
         return
     handle, ask = status_of(run)
-    if handle and ask().is_active:
+    now = ask()
+    if handle and now.phase == Phase.UNKNOWN:
+        remedy = f"If you know that it has ended, remove {run.handle}, and say `muster run` again"
+        raise JobError("RUN", str(run), f"may still be running: {now.reason}", remedy)
+    if handle and now.is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
     before = {path: path.read_bytes() for path in (run.job, run.platform, run.failure, run.result) if path.exists()}
     run.job.write_text(plan.job_text)
@@ -110,7 +120,7 @@ def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, 
     place = _place(platform, plan, [plan.run])
     request = platform.build(plan)
     (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
-    handle = place | platform.submit(plan, request, following)
+    handle = place | platform.submit(plan, request, following) | {"run": str(plan.run)}
     write_json(plan.run.handle, handle)
     return handle
 
@@ -148,6 +158,13 @@ def submit_sweep(
     if not platform.has_arrays:
         problem, remedy = f"{platform.name} has no job arrays", "Use --on slurm, or submit the jobs one by one"
         raise JobError("--sweep", sweep, problem, remedy)
+    asked = [platform.resources(plan) for _, plan in plans]
+    for value, words in zip(values, asked, strict=True):
+        if words != asked[0]:
+            other = " ".join(word for word in words if word not in asked[0])
+            problem = f"the runs of one array get the same nodes and devices, but {key}={value} needs {other}"
+            remedy = f"Submit them one by one: muster submit {job_path} {key}={value} --on {platform.name}"
+            raise JobError("--sweep", sweep, problem, remedy)
     runs = [_make_run(plan, job_path) for _, plan in plans]
     folder = _make_run(first, job_path, "-sweep")
     folder.job.unlink()  # a sweep is not a run
@@ -156,7 +173,7 @@ def submit_sweep(
     with _removed_if_refused([*runs, folder]):
         handles = platform.submit_sweep(replace(first, run=folder), runs)
     for run, handle in zip(runs, handles, strict=True):
-        write_json(run.handle, place | handle)
+        write_json(run.handle, place | handle | {"run": str(run)})
     return runs
 
 

@@ -1,7 +1,7 @@
 """Following files that others append to: logs, and files of JSON lines."""
 
-import contextlib
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class Tail:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 new = file.read()
-        except FileNotFoundError:
+        except OSError:  # it is not there yet, or its server does not answer now
             return b""
         self.offset += len(new)
         return new
@@ -32,11 +32,17 @@ class Tail:
         return new[:whole].decode(errors="replace").removesuffix("\n").split("\n") if whole else []
 
     def copy(self) -> None:
-        """Write all that is new to standard output."""
+        """Write all that is new to standard output. Raises BrokenPipeError: nobody reads it."""
         new = self.read()
-        with contextlib.suppress(OSError):  # nobody reads our output any more: the file still has it
-            while new:
-                new = new[os.write(sys.stdout.fileno(), new) :]
+        while new:
+            new = new[os.write(sys.stdout.fileno(), new) :]
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has ended, as with `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(happened & select.POLLERR for _, happened in poll.poll(0))
 
 
 def size(path: Path) -> int:

@@ -1,6 +1,8 @@
 """The `docker` command, through which all requests to the engine go. A refusal becomes an error with a remedy."""
 
 import contextlib
+import os
+import re
 import shutil
 import subprocess
 
@@ -11,6 +13,14 @@ REFUSALS = (
      "Add yourself to the group docker (sudo usermod -aG docker $USER) and log in again"),
     ("cannot connect", "the engine does not answer", "Start it: sudo systemctl start docker"),
     ("no space left", "the engine's disk is full", "Free it with docker system prune, or give it more space"),
+    ("address pool|pools have been fully subnetted", "the engine has no addresses left for the network of another run",
+     "Remove networks that nobody uses: docker network prune; or set network in docker/site.yaml to host, or to the "
+     "name of a network that exists"),
+    ("bind source path does not exist|mounts denied|statfs", "the engine does not see the files of this machine",
+     "It runs elsewhere, or in a VM or sandbox that sees some folders only (DOCKER_HOST, docker context, snap, Docker "
+     "Desktop): share the folder of the runs and the mounts with it, or set runs=... to a folder that it sees"),
+    ("newuidmap|newgidmap|subuid|subgid|user namespace|userns", "the engine's user namespaces do not fit",
+     "Give your user ids in /etc/subuid and /etc/subgid, or set extra_args: [--userns=host] in docker/site.yaml"),
     ("could not select device driver", "the engine cannot give GPUs to containers",
      "Install the NVIDIA container toolkit, or set device=cpu"),
 )  # fmt: skip
@@ -42,9 +52,35 @@ def docker(*argv: str) -> str:
 def refusal(message: str, command: str = "run") -> JobError:
     text = " ".join(message.split())
     for pattern, problem, remedy in REFUSALS:
-        if pattern in text.lower():
+        if re.search(pattern, text.lower()):
             return JobError("--on", "docker", problem, remedy)
     return JobError("docker", command, text[:400], "Correct docker/site.yaml")
+
+
+def user_options() -> list[str]:
+    """Options of `docker run` that make a container's user the one of here, whose files the run folder holds.
+
+    Where the engine maps users, the number of a user here is somebody else's inside. A rootless engine runs as the user
+    of here, who is root inside. Groups beside the first one are those of here: data may be readable through one alone.
+    """
+    user = f"--user={os.getuid()}:{os.getgid()}"
+    groups = [f"--group-add={group}" for group in sorted({*os.getgroups()} - {os.getgid()})]
+    if shutil.which("docker") is None:  # for a rendering; nothing is started here
+        return [user, *groups]
+    if "podman" in _ask("--version").lower():
+        rootless = "true" in _ask("info", "--format", "{{.Host.Security.Rootless}}")
+        return ["--userns=keep-id", user, "--group-add=keep-groups"] if rootless else [user, *groups]
+    security = _ask("info", "--format", "{{json .SecurityOptions}}")
+    if "name=rootless" in security:
+        return ["--userns=host", "--user=0:0"]
+    return ["--userns=host"] * ("name=userns" in security) + [user, *groups]
+
+
+def _ask(*argv: str) -> str:
+    """What a docker command prints; nothing when it fails: who submits is told by `check_engine`."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["docker", *argv], capture_output=True, text=True).stdout
+    return ""
 
 
 def run_quietly(*argv: str) -> None:

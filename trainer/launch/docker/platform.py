@@ -2,14 +2,16 @@
 
 import math
 import os
+import re
 import shlex
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import WRONG_JOB
-from trainer.launch.docker.engine import check_engine, docker, refusal, run_quietly
+from trainer.launch.docker.engine import check_engine, docker, refusal, run_quietly, user_options
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import JobStatus, Phase, Plan
@@ -72,8 +74,13 @@ class DockerNodes(Nodes):
     site: DockerSite
 
     def __post_init__(self) -> None:
-        self.name = f"muster-{self.run.name}"
+        self.name = f"muster-{re.sub('[^a-zA-Z0-9_.-]', '-', self.run.name)}"  # a folder may be renamed to anything
         self.own_network = self.site.network == "auto"
+
+    @cached_property
+    def user(self) -> list[str]:
+        """Who the agents are inside."""
+        return user_options()
 
     def hostnames(self) -> list[str]:
         """Short names that the run's network resolves; with the machine's own network, loopback addresses."""
@@ -105,15 +112,15 @@ class DockerNodes(Nodes):
         argv = [
             "docker", "run", "--rm", f"--name={self.name}-{node}",
             f"--network={self.name if self.own_network else site.network}",
-            f"--user={os.getuid()}:{os.getgid()}", f"--stop-timeout={stop_s}",
-            f"--mount=type=bind,source={self.run},target={self.run}", f"--workdir={self.run.code}",
+            *self.user, f"--stop-timeout={stop_s}",
+            _mount(str(self.run), str(self.run)), f"--workdir={self.run.code}",
         ]  # fmt: skip
         if site.network != "host":
             argv += [f"--hostname=node{node}", f"--network-alias=node{node}"]
         argv += self._processors(node) + self._shared_memory() + self._devices(node, lease, variables)
         for mount in site.mounts:
             source, target, *mode = mount.split(":")
-            argv.append(f"--mount=type=bind,source={source},target={target}" + ",readonly" * bool(mode))
+            argv.append(_mount(source, target, *mode))
         argv += [f"--env={name}={value}" for name, value in variables.items()]
         argv += [f"--env-file={site.env_file}"] if site.env_file else []
         return [*argv, *site.extra_args, site.reference, str(self.run.job)], {}
@@ -139,6 +146,12 @@ class DockerNodes(Nodes):
         variables[VISIBLE_DEVICES] = ",".join(str(order.index(name)) for name in devices)
         fabric = ["--ulimit=memlock=-1", "--ulimit=stack=67108864", "--device=/dev/infiniband"]
         return [f'--gpus="device={",".join(devices)}"', *(fabric if INFINIBAND.is_dir() else [])]
+
+
+def _mount(source: str, target: str, *mode: str) -> str:
+    """An option of `docker run`, whose value is a line of CSV: a comma in a path needs quotes."""
+    fields = ["type=bind", f"source={source}", f"target={target}", *["readonly"] * bool(mode)]
+    return "--mount=" + ",".join(f'"{field}"' if "," in field else field for field in fields)
 
 
 class Docker(Supervised[DockerSite]):
@@ -173,13 +186,16 @@ class Docker(Supervised[DockerSite]):
         if status.code not in NOT_STARTED:
             return status
         logs = [last_lines(log).splitlines() for log in sorted(run.logs.glob("node-*.log"))]
-        reasons = [line for lines in logs for line in lines[::-1] if line.startswith("docker:")]
+        reasons = [line for lines in logs for line in lines[::-1] if line.startswith(("docker:", "Error:"))]  # podman's
         return JobStatus(Phase.FAILED, str(refusal(reasons[0])), WRONG_JOB) if reasons else status
 
 
 def check_container(nodes: DockerNodes) -> None:
-    """Let the engine create and remove a container: it checks options, mounts and disk. Raises JobError: it refused."""
-    if nodes.site.network not in ("auto", "host"):
+    """Let the engine make and remove the network and a container. Raises JobError: it refused options, mounts, disk."""
+    if nodes.own_network:
+        nodes.prepare()
+        nodes.finish()
+    elif nodes.site.network != "host":
         docker("network", "inspect", nodes.site.network)
     argv, _ = nodes.command(0, 0, Lease([]))
     created = docker("create", *(word for word in argv[2:] if not word.startswith(OF_THE_RUN)))

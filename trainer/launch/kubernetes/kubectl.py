@@ -55,7 +55,7 @@ class Kubectl:
         try:
             command = [*self.command, *argv]
             done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s)
-        except FileNotFoundError:
+        except OSError:
             remedy = "Install kubectl, or apply what `muster render` prints on a machine that has it"
             raise JobError("--on", "kubernetes", "there is no kubectl on this machine", remedy) from None
         except subprocess.TimeoutExpired:

@@ -9,7 +9,7 @@ from trainer.errors import STOPPED
 from trainer.launch.kubernetes.kubectl import COPIED_UNTIL, KINDS, Kubectl, Refused, copy_logs
 from trainer.launch.kubernetes.manifests import make_manifests, render_manifests
 from trainer.launch.kubernetes.site import KubernetesSite
-from trainer.launch.kubernetes.state import read_pod, read_status
+from trainer.launch.kubernetes.state import Pod, newest_pods, read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
@@ -70,8 +70,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         try:
             status = self._ask_cluster(run, handle)
         except Refused as error:
-            phase = self.kept[1].phase if self.kept else Phase.LOST
-            status = JobStatus(phase, f"kubectl failed: {error}. {error.remedy}")
+            return JobStatus(Phase.UNKNOWN, f"kubectl failed: {error}. {error.remedy}")
         if not status.is_active and status.phase != Phase.LOST:
             write_json(run.exit, asdict(status))
         return status
@@ -87,10 +86,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
             print(*lines, sep="\n", end="\n" if lines else "", flush=True)
         owner = next((item for item in objects if item["kind"] != "Pod" and item["metadata"]["name"] == name), None)
         if owner is not None:
-            # Nothing but events tells why pods could not be created, such as an exceeded quota.
-            events = [] if pods else kubectl.get("events", "--field-selector=type=Warning", BY_TIME)
-            about = [item for item in events if item["involvedObject"]["name"].startswith(name)]
-            status = read_status(owner, pods, [f"{item['reason']}: {item['message']}" for item in about])
+            status = read_status(owner, pods, self._events(kubectl, owner, pods))
             if status.phase == Phase.RUNNING and not status.reason:
                 steps = [line for line in last_lines(run.node_log(0)).splitlines() if line.startswith("step ")]
                 return replace(status, reason=steps[-1] if steps else "")
@@ -98,6 +94,19 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         if handle.get("cancelled"):
             return JobStatus(Phase.CANCELLED, code=STOPPED)
         return JobStatus(Phase.LOST, f"{kubectl.workload} is gone: it was deleted by hand, or removed after its end")
+
+    def _events(self, kubectl: Kubectl, owner: dict[str, Any], pods: list[Pod]) -> list[dict[str, Any]]:
+        """What the cluster says about the first pod that waits; or why there are none, as after an exceeded quota."""
+        late = [pod.name for pod in newest_pods(pods) if pod.waiting]
+        if pods and not late:
+            return []
+        name = late[0] if late else owner["metadata"]["name"]
+        queued = "involvedObject.kind=Workload" if owner["spec"].get("suspend") else "type=Warning"
+        which = f"--field-selector={f'involvedObject.name={name}' if late else queued}"
+        try:
+            return [item for item in kubectl.get("events", which, BY_TIME) if name in item["involvedObject"]["name"]]
+        except Refused:  # who may see pods need not see events
+            return []
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Delete the Job: its pods get SIGTERM and their grace period to save."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
+from trainer.launch.kubernetes.waits import Event, explain_wait
 from trainer.launch.platform import JobStatus, Phase
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -53,8 +54,8 @@ def _true_conditions(item: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {each["type"]: each for each in item.get("status", {}).get("conditions", []) if each["status"] == "True"}
 
 
-def read_status(owner: dict[str, Any], pods: list[Pod], warnings: list[str]) -> JobStatus:
-    """The status of a Job or JobSet; `warnings`: what its events say, used while there are no pods."""
+def read_status(owner: dict[str, Any], pods: list[Pod], events: list[Event]) -> JobStatus:
+    """The status of a Job or JobSet; `events`: about the first pod that waits, or about itself while it has none."""
     conditions, metadata = _true_conditions(owner), owner["metadata"]
     if "Complete" in conditions or "Completed" in conditions:
         return JobStatus(Phase.DONE, _last_message([pod for pod in pods if pod.code == DONE]), DONE)
@@ -64,16 +65,18 @@ def read_status(owner: dict[str, Any], pods: list[Pod], warnings: list[str]) -> 
         return JobStatus(Phase.RUNNING, "being deleted: its pods save and stop")
     if owner["spec"].get("suspend"):
         queue = metadata.get("labels", {}).get("kueue.x-k8s.io/queue-name")
-        return JobStatus(Phase.PENDING, f"suspended: waits in queue {queue}" if queue else "suspended")
-    newest = _newest_pods(pods)
-    late = [f"{pod.name} waits: {pod.waiting}" for pod in newest if pod.waiting]
+        waiting = f"suspended: waits in queue {queue}" if queue else "suspended"
+        return JobStatus(Phase.PENDING, explain_wait(waiting, events))
+    newest = newest_pods(pods)
+    late = [f"{pod.name} waits: {explain_wait(pod.waiting, events)}" for pod in newest if pod.waiting]
+    late[1:] = [f"{len(late) - 1} more wait"] if len(late) > 1 else []
     lost = [f"{pod.name} is gone ({pod.gone}) and will be replaced" for pod in newest if pod.phase == "Failed"]
     running = any(pod.phase in ("Running", "Succeeded") for pod in newest)
-    reason = "; ".join(late + lost if newest else warnings[-1:])
-    return JobStatus(Phase.RUNNING if running else Phase.PENDING, reason)
+    reason = "; ".join(late + lost) if newest else explain_wait("", events)
+    return JobStatus(Phase.RUNNING if running else Phase.PENDING, reason, waits=bool(late + lost))
 
 
-def _newest_pods(pods: list[Pod]) -> list[Pod]:
+def newest_pods(pods: list[Pod]) -> list[Pod]:
     """Each node's newest pod, by node: replaced pods remain until their Job is deleted."""
     newest = {pod.node: pod for pod in sorted(pods, key=lambda pod: pod.created)}
     return [newest[node] for node in sorted(newest)]
@@ -93,5 +96,5 @@ def _read_failure(condition: dict[str, Any], pods: list[Pod]) -> JobStatus:
 
 def _last_message(pods: list[Pod]) -> str:
     """The newest termination message of node 0, which plans the attempts; else of the first node that left one."""
-    messages = _newest_pods([pod for pod in pods if pod.message])
+    messages = newest_pods([pod for pod in pods if pod.message])
     return messages[0].message if messages else ""

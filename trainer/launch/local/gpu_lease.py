@@ -30,15 +30,28 @@ def try_lease(wanted: list[str] | int, visible: list[str], folder: Path = FOLDER
         if len(lease.devices) == count:
             break
         lease.handles.append(_open_lock(folder / f"{device}.lock"))
-        try:
-            fcntl.flock(lease.handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lease.devices.append(device)
-        except BlockingIOError:
+        if try_lock(lease.handles[-1]) is False:
             os.close(lease.handles.pop())
+        else:
+            lease.devices.append(device)
     if len(lease.devices) == count:
         return lease
     lease.release()
     return None
+
+
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file; False when somebody else holds it, None on a file system without locks (some of Lustre, NFS).
+
+    Without them, nobody can be kept away: two runs of one folder are still told apart by their attempts.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _open_lock(path: Path) -> int:

@@ -1,22 +1,22 @@
 """The local platform: agents as processes of this machine; `nodes: 2` means two agents with their own addresses."""
 
-import fcntl
 import functools
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import DONE, STOPPED, JobError
-from trainer.launch.local.gpu_lease import Lease
+from trainer.launch.local.gpu_lease import Lease, try_lock
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform, SiteT
 from trainer.launch.snapshot import check_files
 from trainer.records import read_json
@@ -87,7 +87,7 @@ class Supervised(Platform[SiteT, list[str]]):
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
                 preexec_fn=functools.partial(_prepare, os.getpid() if follow else None),
             )  # fmt: skip
-        return {"pid": process.pid, "started": _state_and_start(process.pid)[1]}
+        return {"pid": process.pid, "started": _state_and_start(process.pid)[1], "host": socket.gethostname()}
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
@@ -95,6 +95,10 @@ class Supervised(Platform[SiteT, list[str]]):
         ended = read_json(run.exit)
         if ended is None and alive:
             return JobStatus(Phase.RUNNING)
+        host = handle.get("host", socket.gethostname())
+        if ended is None and host != socket.gethostname() and (is_free := _is_free(run)) is not True:
+            phase = Phase.UNKNOWN if is_free is None else Phase.RUNNING
+            return JobStatus(phase, f"its supervisor is on {host}, where `muster status` and `cancel` reach it")
         if ended is None:
             return JobStatus(Phase.LOST, "its supervisor is gone: it was killed, or the machine restarted")
         stopped = Phase.CANCELLED if handle.get("cancelled") else Phase.STOPPED
@@ -110,7 +114,8 @@ class Supervised(Platform[SiteT, list[str]]):
 
     def _signal(self, run: RunFolder, handle: dict[str, Any], number: signal.Signals) -> None:
         if not _is_alive(handle):
-            raise JobError("RUN", str(run), "is not running", "`muster status` says how it ended")
+            now = self.ask(run, handle)
+            raise JobError("RUN", str(run), f"is not running here: it is {now.phase}", now.reason or "See its logs")
         os.kill(int(handle["pid"]), number)
 
 
@@ -151,12 +156,18 @@ def lock(run: RunFolder) -> Iterator[int]:
     """Open and lock a file that supervisor and agents then hold. Raises JobError: some of this run still hold it."""
     handle = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(handle) is False:
+            raise JobError("RUN", str(run), "is running, or still saving", "Wait for its end, or cancel it")
         yield handle
-    except BlockingIOError:
-        raise JobError("RUN", str(run), "is running, or still saving", "Wait for its end, or cancel it") from None
     finally:
         os.close(handle)
+
+
+def _is_free(run: RunFolder) -> bool | None:
+    """Whether no supervisor holds the run, on whatever machine; None where nobody can tell."""
+    with suppress(OSError), run.lock.open("r+b") as file:
+        return try_lock(file.fileno())
+    return None
 
 
 def _state_and_start(pid: int) -> tuple[str, str]:
@@ -169,5 +180,7 @@ def _state_and_start(pid: int) -> tuple[str, str]:
 
 
 def _is_alive(handle: dict[str, Any]) -> bool:
+    if handle.get("host", socket.gethostname()) != socket.gethostname():
+        return False
     state, started = _state_and_start(int(handle["pid"]))
     return state not in ("", "Z") and started == handle["started"]

@@ -81,7 +81,8 @@ class Supervisor:
         wanted = wanted_devices(self.job, visible)
         lease = try_lease(wanted, visible)
         if lease is None:
-            self.run.record("pending", reason=f"waiting for GPUs: {wanted} of {', '.join(visible)}")
+            which = f"{wanted} of {', '.join(visible)}"
+            self.run.record("pending", reason=f"waiting for GPUs: {which}; it starts when other runs here release them")
         while lease is None:
             if self.stop_requests:
                 return False

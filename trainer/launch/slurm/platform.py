@@ -138,6 +138,10 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         """Submit by sbatch; Slurm's own refusal is shown once. Raises JobError: no Slurm here, or Slurm refused."""
         return {"job_id": _send(plan, request)}
 
+    def resources(self, plan: Plan[SlurmSite]) -> list[str]:
+        """The options of sbatch that are not about names."""
+        return [flag for flag in _flags(plan, Path()) if not flag.startswith(("--job-name=", "--chdir=", "--output="))]
+
     def submit_sweep(self, plan: Plan[SlurmSite], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit one array whose task i is run i."""
         flag, names = f"--array=0-{len(runs) - 1}", ("slurm-%A_%a.out", "task-%a-node-%n.log")

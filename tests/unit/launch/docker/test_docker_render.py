@@ -10,6 +10,7 @@ import pytest
 from paths import ROOT
 
 from trainer.errors import JobError
+from trainer.launch.docker.engine import refusal
 from trainer.launch.submit import render_job
 
 RUN = "/big/digits-ID"
@@ -22,6 +23,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("trainer.wiring.devices.gpu_files", lambda: [f"nvidia{number}" for number in range(4)])
     monkeypatch.setattr("trainer.launch.docker.platform.INFINIBAND", Path("/nowhere"))
+    monkeypatch.setattr(os, "getgroups", lambda: [os.getgid()])
 
 
 def command_lines(folder: Path, text: str, *overrides: str) -> list[list[str]]:
@@ -104,6 +106,60 @@ def test_shared_memory_and_network(tmp_path: Path, text: str, overrides: list[st
 def test_nodes_on_the_machines_own_network_are_on_this_machine(tmp_path: Path) -> None:
     for words in command_lines(tmp_path, "network: host", "nodes=2", "device=cpu"):
         assert "--env=MUSTER_HOSTNAMES=127.0.0.1,127.0.0.2" in words
+
+
+OWN = f"--user={os.getuid()}:{os.getgid()}"
+PODMAN = 'case "$*" in --version) echo podman version 4.9.4 ;; *Rootless*) echo {rootless} ;; *) exit 125 ;; esac'
+DOCKER = """case "$*" in --version) echo Docker version 26.1.5 ;; info*) echo '["name=seccomp"{security}]' ;; esac"""
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (DOCKER.format(security=""), [OWN, "--group-add=4711"]),
+        (DOCKER.format(security=',"name=userns"'), ["--userns=host", OWN, "--group-add=4711"]),
+        (DOCKER.format(security=',"name=rootless","name=cgroupns"'), ["--userns=host", "--user=0:0"]),
+        (PODMAN.format(rootless="true"), ["--userns=keep-id", OWN, "--group-add=keep-groups"]),
+        (PODMAN.format(rootless="false"), [OWN, "--group-add=4711"]),
+        ("echo Cannot connect >&2; exit 1", [OWN, "--group-add=4711"]),
+    ],
+    ids=["docker", "userns-remap", "rootless", "rootless podman", "podman", "no engine"],
+)
+def test_inside_it_is_the_same_user_whatever_the_engine_maps(
+    program: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the groups that this user has here: data may be readable through one of them alone."""
+    (tmp_path / "docker").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "getgroups", lambda: [os.getgid(), 4711])
+    words = command_lines(tmp_path, "{}", "device=cpu")[-1]
+    assert words[5 : 5 + len(expected) + 1] == [*expected, "--stop-timeout=45"]
+
+
+def test_paths_with_commas(tmp_path: Path) -> None:
+    """The value of --mount is CSV."""
+    (tmp_path / "a,b").mkdir()
+    words = command_lines(tmp_path, f"mounts: ['{tmp_path}/a,b:/data']", "device=cpu", "name=x", "runs=/big/1,2")[-1]
+    assert f'--mount=type=bind,"source={tmp_path}/a,b",target=/data' in words
+    assert '--mount=type=bind,"source=/big/1,2/x-ID","target=/big/1,2/x-ID"' in words
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("could not find an available, non-overlapping IPv4 address pool among the defaults", "docker network prune"),
+        ("all predefined address pools have been fully subnetted", "docker network prune"),
+        ("invalid mount config for type bind: bind source path does not exist: /home/me/runs", "DOCKER_HOST"),
+        ("Mounts denied: the path /data is not shared from the host", "DOCKER_HOST"),
+        ("newuidmap: write to uid_map failed: Operation not permitted", "/etc/subuid"),
+        ("Got permission denied while trying to connect to the Docker daemon socket", "usermod"),
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock", "systemctl start docker"),
+        ("something new", "Correct docker/site.yaml"),
+    ],
+)
+def test_a_refusal_of_the_engine_has_its_remedy(said: str, remedy: str) -> None:
+    assert remedy in str(refusal(f"Error response from daemon: {said}"))
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,10 @@ def test_a_job_waits_for_its_devices_and_says_so(supervisor: Supervisor, tmp_pat
     assert supervisor.take_lease()
     assert supervisor.lease.devices == ["0"] and not held.handles
     (event,) = read_lines(tmp_path / "events.jsonl")
-    assert (event["event"], event["reason"]) == ("pending", "waiting for GPUs: 1 of 0")
+    assert (event["event"], event["reason"]) == (
+        "pending",
+        "waiting for GPUs: 1 of 0; it starts when other runs here release them",
+    )
     soon.join()
 
 
