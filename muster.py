@@ -1,6 +1,13 @@
-"""What users import: `from muster import Task`. Names are looked up when asked for: importing this costs nothing."""
+"""What users import: `from muster import Task`. Names are looked up when asked for: importing this costs nothing.
+
+It is also how our programs are started, because projects have modules called `trainer` too: `python -m muster` is the
+command, `python -m muster agent JOB.yaml` the agent of a node. They find our package whatever the working directory and
+PYTHONPATH hold.
+"""
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,9 +15,36 @@ if TYPE_CHECKING:
 
 __all__ = ["Task"]
 HOMES = {"Task": "trainer.task", "__version__": "trainer"}
+PROGRAMS = {"agent": "trainer", "supervisor": "trainer.launch.local.supervisor"}
+"""What platforms start, by its first word; each is a module that runs."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def import_package() -> None:
+    """Import the `trainer` that lies beside this file; from then on its modules are found through it."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    try:
+        importlib.import_module("trainer")
+    finally:
+        del sys.path[0]
+
+
+def main() -> None:
+    """The `muster` command."""
+    import_package()
+    importlib.import_module("trainer.launch.cli").main()
+
+
+if __name__ == "__main__":
+    if sys.path[0] == os.getcwd() and not getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        del sys.path[0]  # what lies in the working directory is the user's: our programs import none of it by accident
+    import_package()
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        importlib.import_module("runpy").run_module(PROGRAMS[sys.argv.pop(1)], run_name="__main__", alter_sys=True)
+    else:
+        main()

@@ -32,10 +32,10 @@ TIGHT = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new
 
 
 def run_python(engine: Engine, image: Image, program: str, *options: str, check: bool = True):
-    """Runs a program under the image's own entrypoint, in the place of `python -m trainer`."""
+    """Runs a program under the image's own entrypoint, in the place of `python -m muster agent`."""
     first, *rest = engine.inspect(image.tag)["Config"]["Entrypoint"]
-    assert rest[-3:] == ["python", "-m", "trainer"]
-    words = [*options, f"--entrypoint={first}", image.tag, *rest[:-2], "-c", program]
+    assert rest[-4:] == ["python", "-m", "muster", "agent"]
+    words = [*options, f"--entrypoint={first}", image.tag, *rest[:-3], "-c", program]
     return engine.docker("run", *words, check=check)
 
 
@@ -174,7 +174,7 @@ def test_a_uid_without_an_entry_has_a_name_and_a_place_for_caches(engine: Engine
 
 def test_health_asks_the_agent(engine: Engine, image: Image):
     check = engine.inspect(image.tag)["Config"]["Healthcheck"]
-    assert check["Test"] == ["CMD", "python", "-m", "trainer", "--health"]
+    assert check["Test"] == ["CMD", "python", "-m", "muster", "agent", "--health"]
 
 
 def test_its_structure(engine: Engine, image: Image):
@@ -203,4 +203,4 @@ def test_the_context_holds_no_more_than_the_image(engine: Engine, wheels: Path, 
         "build", "--file=-", "--output", f"type=local,dest={tmp_path}/out", context, input=program, stdin=None
     )
     found = {path.name for path in (tmp_path / "out/context").iterdir()}
-    assert found == {"LICENSE", "README.md", "constraints.txt", "jobs", "pyproject.toml", "trainer"}
+    assert found == {"LICENSE", "README.md", "constraints.txt", "jobs", "muster.py", "pyproject.toml", "trainer"}

@@ -79,7 +79,7 @@ def wheels(cache: Path) -> Path:
 def copy_context(target: Path) -> Path:
     """A copy of what a build reads, to edit in a test."""
     target.mkdir(exist_ok=True)
-    for name in ("LICENSE", "README.md", "constraints.txt", "pyproject.toml", ".dockerignore"):
+    for name in ("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "muster.py", ".dockerignore"):
         shutil.copy2(ROOT / name, target / name)
     for name in ("trainer", "jobs", "docker"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))

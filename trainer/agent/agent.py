@@ -16,7 +16,7 @@ from pathlib import Path
 from trainer.agent.awake_clock import CLOCK
 from trainer.agent.diagnosis import STACKS_S, Diagnosis, process_state
 from trainer.agent.failure import Failure, paragraph
-from trainer.agent.fork_server import PROCESSES
+from trainer.agent.fork_server import PROCESSES, ensure_fork_server
 from trainer.agent.health import LIMIT
 from trainer.agent.kv_store import PeerLost
 from trainer.agent.last_word import judge
@@ -116,6 +116,7 @@ class NodeAgent:
 
     def _start(self) -> None:
         """Meet the other agents and start the ranks."""
+        ensure_fork_server()
         agreed = self.rendezvous.next_round()
         if not (self.folder / HEARTBEAT).exists():
             problem = f"something removed {self.folder}, the folder of this node's agent, while the job ran. Its ranks "

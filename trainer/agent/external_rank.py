@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from trainer.agent.rank_process import end_with, print_error, run_script
+from trainer.agent.rank_process import end_with, print_error
+from trainer.agent.script import run_script
 from trainer.config.load import merge_job, to_job, to_text
 from trainer.errors import JobError
 from trainer.run.folder import RunFolder, run_of
@@ -17,7 +18,7 @@ def run_external_rank(path: Path, overrides: list[str]) -> int:
     config = merge_job(path, overrides)
     job, wiring = to_job(config), rank_wiring()
     if job.script:
-        return run_script(job)
+        return run_script(job, path)
     if job.parallel != "ddp" and wiring.world_size > 1:
         problem = f"uses one process, but the launcher started {wiring.world_size} ranks"
         raise JobError("parallel", job.parallel, problem, "Use parallel=ddp, or start one process")

@@ -7,7 +7,9 @@ The fork server is a new interpreter with one thread that touches no device, so 
 import multiprocessing
 import os
 import signal
+import sys
 from multiprocessing import forkserver
+from pathlib import Path
 
 from trainer.signals import SIGNALS
 
@@ -17,14 +19,27 @@ KIND = "MUSTER_FORK_SERVER"
 """The variable that tells the fork server what to import: `task` or `script`, and the agent's process id."""
 
 
-def start_fork_server(kind: str) -> None:
-    """Start the fork server; processes with the start method `forkserver` come from it.
+ROOT = str(Path(__file__).resolve().parents[2])
+"""The folder that our package lies in."""
 
-    If it dies, `multiprocessing` starts another with the next process.
-    """
+
+def start_fork_server(kind: str) -> None:
+    """Start the fork server; processes with the start method `forkserver` come from it."""
     os.environ[KIND] = f"{kind} {os.getpid()}"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line of ours for a lost peer, not torch's C++ frames
     multiprocessing.set_forkserver_preload(["trainer.agent.fork_server_preload"])
+    ensure_fork_server()
+
+
+def ensure_fork_server() -> None:
+    """Start the fork server again if it has died.
+
+    It looks for modules in its working directory first, then in those of PYTHONPATH, or where we do, by the version of
+    Python. Those are the user's, and may hold a `trainer` of their own.
+    """
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(ROOT)
+    sys.path.insert(0, ROOT)
     # Schedulers signal every process of a job. Blocked here, a stop request waits until the fork server has handlers,
     # and it never ends Python's resource tracker, which would take the semaphores of living ranks with it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -32,3 +47,6 @@ def start_fork_server(kind: str) -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sys.path.remove(ROOT)
+        os.chdir(here)
+        os.close(here)

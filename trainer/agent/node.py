@@ -9,13 +9,14 @@ from trainer.agent.agent import NodeAgent, say
 from trainer.agent.last_word import judge, leave
 from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.scratch_folder import own_folder
+from trainer.agent.script import report_separate_ranks
 from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
 from trainer.errors import DONE, STOPPED, WRONG_JOB, JobError
 from trainer.records import tell_platform, write_json
 from trainer.run.abilities import check_abilities
 from trainer.run.folder import RunFolder, run_of
-from trainer.run.summary import plain_table
+from trainer.run.summary import plain_table, separate_ranks
 from trainer.wiring.node import Wiring, wire
 from trainer.wiring.variables import run_is_shared
 
@@ -64,7 +65,9 @@ def run_node(path: Path, overrides: list[str]) -> int:
     except Exception as error:
         code, reason = judge(error)
     if code == DONE:
-        tell_platform(plain_table(run))
+        if wiring.node_rank == 0:
+            report_separate_ranks(job, run, say)
+        tell_platform(plain_table(run) or separate_ranks(run))
     else:
         leave(run, code, reason, wiring.node_rank)
         say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {reason}")

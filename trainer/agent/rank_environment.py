@@ -24,7 +24,7 @@ def rank_variables(job: Job, wiring: Wiring, local_rank: int, agreed: Round) -> 
         names.RUN_ID: wiring.job_id, names.RESTART_COUNT: agreed.number - 1,
         "TORCHELASTIC_MAX_RESTARTS": job.agent.restarts,
         # The ranks, rank 0 too, are clients of the agent's store, which therefore outlives them.
-        "TORCHELASTIC_USE_AGENT_STORE": True,
+        names.AGENT_STORE: True,
         # A rank whose collective failed ends, instead of waiting for ever (torchrun's default too).
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         names.ATTEMPT: agreed.attempt,

@@ -3,30 +3,30 @@
 What a rank is told through its environment is made in `trainer.agent.rank_environment`.
 """
 
-import atexit
 import contextlib
 import faulthandler
 import functools
+import io
 import os
-import runpy
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.agent.script import end_script, run_script, watch_process_group
 from trainer.checkpoint.memory import ASK
 from trainer.config.job import Job
-from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, Stopped
+from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.records import write_json
 from trainer.run.folder import RunFolder
-from trainer.signals import restore_signals, set_parent_death_signal
+from trainer.signals import set_parent_death_signal
 from trainer.wiring.rank import rank_wiring
 
+OWN_FRAMES = (__file__, run_script.__code__.co_filename)
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
 FORK_SERVER = os.getpid()
@@ -53,32 +53,36 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
 
         torch.set_num_threads(threads)
         if job.script:
-            try:
-                return run_script(job)
-            finally:
-                # Private names, because there are no public ones: an interpreter does this at its end, and a script
-                # relies on it, but a process of multiprocessing runs no exit functions (before Python 3.14).
-                threading._shutdown()  # type: ignore[attr-defined]
-                atexit._run_exitfuncs()
+            watch_process_group(run, wiring)
+            return run_script(job, job_file)
         signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
         from trainer.training.rank import train
 
         return train(job, run.path, job_file, on_failure)
 
-    end_with(work, on_failure)
+    end_with(work, on_failure, end_script if job.script else None)
 
 
-def end_with(work: Callable[[], int], on_failure: Callable[[BaseException], object]) -> NoReturn:
-    """Do a rank's work and end this process, with the exit code that `work` returns or that its exception means."""
+def end_with(
+    work: Callable[[], int], on_failure: Callable[[BaseException], object], last: Callable[[bool], None] | None = None
+) -> NoReturn:
+    """Do a rank's work and end this process, with the exit code that `work` returns or that its exception means.
+
+    `last` is called in the end, with whether it ended without an exception.
+    """
+    failed = False
     try:
         code = work()
     except Stopped:
         code = STOPPED
     except BaseException as error:
         on_failure(error)
-        code = exit_code(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        code, failed = exit_code(error), True
+    if last is not None:
+        last(not failed)
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a script may have put something else in their place
+            file.flush()
     os._exit(code)  # at once: with torch's threads one end in some dozens aborts, with a broken process group it hangs
 
 
@@ -94,32 +98,31 @@ def _redirect(path: Path) -> None:
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    for name, number in (("stdout", 1), ("stderr", 2)):  # unbuffered, as those of torchrun's ranks are
+        raw, given = io.FileIO(number, "w", closefd=False), getattr(sys, name)
+        text = getattr(given, "encoding", None), getattr(given, "errors", None)
+        stream = io.TextIOWrapper(raw, *text, write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
-def run_script(job: Job) -> int:
-    """Run the user's script as `python script.py` would; return 0 or 75. Raises JobError: no such file."""
-    restore_signals()
-    script = str(job.script)
-    if not Path(script).is_file():
-        raise JobError("script", script, f"no such file on {socket.gethostname()}", f"Working directory: {os.getcwd()}")
-    sys.argv = [script, *map(str, job.script_args)]
-    sys.path.insert(0, str(Path(script).resolve().parent))
+def print_error(error: BaseException) -> None:
+    """Print an exception as Python would; of an error in the job, and of an exit with a message, the message alone."""
+    if isinstance(error, (JobError, SystemExit)):
+        print(f"ERROR: {error}" if isinstance(error, JobError) else error, file=sys.stderr, flush=True)
+        return
     try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as exit_:
-        if exit_.code not in (None, DONE, STOPPED):
-            raise
-        return STOPPED if exit_.code == STOPPED else DONE
-    return DONE
+        sys.excepthook(type(error), error, error.__traceback__)  # a script may have set its own
+    except Exception:
+        traceback.print_exception(error)
 
 
-def print_error(error: BaseException) -> str:
-    """Print an exception, and return its traceback; for an error in the job that is empty, its message is enough."""
-    text = "" if isinstance(error, JobError) else "".join(traceback.format_exception(error))
-    print(text or f"ERROR: {error}", file=sys.stderr, flush=True)
-    return text
+def _drop_own_frames(error: BaseException) -> None:
+    """Let the traceback begin where the user's code, or the training, does."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in OWN_FRAMES:
+        trace = trace.tb_next
+    error.__traceback__ = trace or error.__traceback__
 
 
 def _is_from_outside(error: BaseException) -> bool:
@@ -135,11 +138,14 @@ def _record_failure(path: Path, rank: int, error: BaseException) -> None:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
+    _drop_own_frames(error)
+    text = "" if isinstance(error, (JobError, SystemExit)) else "".join(traceback.format_exception(error))
     record = {
         "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": exit_code(error),
-        "exception": type(error).__name__, "message": str(error)[:4000], "traceback": print_error(error)[-8000:],
+        "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-8000:],
         "chain": [type(item).__name__ for item in chain], "from_outside": any(map(_is_from_outside, chain)),
     }  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed; the exit code and the log are left
         path.parent.mkdir(exist_ok=True)
         write_json(path, record)
+    print_error(error)

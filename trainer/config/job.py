@@ -142,10 +142,14 @@ class Job:
 
     name: str = _key("", "name of the job; its run folders are called NAME-ID; default: the job file's name")
     task: str | None = _key(None,
-        "package.module:Class, importable from the working directory or the job file's folder")
+        "package.module:Class, importable from the working directory, its src, or the job file's folder")
     task_args: dict[str, Any] = _key({}, "keyword arguments for the constructor of the task")
-    script: str | None = _key(None, "instead of a task: a script that torchrun can start", path=True)
-    script_args: list[str] = _key([], "command-line arguments of the script")
+    script: str | None = _key(None,
+        "instead of a task: a script that torchrun can start, or -m package.module", path=True)
+    script_args: list[str] = _key([], "command-line arguments of the script, word for word: no shell reads them")
+    python_path: list[str] = _key([],
+        "more folders to import from, as PYTHONPATH, from the working directory on; `src` is looked into if it exists",
+        path=True)
     parallel: str = _key("auto",
         "single, dp (DataParallel: one process on one node) or ddp; auto: ddp for more than one device",
         choices=("auto", "single", "dp", "ddp"))

@@ -1,11 +1,13 @@
 """Loading a job: defaults < job file < `key=value`. Each mistake is a JobError, before anything is started."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import operator
 import os
 import re
+import unicodedata
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +46,6 @@ LIMITS = {
 def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Merge defaults, job file and overrides, unresolved. Raises JobError: unreadable file, unknown key, wrong type."""
     path = Path(path)
-    add_import_paths(path / "job.yaml" if path.is_dir() else path)
     written = read_sections(path, TEXTS, "JOB")
     given = parse_overrides(overrides)
     if given.get("parallel") == "single" and "devices" not in given:
@@ -63,11 +64,22 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
             raise JobError(key, leaves.get(key), _first_line(error), remedy) from None
         for key in PATHS & leaves.keys():
             if leaves[key] is not None:
-                OmegaConf.update(config, key, expand_path(key, leaves[key]))
+                several = isinstance(leaves[key], list)
+                expanded = [expand_path(key, each) for each in (leaves[key] if several else [leaves[key]])]
+                OmegaConf.update(config, key, expanded if several else expanded[0])
     if not (given.get("name") or written.get("name")):
-        config.name = path.resolve().parent.name if path.name == "job.yaml" else path.stem
+        config.name = name_of(path.resolve().parent.name if path.name == "job.yaml" else path.stem)
     assert isinstance(config, DictConfig)
+    with contextlib.suppress(OmegaConfBaseException):  # an interpolation that `to_job` refuses
+        if not config.script:  # a script's own folder comes first, and only where it runs
+            add_import_paths(path / "job.yaml" if path.is_dir() else path, config.python_path)
     return config
+
+
+def name_of(file: str) -> str:
+    """A name for a job that has none: that of its file, with '-' for what a name cannot hold."""
+    plain = unicodedata.normalize("NFKD", file).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._]+", "-", plain)[:63].strip("-._") or "job"
 
 
 def to_job(config: DictConfig) -> Job:
@@ -75,7 +87,8 @@ def to_job(config: DictConfig) -> Job:
     try:
         job = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        key, remedy = str(error.full_key or "?"), "Set what the interpolation refers to"
+        key = str(error.full_key or "?")
+        remedy = "Write ${section.key} for another key, ${oc.env:NAME} for a variable, and \\${ for the text itself"
         raise JobError(key, "${...}", _first_line(error), remedy) from None
     assert isinstance(job, Job)
     for name, item in KEYS.items():

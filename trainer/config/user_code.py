@@ -5,29 +5,55 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from trainer.config.name_clash import find_clash
 from trainer.errors import JobError, did_you_mean
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
 
+MODULE = "-m "
+"""How a script begins that is a module: `script: -m package.train`."""
 
-def add_import_paths(job_file: Path | None) -> None:
-    """Let user code be imported: from the working directory and the job file's folder.
+
+def import_paths(job_file: Path | None, python_path: Sequence[str] = ()) -> list[Path]:
+    """Where user code is imported from: the working directory, the job file's folder, `python_path`, and `src`.
 
     Of a run they are those that it was submitted from, or their places in its snapshot of the code.
     """
+    working, folder, _ = _folders(job_file)
+    return list(dict.fromkeys([working, folder, *python_folders(job_file, python_path)]))
+
+
+def python_folders(job_file: Path | None, python_path: Sequence[str] = ()) -> list[Path]:
+    """The folders that a job's `python_path` names, and the working directory's `src`, if it has one."""
+    working, _, in_snapshot = _folders(job_file)
+    folders = [in_snapshot(Path(os.path.normpath(working / entry))) for entry in python_path]
+    return [*folders, *([working / "src"] if (working / "src").is_dir() else [])]
+
+
+def _folders(job_file: Path | None) -> tuple[Path, Path, Callable[[Path], Path]]:
+    """The working directory, the job file's folder, and a function from a folder to its place in the snapshot."""
     working, folder = Path.cwd(), job_file.resolve().parent if job_file else Path.cwd()
     run = RunFolder(folder)
     source = read_json(run.source)
-    if source is not None:
-        working, folder = Path(source["working_directory"]), Path(source["job_folder"])
-        if run.code.is_dir():
-            folder = run.code / folder.relative_to(working) if folder.is_relative_to(working) else folder
-            working = run.code
-    sys.path[:0] = [path for path in map(str, dict.fromkeys((working, folder))) if path not in sys.path]
+    if source is None:
+        return working, folder, lambda path: path
+    origin, folder = Path(source["working_directory"]), Path(source["job_folder"])
+
+    def in_snapshot(path: Path) -> Path:
+        inside = run.code.is_dir() and path.is_relative_to(origin)
+        return run.code / path.relative_to(origin) if inside else path
+
+    return in_snapshot(origin), in_snapshot(folder), in_snapshot
+
+
+def add_import_paths(job_file: Path | None, python_path: Sequence[str] = ()) -> None:
+    """Let user code be imported in this process."""
+    sys.path[:0] = [path for path in map(str, import_paths(job_file, python_path)) if path not in sys.path]
 
 
 def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None:
@@ -35,6 +61,9 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
     module, _, name = value.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
         raise JobError(key, value, "is not package.module:Name", "For example trainer.tasks.digits:Digits")
+    if clash := find_clash(module):
+        problem = f"imports trainer, the name of Muster's own package, and would not get {clash}"
+        raise JobError(key, value, problem, "Rename that module, or run your code as a script, which gets its own")
     source = find_source(module)
     if source is None:
         remedy = f"It must be importable from the working directory ({os.getcwd()}) or the job file's folder"

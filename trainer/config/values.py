@@ -38,23 +38,35 @@ def parse_value(text: str, texts: Container[str] = (), key: str = "") -> Any:
 
 
 def _read(node: yaml.Node, texts: Container[str], key: str) -> Any:
-    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
+    if isinstance(node, yaml.ScalarNode) and _is_text(node):
         return node.value if node.style else _read_plain(node.value, key in texts)
     if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_read(item, texts, key) for item in node.value]
+        for item in node.value:
+            _refuse_colour(item, item.start_mark)
+        # In a list of texts `null` and `~` are words too: a script gets its arguments as they are written.
+        return [item.value if key in texts and _is_text(item) else _read(item, texts, key) for item in node.value]
     if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
         return _read_mapping(node, texts, key)
     raise ValueError(f"the tag {node.tag} is not supported{node.start_mark}")
+
+
+def _is_text(node: yaml.Node) -> bool:
+    """Whether this is one value, which the loader leaves as text, without a tag of its own."""
+    return bool(node.tag == "tag:yaml.org,2002:str")
+
+
+def _refuse_colour(node: yaml.Node, mark: yaml.Mark, skip: int = 0) -> None:
+    """Raise ValueError for a value that is nothing but a comment that looks like a colour."""
+    colour = COLOUR.match(mark.buffer, mark.pointer + skip) if mark.buffer and node.value == "" else None
+    if colour:
+        raise ValueError(f"{colour[1]} is a comment to YAML: write '{colour[1]}', in quotes{mark}")
 
 
 def _read_mapping(node: yaml.MappingNode, texts: Container[str], key: str) -> dict[Any, Any]:
     merged: dict[Any, Any] = {}
     own: dict[Any, Any] = {}
     for name_node, value_node in node.value:
-        mark = name_node.end_mark
-        colour = COLOUR.match(mark.buffer, mark.pointer + 1) if mark.buffer and value_node.value == "" else None
-        if colour:
-            raise ValueError(f"{colour[1]} is a comment to YAML: write '{colour[1]}', in quotes{mark}")
+        _refuse_colour(value_node, name_node.end_mark, 1)
         name: Any = str(name_node.value)
         if "." in key and key not in texts and not name_node.style:
             name = _read_plain(name, False)  # a key in a mapping of the user's may be a number

@@ -15,6 +15,7 @@ from trainer.records import read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.history import last_words, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail, nobody_reads
+from trainer.run.summary import separate_ranks
 
 
 def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
@@ -55,7 +56,8 @@ def status(run_path: str) -> dict[str, Any]:
     since = [line["step"] for line in steps if line["time"] >= training.get("time", 0)]  # a restart goes back
     attempts = last_event(events, "attempt", "restart") or {}
     good = now.is_active or now.phase == Phase.DONE
-    reason = now.reason or ("" if good else why_ended(run, events) or last_words(run, events))
+    note = separate_ranks(run) if now.phase == Phase.DONE else ""
+    reason = now.reason or (note if good else why_ended(run, events) or last_words(run, events))
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),

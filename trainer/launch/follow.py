@@ -17,7 +17,7 @@ from trainer.launch.waiting import Waiting
 from trainer.run.folder import Event, RunFolder
 from trainer.run.history import last_words, restarts_text, why_ended
 from trainer.run.log_tail import Tail
-from trainer.run.summary import plain_table, resume_command
+from trainer.run.summary import plain_table, resume_command, separate_ranks
 
 POLL_S = 0.1
 BESIDE = 45
@@ -67,7 +67,8 @@ def end(run: RunFolder, status: JobStatus) -> None:
     """Print the table, or why there is none."""
     if status.phase == Phase.DONE:
         # Where the nodes keep the run folder, or a script trained, there is no table here.
-        print("\n" + (plain_table(run) or f"done: {run}{_restarts(run)}"))
+        note = separate_ranks(run)
+        print("\n" + (plain_table(run) or f"done: {run}{_restarts(run)}") + (f"\n{note}" if note else ""))
         return
     events = run.read_events()
     reason = why_ended(run, events) or status.reason or last_words(run, events) or status.phase

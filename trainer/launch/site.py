@@ -18,6 +18,14 @@ Rule = tuple[bool, str, object, str, str]
 """Whether something is wrong, and if so: key, value, problem, remedy."""
 
 
+PATHS = ("runs", "setup", "env_file", "python", "image", "mounts")
+
+
+def expand(key: str, value: Any) -> Any:
+    """A path, or source:target, with `~` and `$NAME` replaced; what is no text stays for the check of types."""
+    return expand_path(key, value) if isinstance(value, str) else value
+
+
 def template(folder: str, name: str) -> Path:
     """A template: the working directory's, else that of this package. Raises JobError: neither exists."""
     for root in (Path.cwd(), Path(trainer.__file__).resolve().parent.parent):
@@ -54,8 +62,8 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
         if key not in types:
             remedy = did_you_mean(key, types, "Known keys: " + ", ".join(types))
             raise JobError(key, value, f"unknown key in {path}", remedy)
-        if key in ("runs", "setup", "env_file") and isinstance(value, str):  # paths of the submitting side
-            values[key] = expand_path(key, value)
+        if key in PATHS:  # as the submitting side sees them
+            values[key] = [expand(key, each) for each in value] if isinstance(value, list) else expand(key, value)
     try:
         site: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:

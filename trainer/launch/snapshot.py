@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config.job import Job
+from trainer.config.user_code import MODULE
 from trainer.errors import JobError
 from trainer.launch.source_files import list_files
 from trainer.records import write_json
@@ -86,12 +87,14 @@ def _of_runs(source: Path, runs: Path) -> Callable[[Path], bool]:
 
 
 def check_files(job: Job, run: RunFolder, folder: Path, sees_machine: bool) -> None:
-    """Refuse a script, or weights to start from, that the ranks would not find. Raises JobError: there is no such file.
+    """Refuse a script, folders to import from, or weights, that the ranks would not find. Raises JobError: one of them.
 
     `folder`: where relative paths begin for them; `sees_machine`: whether they also see the rest of this machine.
     """
     weights = None if run.steps_committed() >= 0 else job.checkpoint.load  # a run that has begun loads its own
-    for key, value in (("script", job.script), ("checkpoint.load", weights)):
+    script = None if (job.script or "").startswith(MODULE) else job.script
+    paths = [("script", script), ("checkpoint.load", weights), *(("python_path", path) for path in job.python_path)]
+    for key, value in paths:
         if value and (sees_machine or not os.path.isabs(value)) and not (folder / value).exists():
             ignored = "" if sees_machine else ", or remove it from .gitignore, so that it is copied there"
             raise JobError(key, value, f"is not in {folder}", f"Give its absolute path{ignored}")

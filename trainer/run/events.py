@@ -36,8 +36,10 @@ EVENTS = {
     "failure": Kind("An attempt failed; this is its first cause.", ("node", "host", "rank", "code", "kind", "message",
                                                                     "log", "waiting", "cause", "at_step", "passing",
                                                                     "step", "restarts_left")),
+    "separate_ranks": Kind("A script is done, and its ranks never joined a process group.", ("ranks",)),
     "ended": Kind("A node's part in the run ended, but not well.", ("node", "code", "reason")),
     # Rank 0, and other ranks about themselves.
+    "process_group": Kind("Rank 0 of a script joined a process group.", ("attempt", "ranks")),
     "training": Kind("The training loop begins, or goes on.", ("attempt", "step", "steps", "steps_per_epoch", "device",
                                                                "world_size", "parallel")),
     "first_step": Kind("The first step of this attempt is done.", ("attempt", "step")),

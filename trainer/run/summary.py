@@ -46,6 +46,17 @@ def _restarts(events: Sequence[Event]) -> dict[str, str]:
     return {"restarts": text} if text else {}
 
 
+def separate_ranks(run: RunFolder) -> str:
+    """What to know about a script whose ranks never met in its last launch; empty when they did."""
+    event = last_event(run.read_events(), "separate_ranks", "attempt")
+    if event is None or event["event"] == "attempt":
+        return ""
+    return (
+        f"note: {event['ranks']} ranks ran the script, and none joined a process group with another "
+        "(torch.distributed.init_process_group). Unless it divides the work by RANK itself, each did all of it"
+    )
+
+
 def resume_command(run: RunFolder) -> str:
     """The command that continues a run where it ran, as it can be pasted into the shell that started this process."""
     program, beside = "muster", Path(sys.prefix, "bin", "muster")

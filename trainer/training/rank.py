@@ -45,7 +45,7 @@ def train(
     pulse.beat(0, "starting")
     if use_cuda(job):
         choose_kernels(job.train.deterministic, job.train.compile)
-    add_import_paths(job_file)
+    add_import_paths(job_file, job.python_path)
     assert job.task
     parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)
     if run is None:

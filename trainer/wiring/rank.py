@@ -1,8 +1,9 @@
 """A rank's place, as the launcher that started it tells: ours, torchrun, accelerate, PyTorchJob, srun per GPU."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from trainer.errors import JobError
 from trainer.wiring import variables as names
@@ -65,3 +66,19 @@ def rank_wiring(environ: Mapping[str, str] = os.environ) -> RankWiring:
     attempt, run_id = read_int(environ, names.ATTEMPT, str(restarts)), environ.get(names.RUN_ID) or "none"
     launch = run_id if run_id != "none" else f"launcher-{os.getppid()}"
     return RankWiring(rank, world_size, local_rank, attempt, restarts, launch)
+
+
+def serve_store_elsewhere() -> Callable[[str | None], None]:
+    """A function for the `init_method` of a process group, to be called before it is joined.
+
+    A script that meets at another port than it was given would wait for ever: there is no store of an agent. So rank 0
+    serves one, as without an agent.
+    """
+    given = os.environ.get(names.MASTER_PORT)
+
+    def choose(url: str | None) -> None:
+        tcp = urlsplit(url) if url and url.startswith("tcp:") else None
+        if (str(tcp.port) if tcp else os.environ.get(names.MASTER_PORT)) != given:
+            os.environ[names.AGENT_STORE] = "False"
+
+    return choose

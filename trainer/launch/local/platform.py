@@ -62,7 +62,7 @@ class Nodes:
         variables = self.variables(node, launch, "local")
         if lease.devices:
             variables[names.CUDA_VISIBLE_DEVICES] = ",".join(self.devices(node, lease))
-        return [sys.executable, "-m", "trainer", str(self.run.job)], variables
+        return [sys.executable, "-m", "muster", "agent", str(self.run.job)], variables
 
 
 class Supervised(Platform[SiteT, list[str]]):
@@ -120,7 +120,7 @@ class Supervised(Platform[SiteT, list[str]]):
 
 
 def supervisor_argv(run: RunFolder) -> list[str]:
-    return [sys.executable, "-m", "trainer.launch.local.supervisor", str(run)]
+    return [sys.executable, "-m", "muster", "supervisor", str(run)]
 
 
 def _prepare(follower: int | None) -> None:

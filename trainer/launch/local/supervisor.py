@@ -1,4 +1,4 @@
-"""`python -m trainer.launch.local.supervisor RUN`: keeps the agents of a local job running, as kubelet keeps pods.
+"""`python -m muster supervisor RUN`: keeps the agents of a local job running, as kubelet keeps pods.
 
 It holds the lease of the GPUs, starts an agent that was killed again, and starts all again after a preemption.
 """
@@ -193,7 +193,7 @@ def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m trainer.launch.local.supervisor")
+    parser = argparse.ArgumentParser(prog="python -m muster supervisor")
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--platform", default="local", help="what an agent is: a process (local) or a container")
     parser.add_argument("--held", type=int, nargs="*", default=[], help="open files to keep, such as the run's lock")

@@ -121,9 +121,9 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         if plan.site.setup:
             environment |= {SETUP: str(Path(plan.site.setup).resolve())}
         return SlurmRequest(
-            plan.folder_lines(True), environment, _flags(plan, logs / log, *flags),
+            plan.folder_lines(True), environment, _flags(plan, _pattern(logs, log), *flags),
             template("slurm", "job.sbatch").read_text(), plan.run.path / "job.sbatch",
-            _arguments(plan, environment, logs / node_log, target),
+            _arguments(plan, environment, _pattern(logs, node_log), target),
         )  # fmt: skip
 
     def render(self, request: SlurmRequest) -> str:
@@ -170,7 +170,12 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         self.kept = None
 
 
-def _flags(plan: Plan[SlurmSite], log: Path, *more: str) -> list[str]:
+def _pattern(folder: Path, name: str) -> str:
+    """A file for Slurm's --output, where `name` may hold patterns and the folder's own name must not."""
+    return f"{str(folder).replace('%', '%%')}/{name}"
+
+
+def _flags(plan: Plan[SlurmSite], log: str, *more: str) -> list[str]:
     """Options of sbatch: the job's counts, then the site's facts, then what the site adds and so wins."""
     job, site = plan.job, plan.site
     grace = math.ceil(job.agent.grace_s) + SAVE_MARGIN_S
@@ -193,14 +198,17 @@ def _flags(plan: Plan[SlurmSite], log: Path, *more: str) -> list[str]:
     return [*flags, *site.sbatch_args, *more]
 
 
-def _arguments(plan: Plan[SlurmSite], environment: dict[str, str], log: Path, target: Path) -> list[str]:
+def _arguments(plan: Plan[SlurmSite], environment: dict[str, str], log: str, target: Path) -> list[str]:
     """Options of srun, then the agent's command; `target`: the job file, or the folder of a sweep."""
     site, code = plan.site, str(plan.run.code)
     options = [f"--output={log}", *site.srun_args]
     python = site.python or (sys.executable if site.runtime == "none" else "python")
-    command = [python, "-m", "trainer", str(target)]
+    command = [python, "-m", "muster", "agent", str(target)]
     runs = plan.run.path.parent  # the runs of a sweep are beside its folder
     mounts = [f"{runs}:{runs}", *site.mounts]
+    if site.runtime != "none" and set(str(runs)) & set(":,"):
+        problem = f"{site.runtime} separates mounts by ':' and ','"
+        raise JobError("runs", str(runs), problem, "Give a folder without them: runs=...")
     if site.runtime == "pyxis":
         options += [f"--container-image={site.image}", f"--container-mounts={','.join(mounts)}",
                     f"--container-workdir={code}"]  # fmt: skip

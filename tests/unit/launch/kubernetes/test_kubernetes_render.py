@@ -66,8 +66,8 @@ def test_the_schemas_take_an_example(path: Path, version: str) -> None:
 
 def test_the_schemas_take_every_site_key() -> None:
     site = KubernetesSite(
-        namespace="team", image_pull_secrets=["registry"], command=["python", "-m", "trainer"], gpu="nvidia.com/gpu",
-        resources={"rdma/hca": "1"}, claim="runs", claim_size="1Ti", claim_storage_class="nfs",
+        namespace="team", image_pull_secrets=["registry"], command=["python", "-m", "muster", "agent"],
+        gpu="nvidia.com/gpu", resources={"rdma/hca": "1"}, claim="runs", claim_size="1Ti", claim_storage_class="nfs",
         mounts=["data:/data:ro"],
         node_selector={"pool": "gpu"}, tolerations=[{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
         spread="topology.kubernetes.io/zone", spread_policy="DoNotSchedule", priority_class="high", queue="team",

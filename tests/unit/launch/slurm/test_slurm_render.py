@@ -18,7 +18,7 @@ OURS = [
     f"--chdir={RUN}/code", f"--output={RUN}/logs/slurm-%j.out",
 ]  # fmt: skip
 SCRIPT = [f"{RUN}/job.sbatch", f"--output={RUN}/logs/node-%n.log"]
-AGENT = ["-m", "trainer", f"{RUN}/job.yaml"]
+AGENT = ["-m", "muster", "agent", f"{RUN}/job.yaml"]
 
 
 @pytest.fixture(autouse=True)
