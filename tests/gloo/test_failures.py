@@ -106,8 +106,8 @@ def test_a_followed_run_ends_with_the_code_of_its_job(tmp_path: Path) -> None:
     script = tmp_path / "wrong.py"
     script.write_text("import sys\nsys.exit(3)\n")
     done = muster("run", HERE / "faulty.yaml", "task=null", f"script={script}", f"runs={tmp_path}", "agent.restarts=0")
-    assert done.returncode == 1
-    assert "SystemExit: 3" in done.stderr and "Continue with: " in done.stderr
+    assert done.returncode == 3
+    assert "ended with exit code 3" in done.stderr and "Continue with: " in done.stderr
 
 
 LATE = """

@@ -29,7 +29,7 @@ from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
 from trainer.checkpoint.memory import Memory, keeps_state
 from trainer.config.job import Job
-from trainer.errors import FAILED, STOPPED
+from trainer.errors import FAILED, STOPPED, WRONG_JOB
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail
@@ -81,7 +81,8 @@ class NodeAgent:
             # 75 here would hide why the first one failed, and requeue the job for ever. A preemption sends USR2 first.
             if end.code == STOPPED and self.wiring.platform == "slurm" and "SIGUSR2" not in FLAG.seen:
                 return FAILED, f"{end} (SIGTERM from Slurm: another agent failed, or the job was cancelled)"
-            return end.code, str(end)
+            known = end.code in (FAILED, STOPPED, WRONG_JOB) or self.wiring.platform != "kubernetes"
+            return (end.code if known else FAILED), str(end)  # what else a script ends with would start its pod again
         except RendezvousTimeoutError as error:
             failure = self.rendezvous.failure
             return FAILED, paragraph(failure, f"Then {error}.", self.run) if failure else f"peer lost: {error}"

@@ -7,7 +7,7 @@ from trainer.agent.failure import Failure, first_failure, paragraph
 from trainer.agent.rounds import Ended
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
-from trainer.errors import FAILED, WRONG_JOB, JobError
+from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.run import attempts
 from trainer.run.folder import RunFolder
 
@@ -56,7 +56,7 @@ class RestartPolicy:
         del facts["time"]
         self.run.record("failure", **facts, step=step, restarts_left=max(left, 0))
         if (reason := self._why_not(cause, left, step)) is not None:
-            raise Ended(paragraph(cause, reason, self.run), WRONG_JOB if cause.code == WRONG_JOB else FAILED)
+            raise Ended(paragraph(cause, reason, self.run), self._exit_code(cause))
         outcome = f"Restarting from step {max(step, 0)}; {left} restarts without progress are left."
         self.say(paragraph(cause, outcome, self.run))
 
@@ -76,3 +76,8 @@ class RestartPolicy:
         if len(self.failures) > total:
             return f"Gave up after agent.restarts_total={total} restarts, with progress in between (step {step})."
         return None
+
+    def _exit_code(self, cause: Failure) -> int:
+        """The code that a script chose; from 125 on they mean something to shells and engines."""
+        chosen = cause.code == WRONG_JOB or (self.job.script and DONE < cause.code < 125)
+        return cause.code if chosen else FAILED

@@ -35,7 +35,7 @@ from trainer.wiring.rank import RankWiring, serve_store_elsewhere
 def run_script(job: Job, job_file: Path | None) -> int:
     """Run the user's script to its end; return its exit code. Raises what it raises, and JobError: no such file."""
     restore_signals()
-    multiprocessing.current_process().name = "MainProcess"
+    _be_main_process()
     multiprocessing.set_start_method(None, force=True)  # not chosen yet: a rank's own is that of the fork server
     script = str(job.script)
     first = Path.cwd() if script.startswith(MODULE) else Path(script).resolve().parent
@@ -61,6 +61,14 @@ def run_script(job: Job, job_file: Path | None) -> int:
     return 0
 
 
+def _be_main_process() -> None:
+    """Answer as the process does that an interpreter starts with; the script's own processes are its children."""
+    multiprocessing.current_process().name = "MainProcess"
+    parent_of, rank = multiprocessing.parent_process, os.getpid()
+    for module in (multiprocessing, multiprocessing.process):
+        setattr(module, "parent_process", lambda: None if os.getpid() == rank else parent_of())  # noqa: B010
+
+
 def _load(script: str) -> tuple[ModuleType, CodeType]:
     """The module `__main__` of a script, or of `-m package.module`, as Python makes it, and its code."""
     main = ModuleType("__main__")
@@ -82,7 +90,7 @@ def _load(script: str) -> tuple[ModuleType, CodeType]:
         path = os.path.abspath(script)
         code = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
         main.__loader__, main.__file__ = SourceFileLoader("__main__", path), path
-    main.__dict__["__builtins__"] = builtins
+    vars(main).update({"__builtins__": builtins, "__cached__": None, "__annotations__": {}})
     return main, code
 
 

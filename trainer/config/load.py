@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from trainer.config.job import Job
 from trainer.config.rules import check_job
@@ -89,6 +89,8 @@ def to_job(config: DictConfig) -> Job:
     except OmegaConfBaseException as error:
         key = str(error.full_key or "?")
         remedy = "Write ${section.key} for another key, ${oc.env:NAME} for a variable, and \\${ for the text itself"
+        if isinstance(error, MissingMandatoryValue):
+            raise JobError(key, "???", "stands for a value that is missing", "Write the value") from None
         raise JobError(key, "${...}", _first_line(error), remedy) from None
     assert isinstance(job, Job)
     for name, item in KEYS.items():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config.load import merge_job
+from trainer.config.load import merge_job, to_job
 from trainer.config.values import expand_path, parse_value, read_yaml, split_values
 from trainer.errors import JobError
 from trainer.launch.site import read_site
@@ -54,6 +54,40 @@ def test_text_keys_get_what_was_written(tmp_path: Path) -> None:
     assert config.task_args == {"rate": 1e-3, "version": "1.10"}
     assert config.train.compile is False
     assert config.train.lr == 1e-4
+
+
+@pytest.mark.parametrize("words", ["[--resume, null, ~, '']", "\n  - --resume\n  - null\n  - ~\n  -"])
+def test_arguments_of_a_script_are_words(tmp_path: Path, words: str) -> None:
+    job = tmp_path / "job-file.yaml"
+    job.write_text(f"script: train.py\nscript_args: {words}\n")
+    assert list(merge_job(job).script_args) == ["--resume", "null", "~", ""]
+
+
+def test_a_colour_in_a_list_is_refused_too() -> None:
+    with pytest.raises(ValueError, match="in quotes"):
+        read_yaml("colours:\n  - red\n  - #ff0000\n")
+    assert read_yaml("colours:\n  - red\n  - '#ff0000'  # as well\n") == {"colours": ["red", "#ff0000"]}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("'${HOME}'", r"write .*oc.env:NAME"), ("'???'", r"script_args\[0\]='\?\?\?'.*missing")]
+)
+def test_words_that_mean_something_to_the_reader_are_refused(tmp_path: Path, word: str, expected: str) -> None:
+    job = tmp_path / "job-file.yaml"
+    job.write_text(f"script: train.py\nscript_args: [{word}]\n")
+    with pytest.raises(JobError, match=f"(?i){expected}"):
+        to_job(merge_job(job))
+    job.write_text("script: train.py\nscript_args: ['\\${HOME}']\n")
+    assert to_job(merge_job(job)).script_args == ["${HOME}"]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("digits", "digits"), ("my job (v2)", "my-job-v2"), ("études", "etudes"), ("实验", "job"),
+                       ("a,b:c", "a-b-c"), ("x" * 70, "x" * 63)],
+)  # fmt: skip
+def test_a_job_is_named_after_its_file(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / f"{file}.yaml").write_text("script: train.py\n")
+    assert to_job(merge_job(tmp_path / f"{file}.yaml")).name == name
 
 
 def test_merge_keys_anchors_and_tags() -> None:
@@ -101,6 +135,9 @@ def test_text_survives_the_way_through_a_saved_job(tmp_path: Path) -> None:
 def test_paths_of_a_site_file_begin_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     site = tmp_path / "site.yaml"
-    site.write_text("runs: ~/runs\nsetup: ~/setup.sh\n")
+    site.write_text(
+        "runs: ~/runs\nsetup: ~/setup.sh\nruntime: apptainer\nimage: $HOME/a.sif\nmounts: ['~/data:/data']\n"
+    )
     read = read_site(site, "slurm", SlurmSite)
     assert (read.runs, read.setup) == ("/home/someone/runs", "/home/someone/setup.sh")
+    assert (read.image, read.mounts) == ("/home/someone/a.sif", ["/home/someone/data:/data"])
