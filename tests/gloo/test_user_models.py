@@ -35,7 +35,7 @@ def test_a_killed_run_of_an_odd_model_ends_as_a_calm_one(tmp_path: Path, mode: s
         assert difference(read_state(calm), read_state(killed)) == ""
         assert losses(calm) == losses(killed) and evaluations(calm)[-1] == evaluations(killed)[-1]
     state = read_state(killed)
-    assert int(state["model"]["frozen.num_batches_tracked"]) == 0
+    assert int(state["model"]["frozen.num_batches_tracked"]) == 0 and state["numbers"] == {"": {"count": 13}}
     assert int(state["model"]["norm.num_batches_tracked"]) == 13
     assert float(state["model"]["made"].min()) > 1 and float(state["buffers"]["others"]["calls"]) == 13
     assert not torch.equal(state["model"]["phase"], state["average"]["model"]["phase"])
@@ -74,6 +74,15 @@ def test_weights_are_loaded_as_far_as_they_fit(tmp_path: Path) -> None:
     assert torch.allclose(read_state(tmp_path / "taken")["model"]["5.weight"], weights["net.5.weight"])
 
 
+def test_weights_that_do_not_learn_are_told_or_refused(tmp_path: Path) -> None:
+    keys = ["task=model_tasks:Untrained", "parallel=single", "train.steps=2"]
+    run = complete(tmp_path / "detached", make_job(*keys, "task_args.late=false"))
+    assert run.output().count("NOTE: no gradient reached first.weight, first.bias in the first step") == 1
+    run = train(tmp_path / "late", make_job(*keys, "task_args.late=true", "train.ema_decay=0.9"))
+    assert run.code == WRONG_JOB
+    assert "last.weight, last.bias': the forward pass makes these weights" in run.output()
+
+
 def refuse(folder: Path, *keys: str) -> Run:
     run = train(folder, make_job("task=model_tasks:Narrow", *keys))
     assert run.code == WRONG_JOB and not list(folder.glob("metrics.jsonl"))
@@ -82,7 +91,7 @@ def refuse(folder: Path, *keys: str) -> Run:
 
 def test_a_batch_norm_that_would_get_one_sample_is_refused_before_the_first_step(tmp_path: Path) -> None:
     run = refuse(tmp_path / "single", "parallel=single", "task_args.count=97")
-    assert "with 97 training samples some step leaves a device one sample" in run.output()
+    assert "with 97 samples some batch leaves a device one sample" in run.output()
     refuse(tmp_path / "ddp", "devices_per_node=2", "task_args.count=98")
     refuse(tmp_path / "dp", "parallel=dp", "devices_per_node=2", "task_args.count=98")
     done = complete(tmp_path / "short", make_job("task=model_tasks:Narrow", "task_args.count=97", "train.steps=4"))

@@ -21,7 +21,7 @@ class Odd(nn.Module):
         self.stem = nn.Conv2d(1, 4, 3)
         self.frozen, self.norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.frozen.running_mean.fill_(0.1)  # type: ignore[union-attr]
-        self.dropout = nn.Dropout(0.3)
+        self.dropout, self.count = nn.Dropout(0.3), 0
         self.narrow = parametrizations.weight_norm(nn.Linear(144, 16))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -39,10 +39,12 @@ class Odd(nn.Module):
         if not hasattr(self, "made"):
             self.register_buffer("made", torch.zeros(4))
         if self.training:
+            self.count += 1
             self.calls += 1
             self.made += self.frozen.training + images.detach().mean()
         hidden = self.norm(self.frozen(checkpoint(self.stem, images, use_reentrant=False)))
-        hidden = self.dropout(torch.tanh(hidden)).flatten(1) + self.made.sum() / 100 + self.calls / 100
+        hidden = self.dropout(torch.tanh(hidden)).flatten(1)
+        hidden = hidden + self.made.sum() / 100 + self.calls / 100 + self.count / 100
         hidden = torch.sparse.mm(self.grid, self.narrow(hidden).T).T
         hidden = (hidden * self.mask[0] * self.phase * self.turn).real + self.places[0] / 16
         logits: Tensor = self.head(hidden)
@@ -74,6 +76,49 @@ class Peculiar(Small):
     def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
         """Nothing besides the loss."""
         return {}
+
+
+class Late(nn.Module):
+    """Makes a layer in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 8)
+        self.last: nn.Module | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, 10)."""
+        hidden: Tensor = self.first(images.flatten(1))
+        if self.last is None:
+            self.last = nn.Linear(hidden.shape[1], 10)
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+class Detached(nn.Module):
+    """Cuts the way of the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, 10)."""
+        logits: Tensor = self.last(self.first(images.flatten(1)).detach())
+        return logits
+
+
+class Untrained(Small):
+    """A model of which a part does not learn."""
+
+    def __init__(self, late: bool) -> None:
+        """`late`: since it is made too late."""
+        super().__init__()
+        self.late = late
+
+    def model(self) -> nn.Module:
+        """Either kind."""
+        return Late() if self.late else Detached()
 
 
 class Narrow(Small):

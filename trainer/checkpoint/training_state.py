@@ -20,7 +20,7 @@ from trainer.config.load import read_sections
 from trainer.data.sampler import Position
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
-from trainer.parallel.module_state import buffers_beside, restore_buffers
+from trainer.parallel.module_state import buffers_beside, changed_numbers, numbers, restore_buffers, restore_numbers
 from trainer.reporting.rank_report import Report
 
 
@@ -48,6 +48,8 @@ class TrainingState:
         """Value of the best metric so far, and the name of its checkpoint."""
         self.evaluated = True
         """Whether what was due at the current position has been done."""
+        self.numbers = numbers(model)
+        """What the parts of the model counted when it was new: a checkpoint holds what is another since."""
         self.proven = False
         """Whether a checkpoint of this attempt was found to load again."""
 
@@ -94,7 +96,7 @@ class TrainingState:
         scaler, average = self.scaler, self.average
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "buffers": buffers_beside(self.model),
+            "buffers": buffers_beside(self.model), "numbers": changed_numbers(self.model, self.numbers),
             "scaler": scaler.state_dict() if scaler else None,
             "average": {"model": average.module.state_dict(), "updates": average.n_averaged} if average else None,
             "position": dataclasses.asdict(self.position), "evaluated": self.evaluated, "metrics": self.metrics,
@@ -165,6 +167,7 @@ class TrainingState:
     def _restore(self, state: dict[str, Any], weights: dict[str, Any], origin: str) -> None:
         beside = state.get("buffers", {"saved": [], "others": {}})  # older checkpoints say nothing of them
         restore_buffers(self.model, weights, beside)
+        restore_numbers(self.model, state.get("numbers", {}))
         self._load_weights(weights)
         try:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -25,6 +25,9 @@ SUPERVISED = timedelta(days=7)
 HALF = ("bf16", "fp16")
 """These exchange gradients in 16 bits."""
 
+UNSHARED = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types that gloo does not know."""
+
 
 class VotingStep(Step):
     """A step with a parameter of two elements, whose gradient carries what the ranks tell each other.
@@ -49,7 +52,7 @@ class VotingStep(Step):
     ) -> Iterator[tuple[str, Tensor]]:
         """Those that DDP can share. Sparse ones, such as adjacency matrices, are constant, and equal from the start."""
         every = super().named_buffers(prefix, recurse, remove_duplicate)
-        return ((name, buffer) for name, buffer in every if is_dense(buffer))
+        return ((name, buffer) for name, buffer in every if is_dense(buffer) and buffer.dtype not in UNSHARED)
 
 
 class Distributed(Parallel):
@@ -197,7 +200,8 @@ class Distributed(Parallel):
 
     def share_buffers(self) -> None:
         """Give all ranks rank 0's buffers. DDP does that before a forward pass of training only."""
-        coalesced(lambda flat: dist.broadcast(flat, 0), list(filter(is_dense, self.step.model.buffers())))
+        buffers = filter(is_dense, self.step.model.buffers())
+        coalesced(lambda flat: dist.broadcast(flat.view(torch.uint8), 0), list(buffers))
 
     def meet(self) -> None:
         """Wait for all ranks: before the first step longer than a collective would."""

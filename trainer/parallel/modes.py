@@ -10,6 +10,7 @@ from torch import nn
 
 from trainer.config.job import Job
 from trainer.data.nested import map_tensors
+from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
@@ -85,4 +86,8 @@ def replicate(module: nn.Module) -> nn.Module:
     for part in module.modules():
         kept |= {id(value): value for value in vars(part).values() if not (isinstance(value, dict) and value)}
     buffers = {id(buffer): buffer.clone() for buffer in module.buffers()}
-    return copy.deepcopy(module, kept | buffers)  # a deep copy takes from this dict what it finds there
+    try:
+        return copy.deepcopy(module, kept | buffers)  # a deep copy takes from this dict what it finds there
+    except TypeError as error:
+        problem = f"the model cannot be copied for each device: {error}"
+        raise JobError("parallel", "dp", problem, "Use ddp, or keep such things outside of the model") from error

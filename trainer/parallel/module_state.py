@@ -1,4 +1,4 @@
-"""What of a user's module is state besides its parameters: modes, buffers and attributes. Kept, put back, added."""
+"""What of a user's module is state besides its parameters: modes, buffers, numbers. Kept, put back, added."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+NUMBERS = (bool, int, float)
 
 
 @contextmanager
@@ -84,3 +86,29 @@ def restore_buffers(model: nn.Module, weights: Mapping[str, Any], beside: Mappin
                 put_buffer(model, name, value.to(device, copy=True), persistent)
             elif not persistent and now.shape == value.shape:
                 now.copy_(value)
+
+
+Numbers = dict[str, dict[str, Any]]
+
+
+def numbers(model: nn.Module) -> Numbers:
+    """The attributes of each part that are numbers or flags, such as what its forward pass counts; not its mode."""
+    return {
+        name: {key: value for key, value in vars(part).items() if type(value) in NUMBERS and key != "training"}
+        for name, part in model.named_modules()
+    }
+
+
+def changed_numbers(model: nn.Module, before: Numbers) -> Numbers:
+    """Those that are others than `before`."""
+    now = {
+        name: {key: value for key, value in values.items() if before.get(name, {}).get(key, NUMBERS) != value}
+        for name, values in numbers(model).items()
+    }
+    return {name: values for name, values in now.items() if values}
+
+
+def restore_numbers(model: nn.Module, saved: Numbers) -> None:
+    """Give the parts of a model numbers that they had."""
+    for name, part in model.named_modules():
+        vars(part).update(saved.get(name, {}))

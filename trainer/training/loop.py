@@ -31,6 +31,7 @@ from trainer.training.optimizer import (
     set_rate,
 )
 from trainer.training.smallest_batch import check_smallest_batch
+from trainer.training.user_model import check_gradients
 from trainer.training.weight_average import WeightAverage
 
 
@@ -87,6 +88,8 @@ class Trainer:
         self.scaler = make_scaler(train.precision, device)
         self.average = None if train.ema_decay is None else WeightAverage(model, train.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.checked = False
+        """Whether the gradients of a first step were looked at."""
         self.loader = Loader(train_data, task, job.data, job.seed, parallel.cuda)
         self.eval_loader = Loader(eval_data, task, job.data, job.seed, parallel.cuda)
         dtype = torch.float64 if train.precision == "float64" else None
@@ -136,7 +139,7 @@ class Trainer:
         The peak of memory is counted from then on.
         """
         used = min(self.sampler.count, self.steps * self.sampler.batch_size)
-        check_smallest_batch(self.job, self.parallel, used, self.read)
+        check_smallest_batch(self.job, self.parallel, used, self.eval_count, self.read)
         if not self.parallel.warms_up:
             return
         with unchanged(self.state.model):
@@ -176,6 +179,10 @@ class Trainer:
                 self.report.samples(position, micros)
                 self.handover.note_buffers()
             parallel.backward(losses, weight, self.scaler, self.stop())
+        if not self.checked:
+            self.checked = True
+            for notice in check_gradients(self.state.model, self.parameters):
+                self.report.say(f"NOTE: {notice}")
         step_count = micros[0][0].step_count
         after = position.after(step_count, self.sampler.count)
         due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)

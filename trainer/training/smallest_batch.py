@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,45 +13,62 @@ from trainer.config.job import Job
 from trainer.data.sampler import Indices
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
-from trainer.parallel.module_state import unchanged
+from trainer.parallel.module_state import evaluation_mode, unchanged
+from trainer.parallel.step import Step
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def check_smallest_batch(job: Job, parallel: Parallel, count: int, read: Callable[[Indices], Any]) -> None:
-    """Compute one sample where a step will give one to a device, and the model has batch norms that train.
+def check_smallest_batch(
+    job: Job, parallel: Parallel, count: int, eval_count: int, read: Callable[[Indices], Any]
+) -> None:  # fmt: skip
+    """Compute one sample where a device will get one, and the model has batch norms that compute statistics then.
 
-    `count`: of the training samples that are used; `read` makes a batch. Raises JobError: a batch norm refuses it.
+    `count`: of the training samples that are used; `read` makes a batch of some. Raises JobError: a norm refuses it.
     """
-    step = parallel.step
-    norms = [name for name, part in step.model.named_modules() if isinstance(part, BATCH_NORMS) and part.training]
-    if not norms or smallest_share(job, count, job.train.batch_size) > 1:
-        return
-    batch = read(np.zeros(1, dtype=np.int64))
+    model = parallel.step.model
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, BATCH_NORMS)}
+    parts, replicas = job.world_size * job.train.accumulate, job.devices_per_node if job.parallel == "dp" else 1
+    for key, size, samples, shares, concerned in (
+        ("train.batch_size", job.train.batch_size, count, parts, [n for n, norm in norms.items() if norm.training]),
+        ("evaluation.batch_size", job.evaluation.batch_size, eval_count, 1,
+         [name for name, norm in norms.items() if norm.running_mean is None]),
+    ):  # fmt: skip
+        if not concerned or smallest_share(samples, size, shares, replicas) > 1:
+            continue
+        mode = nullcontext() if key == "train.batch_size" else evaluation_mode(model)
+        with mode:
+            if not refuses(parallel.step, read(np.zeros(1, dtype=np.int64))):
+                continue
+        others = (size + sign * more * shares for more in range(1, size + 1) for sign in (1, -1))
+        better = next((n for n in others if n > 0 and smallest_share(samples, n, shares, replicas) > 1), None)
+        problem = (
+            f"with {samples} samples some batch leaves a device one sample, of which a batch norm "
+            f"({concerned[0] or type(model).__name__}) cannot compute statistics"
+        )
+        remedy = f"Use {better or 'another size'}, leave a sample out, or use a norm that needs no batch: GroupNorm"
+        raise JobError(key, size, problem, remedy)
+
+
+def refuses(step: Step, batch: Any) -> bool:
+    """Whether a batch norm of the model refuses a batch of one sample."""
     try:
         with torch.no_grad(), unchanged(step.model), step.autocast():
             step.model(step.task.inputs(batch))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        size = job.train.batch_size
-        parts = job.world_size * job.train.accumulate
-        others = (size + sign * more * parts for more in range(1, size + 1) for sign in (1, -1))
-        better = next((other for other in others if other > 0 and smallest_share(job, count, other) > 1), None)
-        remedy = f"Use {better}, " if better else "Use another size, "
-        problem = (
-            f"with {count} training samples some step leaves a device one sample, of which a batch norm "
-            f"({norms[0] or type(step.model).__name__}) cannot compute statistics"
-        )
-        remedy += "leave a sample out of train_dataset, or use a norm that needs no batch, such as GroupNorm"
-        raise JobError("train.batch_size", size, problem, remedy) from None
+        return True
+    return False
 
 
-def smallest_share(job: Job, count: int, batch_size: int) -> int:
-    """The least number of samples that a device computes at once in an epoch of `count` samples."""
-    parts, replicas = job.world_size * job.train.accumulate, job.devices_per_node if job.parallel == "dp" else 1
-    steps = {min(batch_size, count), count % batch_size or batch_size}
-    shares = {max(1, share) for samples in steps for share in (samples // parts, -(-samples // parts))}
+def smallest_share(count: int, batch_size: int, parts: int, replicas: int) -> int:
+    """The least number of `count` samples that a device computes at once.
+
+    `parts`: of a batch, over ranks and micro-batches; `replicas`: of DataParallel.
+    """
+    batches = {min(batch_size, count), count % batch_size or batch_size}
+    shares = {max(1, share) for samples in batches for share in (samples // parts, -(-samples // parts))}
     return min(_last_chunk(share, replicas) for share in shares)
 
 

@@ -1,6 +1,7 @@
 """The model that `Task.model` returns: refused, or made ready to train. In which modes, and what is said about them."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.checkpoint.files import dump
+from trainer.checkpoint.weights import enumerate_names
 from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.parallel.module_state import is_dense, put_buffer, saved_buffers
@@ -15,8 +17,6 @@ from trainer.task import Task
 from trainer.training.optimizer import gives_sparse_gradients
 
 HALF = (torch.float16, torch.bfloat16)
-SHOWN = 5
-"""Names in one notice."""
 
 
 def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, list[str]]:
@@ -46,6 +46,27 @@ def weights_beside(task: Task, model: nn.Module) -> list[str]:
                 f"device. Put it into the model, or call task.{name}.requires_grad_(False)"
             )
     return notices
+
+
+def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
+    """A notice if the first backward pass left out some weights of those that are `trained`.
+
+    Raises JobError: the forward pass made weights, which nobody trains.
+    """
+    known = set(map(id, trained))
+    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    new = [name for name, weight in weights if id(weight) not in known]
+    if new:
+        problem = "the forward pass makes these weights, too late for the optimizer"
+        remedy = "Call the model once on a batch in Task.model, before you return it"
+        raise JobError("task.model", enumerate_names(new), problem, remedy)
+    unused = [name for name, weight in weights if weight.grad is None]
+    if not unused:
+        return []
+    return [
+        f"no gradient reached {enumerate_names(unused)} in the first step: they do not learn from it. If that is not "
+        "meant, look for detach(), no_grad() and checkpoint(..., use_reentrant=True) on the way to the loss"
+    ]
 
 
 def _check(model: Any) -> None:
@@ -108,9 +129,8 @@ def _set_modes(model: nn.Module) -> list[str]:
     stay = [name for name in parts if name in calm and name.rpartition(".")[0] not in calm]  # without their inner parts
     if not stay:
         return []
-    shown = ", ".join(f"{name} ({type(parts[name]).__name__})" for name in stay[:SHOWN])
-    more = f" and {len(stay) - SHOWN} more" if len(stay) > SHOWN else ""
-    return [f"these parts stay in evaluation mode, as you set them: {shown}{more}"]
+    shown = enumerate_names([f"{name} ({type(parts[name]).__name__})" for name in stay])
+    return [f"these parts stay in evaluation mode, as you set them: {shown}"]
 
 
 def _check_sparse(model: nn.Module, job: Job) -> None:

@@ -31,8 +31,9 @@ class WeightAverage(nn.Module):
             for part in model.modules() for value in vars(part).values()
             if isinstance(value, Tensor) and not value.is_leaf
         }  # fmt: skip
+        sparse = {id(buffer): buffer for buffer in model.buffers() if not is_dense(buffer)}  # both have the same
         try:
-            self.module = copy.deepcopy(model, computed)
+            self.module = copy.deepcopy(model, computed | sparse)
         except Exception as error:
             problem = f"the model cannot be copied for its average: {type(error).__name__}: {error}"
             remedy = "Keep such things outside of the model, or remove the key"

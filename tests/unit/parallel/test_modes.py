@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import JobError
 from trainer.parallel.modes import ThreadReplicas, replicate, scatter
 
 
@@ -102,6 +104,13 @@ def test_evaluation_reaches_the_replicas_without_gradients() -> None:
 def test_an_error_in_a_replica_is_the_users_to_see() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ThreadReplicas(Awkward(), 2)(torch.ones(4, 3))
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model: Any = Awkward()
+    model.tools = {"lock": threading.Lock()}
+    with pytest.raises(JobError, match="parallel='dp': the model cannot be copied for each device"):
+        ThreadReplicas(model, 2)(torch.ones(4, 4))
 
 
 @pytest.mark.parametrize("replicas", [3, 4])

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.parallel.module_state import buffers_beside, evaluation_mode, restore_buffers, unchanged
+from trainer.parallel.module_state import (
+    buffers_beside,
+    changed_numbers,
+    evaluation_mode,
+    numbers,
+    restore_buffers,
+    restore_numbers,
+    unchanged,
+)
 
 
 class Keeper(nn.Module):
@@ -73,8 +81,11 @@ def test_a_pass_that_shall_change_nothing_leaves_nothing() -> None:
 
 def test_a_fresh_model_gets_the_buffers_that_a_forward_pass_made() -> None:
     model, fresh = Keeper(), Keeper()
+    before = numbers(model)
     for _ in range(3):
         model(torch.ones(5, 2))
+    changed = changed_numbers(model, before)
+    assert changed == {"": {"count": 3}}
     fresh(torch.ones(1, 2))  # a buffer of another size
     for other in (Keeper(), fresh):
         restore_buffers(other, model.state_dict(), buffers_beside(model))
@@ -82,5 +93,7 @@ def test_a_fresh_model_gets_the_buffers_that_a_forward_pass_made() -> None:
         assert float(other.calls) == 3
         assert float(other.late.sum()) == 15
         assert list(other.state_dict()) == list(model.state_dict())
+        restore_numbers(other, changed)
+        assert other.count == 3
         other(torch.ones(5, 2))
     assert float(model.late.sum()) == 15, "it shares memory with a model that was restored from it"

@@ -39,7 +39,10 @@ def test_it_is_what_the_sampler_deals_out(mode: str, devices: int) -> None:
             for micro in Sampler(count, job.train.batch_size, accumulate, rank, ranks, 0).epoch(Position())
             for chunk in torch.from_numpy(micro.indices).chunk(replicas)
         ]
-        assert smallest_share(job, count, job.train.batch_size) == min(shares), (count, job.train)
+        assert smallest_share(count, job.train.batch_size, ranks * accumulate, replicas) == min(shares), (
+            count,
+            job.train,
+        )
 
 
 class Normed(Digits):
@@ -51,27 +54,33 @@ class Normed(Digits):
         return pixels
 
 
-def check(norm: nn.Module, count: int, shape: tuple[int, ...] = (4,), batch_size: int = 16) -> nn.Module:
+def check(
+    norm: nn.Module, count: int, shape: tuple[int, ...] = (4,), batch_size: int = 16, held_out: int = 9
+) -> nn.Module:
     job = make_job("single", 1, batch_size)
+    job.evaluation.batch_size = 8
     parallel = Parallel(job, RankWiring())
     parallel.wrap(Step(nn.Sequential(norm), Normed(), None))
-    check_smallest_batch(job, parallel, count, lambda indices: (torch.ones(len(indices), *shape),))
+    check_smallest_batch(job, parallel, count, held_out, lambda indices: (torch.ones(len(indices), *shape),))
     return norm
 
 
 def test_a_batch_norm_that_gets_one_sample_is_refused() -> None:
-    with pytest.raises(JobError, match=r"train\.batch_size=16: with 97 training samples .*\(0\).* Use 17") as caught:
+    with pytest.raises(JobError, match=r"train\.batch_size=16: with 97 samples .*\(0\).* Use 17") as caught:
         check(nn.BatchNorm1d(4), 97)
     assert "leave a sample out" in str(caught.value)
     with pytest.raises(JobError, match=r"Use 2,"):
         check(nn.BatchNorm1d(4), 96, batch_size=1)
     with pytest.raises(JobError, match=r"Use another size"):
         check(nn.BatchNorm1d(4), 1)
+    with pytest.raises(JobError, match=r"evaluation\.batch_size=8: with 9 samples .* Use 9,"):
+        check(nn.BatchNorm1d(4, track_running_stats=False), 96)
 
 
 def test_all_others_are_not() -> None:
     check(nn.BatchNorm1d(4), 96)
     check(nn.BatchNorm1d(4).eval(), 97)
+    check(nn.BatchNorm1d(4, track_running_stats=False), 96, held_out=10)
     check(nn.LayerNorm(4), 97)
     norm: Any = check(nn.BatchNorm2d(4), 97, (4, 3, 3))
     assert int(norm.num_batches_tracked) == 0

@@ -67,6 +67,7 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("grid", torch.eye(2).to_sparse())
+        self.register_buffer("rows", torch.eye(2).to_sparse_csr())
         self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
         self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
         self.flag = nn.Parameter(torch.ones(1))
