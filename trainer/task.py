@@ -53,8 +53,8 @@ class Task(ABC):
 
         All global generators of random numbers are seeded from (seed, step, rank) before each step.
 
-        With more than two ranks a step that counts for nothing comes first. Buffers are put back after it; what the
-        model or the task counts in Python is not.
+        With more than two ranks a step that counts for nothing comes first. What it changes in the
+        model is put back after it; what the task counts in Python is not.
         """
 
     def metrics(self, output: Any, batch: Any) -> Mapping[str, Tensor]:
