@@ -140,7 +140,7 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
 
     def resources(self, plan: Plan[SlurmSite]) -> list[str]:
         """The options of sbatch that are not about names."""
-        return [flag for flag in _flags(plan, Path()) if not flag.startswith(("--job-name=", "--chdir=", "--output="))]
+        return [flag for flag in _flags(plan, "") if not flag.startswith(("--job-name=", "--chdir=", "--output="))]
 
     def submit_sweep(self, plan: Plan[SlurmSite], runs: list[RunFolder]) -> list[dict[str, Any]]:
         """Submit one array whose task i is run i."""
