@@ -4,6 +4,7 @@ from trainer.signals import FLAG, ignore_signals
 
 FLAG.install()  # before all else: a stop request may come at any moment
 
+import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
     raise_open_files()
     path, overrides = find_job(await_job(Path(operands[0]))), operands[1:]
     if is_rank():
+        if "PYTHONHASHSEED" not in os.environ:  # read when Python starts: the order of sets
+            os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": "0"})
         from trainer.agent.external_rank import run_external_rank
 
         return run_external_rank(path, overrides)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 DONE = 0  # the run reached its end
 FAILED = 1  # anything unexpected: retried within the restart budget
@@ -16,7 +17,18 @@ class JobError(ValueError):
         shown = repr(value)
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
         super().__init__(f"{key}={shown}: {problem}. {remedy}")
-        self.key, self.value, self.problem = key, value, problem
+        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+
+    def __reduce__(self) -> Any:
+        """It may come from another process, with a value that cannot travel."""
+        return _remake, (str(self), self.key, self.problem, self.remedy)
+
+
+def _remake(text: str, *given: str) -> JobError:
+    key, problem, remedy = given
+    error = JobError(key, None, problem, remedy)
+    error.args = (text,)
+    return error
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:

@@ -26,6 +26,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 def start_fork_server(kind: str) -> None:
     """Start the fork server; processes with the start method `forkserver` come from it."""
     os.environ[KIND] = f"{kind} {os.getpid()}"
+    os.environ.setdefault("PYTHONHASHSEED", "0")  # sets have one order, on all ranks and after each restart
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line of ours for a lost peer, not torch's C++ frames
     multiprocessing.set_forkserver_preload(["trainer.agent.fork_server_preload"])
     ensure_fork_server()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class TrainingState:
         """What the parts of the model counted when it was new: a checkpoint holds what is another since."""
         self.proven = False
         """Whether a checkpoint of this attempt was found to load again."""
+        self.facts: Callable[[], dict[str, Any]] = dict
+        """What else a checkpoint says of its run, and what the one that was restored said."""
+        self.restored: dict[str, Any] = {}
 
     def save(self, wait: bool = False) -> None:
         """Save the current position: rank 0 writes. With `wait` all ranks go on when it is committed.
@@ -100,7 +104,7 @@ class TrainingState:
             "scaler": scaler.state_dict() if scaler else None,
             "average": {"model": average.module.state_dict(), "updates": average.n_averaged} if average else None,
             "position": dataclasses.asdict(self.position), "evaluated": self.evaluated, "metrics": self.metrics,
-            "best": self.best,
+            "best": self.best, "facts": self.facts(),
         }  # fmt: skip
 
     def _choose_best(self) -> None:
@@ -184,6 +188,7 @@ class TrainingState:
         for item in dataclasses.fields(Position):
             setattr(self.position, item.name, state["position"][item.name])
         self.evaluated, self.metrics = state["evaluated"], state["metrics"]
+        self.restored = state.get("facts", {})
         self.best = tuple(state["best"]) if state["best"] else None
 
     def _load_weights(self, weights: dict[str, Any]) -> None:

@@ -1,13 +1,17 @@
 """Samples to batches: every random number of a sample or a batch is seeded by what it is, not by who reads it when."""
 
+import os
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from trainer.data.datasets import find_sample
+from trainer.data.generators import find_generators, seed_own
 from trainer.data.rng import COLLATING, derive_seed, seed_generators
 from trainer.data.sampler import Indices
+from trainer.errors import JobError
 from trainer.task import Task
 
 Keys = tuple[int, Indices]
@@ -20,35 +24,70 @@ class BatchDataset(Dataset[Any]):
     A sample depends on (seed, epoch, index) alone. It is read in the cheapest exact way: see `Task.train_dataset`.
     """
 
-    def __init__(self, dataset: Any, task: Task, seed: int) -> None:
-        self.dataset, self.seed, self.collate = dataset, seed, task.collate
+    def __init__(self, dataset: Any, task: Task, seed: int, key: str = "dataset") -> None:
+        """`key`: how an error calls the dataset."""
+        self.dataset, self.task, self.seed, self.key = dataset, task, seed, key
         self.own_collate = type(task).collate is not Task.collate
-        self.draws = hasattr(dataset, "sample")
-        self.plain = type(dataset) is TensorDataset or getattr(dataset, "deterministic", False)
+        self.draw = find_sample(dataset)
+        self.plain = type(dataset) is TensorDataset or getattr(dataset, "deterministic", False) is True
         self.at_once = type(dataset) is TensorDataset and not self.own_collate
         self.rng = np.random.Generator(np.random.Philox(key=0))
         self.start: Any = self.rng.bit_generator.state
+        self.of_dataset = {} if self.plain or self.draw else find_generators(dataset, "dataset")
+        self.of_task = find_generators(task, "task") if self.own_collate else {}
+        self.process = -1
+        """Which looked for generators again: one that is made when it is first used is another in each worker."""
 
     def __getitem__(self, keys: Keys) -> Any:
+        """A batch; or a JobError, which a worker's exception could not be when it arrives."""
+        try:
+            return self.read(*keys)
+        except JobError as error:
+            return error
+
+    def read(self, epoch: int, indices: Indices) -> Any:
         """Read, seed and collate. Tensors in memory are indexed at once, which gives what collating items gives."""
-        epoch, indices = keys
         if self.at_once:
             chosen = torch.from_numpy(indices)
             return [
                 tensor.index_select(0, chosen) for tensor in self.dataset.tensors
             ]  # half the time of tensor[chosen]
+        if self.process != os.getpid():
+            self._look_again(epoch, int(indices[0]))
         samples = [self.sample(epoch, index) for index in indices.tolist()]
+        for index, sample in zip(indices.tolist(), samples, strict=True):
+            if sample is None:
+                problem = f"sample {index} is None, so the batch would be smaller than what is counted"
+                remedy = "Leave out beforehand what cannot be read, or return something with a (sum, count) of zero"
+                raise JobError(self.key, None, problem, remedy)
         if self.own_collate:  # which may mix samples at random
-            seed_generators(derive_seed(self.seed, epoch, int(indices[0]), COLLATING))
-        return self.collate(samples)
+            value = derive_seed(self.seed, epoch, int(indices[0]), COLLATING)
+            seed_generators(value)
+            seed_own(self.of_task, value)
+            return self.task.collate(samples)
+        try:
+            return self.task.collate(samples)
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            problem = f"samples {indices.tolist()[:8]} do not make a batch: {' '.join(str(error).split())[:300]}"
+            remedy = "Give the task a method collate(samples), or the samples equal shapes, keys and types"
+            raise JobError("task.collate", "default", problem, remedy) from error
+
+    def _look_again(self, epoch: int, index: int) -> None:
+        """Find the generators that a dataset makes when its first sample is read."""
+        self.process = os.getpid()
+        if not (self.plain or self.draw):
+            self.sample(epoch, index)
+            self.of_dataset = find_generators(self.dataset, "dataset")
 
     def sample(self, epoch: int, index: int) -> Any:
         """One sample, with generators seeded before; whatever draws after the loading is seeded itself."""
-        if self.draws:
+        if self.draw is not None:
             # One generator starts anew: making one for each took a tenth of the time of small composed images.
             self.start["state"]["key"][0] = derive_seed(self.seed, epoch, index)
             self.rng.bit_generator.state = self.start
-            return self.dataset.sample(index, self.rng)
+            return self.draw(index, self.rng)
         if not self.plain:
-            seed_generators(derive_seed(self.seed, epoch, index))
+            value = derive_seed(self.seed, epoch, index)
+            seed_generators(value)
+            seed_own(self.of_dataset, value)
         return self.dataset[index]

@@ -1,13 +1,32 @@
 """Batches to the device: as they come on a CPU, ahead of use on a GPU."""
 
+import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.data.nested import map_tensors
+from trainer.data.nested import CLOSED, INSIDE, map_tensors, walk
+
+
+def move_batch(
+    batch: Any, device: torch.device, dtype: torch.dtype | None = None, channels_last: bool = False
+) -> Any:  # fmt: skip
+    """A batch on a device; objects that can move themselves do. `dtype`: of floating tensors, None for theirs."""
+
+    def move(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            wanted = dtype if dtype is not None and part.is_floating_point() else part.dtype
+            tensor = part.to(device, wanted, non_blocking=True)
+            return tensor.contiguous(memory_format=torch.channels_last) if channels_last and part.dim() == 4 else tensor
+        closed = isinstance(part, (Mapping, tuple, list, *CLOSED)) or dataclasses.is_dataclass(part)
+        if closed or device.type == "cpu" or not callable(getattr(part, "to", None)) or hasattr(part, "apply"):
+            return INSIDE
+        return part.to(device)
+
+    return walk(batch, move)
 
 
 class DeviceMover:
@@ -24,20 +43,16 @@ class DeviceMover:
             return self._move_ahead(batches, self.stream)
         if self.dtype is None and not self.channels_last:
             return batches
-        return (map_tensors(batch, self._move_tensor) for batch in batches)
+        return (self._move_batch(batch) for batch in batches)
 
-    def _move_tensor(self, tensor: Tensor) -> Tensor:
-        wanted = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        tensor = tensor.to(self.device, wanted, non_blocking=True)
-        if self.channels_last and tensor.dim() == 4:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return tensor
+    def _move_batch(self, batch: Any) -> Any:
+        return move_batch(batch, self.device, self.dtype, self.channels_last)
 
     def _move_ahead(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
         waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
         for batch in batches:
             with torch.cuda.stream(stream):
-                waiting.append((map_tensors(batch, self._move_tensor), stream.record_event()))
+                waiting.append((self._move_batch(batch), stream.record_event()))
             if len(waiting) > self.ahead:
                 yield self._take(waiting)
         while waiting:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.config.job import Data
 from trainer.data.batches import BatchDataset, Keys
 from trainer.data.nested import map_tensors
+from trainer.errors import JobError
 from trainer.signals import ignore_signals, set_parent_death_signal
 from trainer.task import Task
 from trainer.wiring.variables import HEARTBEAT, read_path
@@ -36,12 +37,20 @@ def _start_worker(_: int) -> None:
             heartbeat.with_name(f"worker-{os.getpid()}").touch()
 
 
+def _unless_refused(batch: Any) -> Any:
+    if isinstance(batch, JobError):
+        raise batch
+    return batch
+
+
 class Loader:
     """Batches for given keys, read in order, in worker processes when asked for."""
 
-    def __init__(self, dataset: Dataset[Any], task: Task, options: Data, seed: int, pin: bool) -> None:
-        """`pin`: batches go to a GPU, so put them into page-locked memory."""
-        self.batches = BatchDataset(dataset, task, seed)
+    def __init__(
+        self, dataset: Dataset[Any], task: Task, options: Data, seed: int, pin: bool, key: str = "dataset"
+    ) -> None:  # fmt: skip
+        """`pin`: batches go to a GPU, so put them into page-locked memory; `key`: what errors call the dataset."""
+        self.batches = BatchDataset(dataset, task, seed, key)
         self.pin = pin and options.pin_memory
         self.keys: Iterable[Keys] = ()
         self.workers: DataLoader[Any] | None = None
@@ -56,15 +65,15 @@ class Loader:
             )  # fmt: skip
 
     def read(self, keys: Iterable[Keys]) -> Iterator[Any]:
-        """The batch of each of `keys`; workers start with the first call."""
+        """The batch of each of `keys`; workers start with the first call. Raises JobError: one cannot be made."""
         if self.workers is None:
-            batches = map(self.batches.__getitem__, keys)
+            batches: Iterator[Any] = map(_unless_refused, map(self.batches.__getitem__, keys))
             return (map_tensors(batch, Tensor.pin_memory) for batch in batches) if self.pin else batches
         self.keys = keys
         before = multiprocessing.active_children()
         iterator = self.iterator = iter(self.workers)
         self.processes += [child for child in multiprocessing.active_children() if child not in before]
-        return iterator
+        return map(_unless_refused, iterator)
 
     def __iter__(self) -> Iterator[Keys]:
         """What torch's workers read."""

@@ -2,7 +2,8 @@
 
 A sample draws from (seed, epoch, index), a batch that is collated from (seed, epoch, its first index), a training step
 from (seed, step, rank) and a batch of an evaluation from (seed, step, number of the batch). Of these a training step
-alone depends on the rank: ranks have different dropout masks. Generators that user code makes for itself are its own.
+alone depends on the rank: ranks have different dropout masks. Generators that user code makes for itself are seeded
+likewise where `trainer.data.generators` finds them.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 KEY = struct.Struct("<QQQ")
-SAMPLES, COLLATING, STEPS, EVALUATION = b"", b"collate", b"step", b"evaluation"
+SAMPLES, COLLATING, STEPS, EVALUATION, DATA = b"", b"collate", b"step", b"evaluation", b"data"
 """Streams that never meet. Initial weights come from the first one, as sample 0 of epoch 0 does."""
 
 

@@ -47,6 +47,8 @@ class Parallel:
     _gradient: tuple[Any, Tensor] = None, torch.empty(0)
     _loss: Tensor | None = None
     """This rank's part of the global mean loss of the current step, so far."""
+    _count: Tensor | None = None
+    """Of losses that come as sums and counts, this rank's part of the mean count per sample."""
     _stop = False
     """Whether this rank was asked to stop."""
 
@@ -66,24 +68,37 @@ class Parallel:
         """Take the module that computes the losses of a step. Call this once, before any step."""
         self.step = self.module = step
 
-    def warm_up(self, batch: Any) -> None:
+    def warm_up(self, batch: Any, count: int) -> None:
         """Compute a backward pass of zeros, so that the mode can arrange what only a step can arrange."""
 
-    def losses(self, batch: Any, last: bool = True) -> Tensor:
-        """The losses of this rank's micro-batch, one for each sample, on the first device; `last`: of the step."""
-        losses: Tensor = self.module(batch)
+    def compute(self, batch: Any, count: int, evaluate: bool = False) -> Any:
+        """What the step makes of a batch of `count` samples, on this rank alone."""
+        return self.module(batch, evaluate)
+
+    def losses(self, batch: Any, count: int, last: bool = True) -> Tensor:
+        """The losses of this rank's micro-batch, on the first device, as `read_losses` gives them; `last`: of the step.
+
+        `count`: its samples.
+        """
+        losses: Tensor = self.compute(batch, count)
         return losses
 
     def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
         """Add the gradients of a micro-batch, and remember its loss and `stop` for `agree`.
 
         The sum of the losses times `weight` is this rank's part of the global mean loss; `scaler` multiplies it (fp16).
+        Of sums and counts it is the same, until `agree` knows the global count.
         """
-        key = (weight, len(losses), losses.dtype)
+        key = (weight, losses.shape, losses.dtype)
         if self._gradient[0] != key:  # of the weighted sum, which autograd need not compute; most steps share it
             self._gradient = key, torch.full_like(losses, weight)
         gradient = self._gradient[1]
-        loss = torch.dot(losses.detach(), gradient)
+        if losses.dim() == 1:
+            loss = torch.dot(losses.detach(), gradient)
+        else:
+            loss, count = (losses.detach() * weight).sum(0)
+            gradient[:, 1] = 0
+            self._count = count if self._count is None else self._count + count
         self._loss = loss if self._loss is None else self._loss + loss
         self._stop = self._stop or stop
         self._backward(losses, gradient if scaler is None else scaler.scale(gradient))
@@ -99,8 +114,18 @@ class Parallel:
         """
         loss, stop = self._loss, self._stop
         assert loss is not None
-        self._loss, self._stop = None, False
+        if self._count is not None:
+            loss = self._divide(loss, self._count)
+        self._loss, self._count, self._stop = None, None, False
         return DeferredScalars(loss.view(1)) if self.cuda else loss.item(), stop
+
+    def _divide(self, loss: Tensor, count: Tensor) -> Tensor:
+        """Divide the loss, and all gradients, by the mean count per sample; where nothing counted both are zero."""
+        share = torch.where(count > 0, 1 / count, 1)
+        for parameter in self.step.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(share)
+        return loss * share
 
     def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
         """Do what the mode does after an update; return whether all ranks hold the same weights now."""

@@ -1,15 +1,19 @@
 """The modes of one process, single and DataParallel, and the choice of a mode."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from trainer.config.job import Job
-from trainer.data.nested import map_tensors
+from trainer.data.device_mover import move_batch
+from trainer.data.nested import CLOSED, INSIDE, leaves, walk
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.step import Step
@@ -22,7 +26,10 @@ class DataParallel(Parallel):
     def wrap(self, step: Step) -> None:
         super().wrap(step)
         replicas = self.job.devices_per_node
-        self.module = nn.DataParallel(step, self.devices) if self.cuda else ThreadReplicas(step, replicas)
+        self.module = GpuReplicas(step, self.devices) if self.cuda else ThreadReplicas(step, replicas)
+
+    def compute(self, batch: Any, count: int, evaluate: bool = False) -> Any:
+        return self.module(batch, evaluate, count)
 
 
 def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
@@ -32,6 +39,20 @@ def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
 
         return Distributed(job, wiring, supervised)
     return DataParallel(job, wiring) if job.parallel == "dp" else Parallel(job, wiring)
+
+
+class GpuReplicas(nn.DataParallel[Step]):
+    """torch's own, which cuts batches as we do: torch knows fewer kinds, and gives each replica all texts."""
+
+    def scatter(self, inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, device_ids: Any) -> Any:
+        """The parts of the batch, each on its device."""
+        batch, evaluate, count = inputs
+        parts = zip(scatter(batch, len(device_ids), count), device_ids, strict=False)
+        moved = [(move_batch(part, torch.device("cuda", device)), evaluate) for part, device in parts]
+        return moved, [{}] * len(moved)
+
+    def replicate(self, module: Step, device_ids: Any) -> list[Step]:
+        return give_tasks(super().replicate(module, device_ids))
 
 
 class ThreadReplicas(nn.Module):
@@ -48,10 +69,10 @@ class ThreadReplicas(nn.Module):
         # A thread each: autograd adds gradients in the order of its threads' operations, which must not be chance.
         self.threads = [ThreadPoolExecutor(1, thread_name_prefix=f"replica-{number}") for number in range(replicas)]
 
-    def forward(self, batch: Any, evaluate: bool = False) -> Any:
-        """Compute the module's outputs for the whole batch, in the order of its samples."""
-        chunks = scatter(batch, self.replicas)
-        replicas = [self.module, *(replicate(self.module) for _ in chunks[1:])]
+    def forward(self, batch: Any, evaluate: bool = False, count: int | None = None) -> Any:
+        """Compute the module's outputs for the whole batch, in the order of its `count` samples."""
+        chunks = scatter(batch, self.replicas, count)
+        replicas = give_tasks([self.module, *(replicate(self.module) for _ in chunks[1:])])
         grad = torch.is_grad_enabled()
 
         def apply(replica: nn.Module, chunk: Any) -> Any:
@@ -65,15 +86,60 @@ class ThreadReplicas(nn.Module):
         return torch.cat(outputs)
 
 
-def scatter(batch: Any, parts: int) -> list[Any]:
-    """Cut the tensors of a batch as `torch.chunk` does, into at most `parts`; everything else goes into each part."""
-    counts: dict[int, Any] = {}
-    map_tensors(batch, lambda tensor: counts.setdefault(len(tensor.chunk(parts)), tensor))
+def give_tasks(replicas: list[Any]) -> list[Any]:
+    """Give each replica a task of its own, so that it finds again what it keeps there for a moment, such as inputs."""
+    for replica in replicas[1:]:
+        if isinstance(replica, Step):
+            replica.task = copy.copy(replica.task)
+    return replicas
 
-    def part(index: int) -> Any:
-        return map_tensors(batch, lambda tensor: tensor.chunk(parts)[index])
 
-    return [part(index) for index in range(min(counts, default=parts))]
+def scatter(batch: Any, parts: int, count: int | None = None) -> list[Any]:
+    """Cut a batch of `count` samples, by default as many as its first tensor says, as `torch.chunk` does.
+
+    What has an element per sample is cut: tensors, arrays, and lists, such as of texts. All else goes into each part.
+    Raises JobError: nothing has an element per sample, or a part is of a kind that cannot be cut.
+    """
+    if count is None:
+        count = next(len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor))
+    if parts == 1:
+        return [batch]
+    size = -(-count // parts)
+    return [cut(batch, slice(start, start + size), count) for start in range(0, count, size)]
+
+
+def cut(batch: Any, place: slice, count: int) -> Any:
+    """The samples of a batch at a place."""
+    found = False
+
+    def take(part: Any) -> Any:
+        nonlocal found
+        if is_column(part, count):
+            found = True
+            return part[place]
+        if isinstance(part, (Tensor, np.ndarray)):
+            return part
+        named = isinstance(part, (*CLOSED, Mapping, tuple, list)) or dataclasses.is_dataclass(part)
+        if isinstance(part, PackedSequence) or (callable(getattr(part, "to", None)) and not named):
+            problem = f"cannot cut a batch of type {type(part).__name__}"
+            raise JobError("parallel", "dp", problem, "Use parallel=ddp, whose ranks each collate a batch of their own")
+        return INSIDE
+
+    part = walk(batch, take)
+    if not found:
+        problem = f"finds nothing to cut in a batch of type {type(batch).__name__}"
+        remedy = "Let Task.collate return tensors or lists with an element for each sample, or use parallel=ddp"
+        raise JobError("parallel", "dp", problem, remedy)
+    return part
+
+
+def is_column(part: Any, count: int) -> bool:
+    """Whether a part of a batch has an element for each of `count` samples; a pair of two columns is none itself."""
+    if isinstance(part, (Tensor, np.ndarray)):
+        return bool(part.ndim) and len(part) == count
+    if not isinstance(part, (list, tuple)) or hasattr(part, "_fields") or len(part) != count:
+        return False
+    return not any(isinstance(item, (Tensor, np.ndarray)) and is_column(item, count) for item in part)
 
 
 def replicate(module: nn.Module) -> nn.Module:

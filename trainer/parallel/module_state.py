@@ -23,27 +23,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back afterwards what a forward pass may leave in a model: in buffers, also new ones, and in attributes.
-
-    torch keeps submodules, parameters, buffers and hooks in dicts, so their contents are put back too.
-    """
-    attributes = [vars(part) for part in model.modules()]
-    dicts = [*attributes, *(value for items in attributes for value in items.values() if isinstance(value, dict))]
-    kept = [(items, dict(items)) for items in dicts]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if is_dense(buffer)]
-    try:
-        yield
-    finally:
-        for items, before in kept:
-            items.clear()
-            items.update(before)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether it has one number after the other in memory: a sparse one has no strides, and no collective takes it."""
     return tensor.layout is torch.strided

@@ -1,13 +1,14 @@
 """One step's module: the model with the task's loss, which the modes replicate or wrap."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.errors import JobError
+from trainer.parallel.returned import read_losses, read_metrics
 from trainer.task import Task
 
 COMPILER = ("torch._inductor", "torch._dynamo")
@@ -25,29 +26,19 @@ class Step(nn.Module):
         self.model = model
         self.task = task
         self.autocast = autocast or nullcontext
+        self.needs_gradients = False
+        """Whether an evaluation must compute gradients: found out by `trainer.training.evaluation`."""
         self.apply_model = compile_model() if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
-        """Per-sample losses, shape (batch,); when evaluating, a dict of them and the task's metrics."""
+        """The losses, as `read_losses` gives them; when evaluating, a dict of them and the task's metrics."""
         with self.autocast():
             output = self.apply_model(self.model, self.task.inputs(batch))
-            losses = self.task.loss(output, batch)
-        if losses.dim() != 1:
-            problem = "must have one value per sample, shape (batch,)"
-            remedy = 'With torch losses use reduction="none", and average what remains over other dimensions'
-            raise JobError("task.loss", tuple(losses.shape), problem, remedy)
-        if losses.dtype in (torch.bfloat16, torch.float16):
-            losses = losses.float()  # a sum of them would keep three digits
-        return {"loss": losses, **self._metrics(output, batch, len(losses))} if evaluate else losses
-
-    def _metrics(self, output: Any, batch: Any, count: int) -> Mapping[str, Tensor]:
-        metrics = self.task.metrics(output, batch)
-        for name, value in metrics.items():
-            if value.shape[:1] != (count,):
-                problem = f"must have a value for each of the {count} samples, shape ({count}, ...)"
-                remedy = "Leave sums and means to the trainer and to Task.summary"
-                raise JobError("task.metrics", {name: tuple(value.shape)}, problem, remedy)
-        return metrics
+            losses = read_losses(self.task.loss(output, batch))
+        if not evaluate:
+            return losses
+        count = len(losses) if losses.dim() == 1 else None
+        return {"loss": losses, **read_metrics(self.task.metrics(output, batch), count, losses.device)}
 
 
 def apply_model(model: nn.Module, inputs: Any) -> Any:

@@ -122,6 +122,16 @@ class Report:
         print(f"WARNING: {text}", file=sys.stderr, flush=True)
         self.event(event, **fields)
 
+    def notice(self, text: str) -> None:
+        """Tell the user something that is not wrong, but may not be meant; rank 0 speaks for all."""
+        if self.is_first:
+            self.warn(text, "notice", message=text)
+
+    def was_training(self) -> bool:
+        """Whether an earlier attempt came as far as its first step."""
+        begun = [event for event in self.run.read_events() if event["event"] == "training"]
+        return any(event.get("attempt", self.attempt) < self.attempt for event in begun)
+
     def say(self, text: str) -> None:
         """Print a line to the first rank's log."""
         if self.is_first:

@@ -13,9 +13,9 @@ from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
 from trainer.data.nested import map_tensors
 from trainer.data.sampler import evaluation_batches
-from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.module_state import evaluation_mode
+from trainer.parallel.returned import check_values, mean_loss, read_summary
 from trainer.task import Task
 from trainer.training.determinism import any_kernels
 
@@ -37,16 +37,14 @@ def evaluate(
     step.model = model
     parallel.share_buffers()
     try:
-        with evaluation_mode(step), torch.no_grad(), any_kernels():
+        with evaluation_mode(step), any_kernels():
             for turn in range(rounds):
                 if parallel.any(stop()):
                     return None
                 if turn < len(plan):
                     number, indices = plan[turn]
                     batch = next(batches)
-                    seed(number)
-                    values = parallel.module(batch, True)
-                    check_count(values["loss"], len(indices))
+                    values = evaluate_batch(parallel, batch, len(indices), functools.partial(seed, number))
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
                     sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
     finally:
@@ -54,13 +52,25 @@ def evaluate(
     parts = parallel.gather_objects(map_tensors(sums, Tensor.cpu))
     every: list[dict[str, Any]] = [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]
     total = {key: functools.reduce(torch.add, (values[key] for values in every)) for key in every[0]}
-    loss = float(total.pop("loss")) / count
+    loss = mean_loss(total.pop("loss"), count)
     seed(len(every))
-    return {"loss": loss, **task.summary(total, count)}
+    return {"loss": loss, **read_summary(task.summary(total, count))}
 
 
-def check_count(losses: Tensor, count: int) -> None:
-    """Refuse losses that are not one for each of `count` samples. Raises JobError: another number."""
-    if losses.shape[0] != count:
-        remedy = "Average over pixels, tokens and the like inside Task.loss"
-        raise JobError("task.loss", tuple(losses.shape), f"must have one value for each of the {count} samples", remedy)
+def evaluate_batch(parallel: Parallel, batch: Any, count: int, seed: Callable[[], None]) -> dict[str, Tensor]:
+    """Losses and metrics of a batch of `count` samples; `seed` is called before they are computed.
+
+    Without gradients, unless a loss is found to need them, such as one with a derivative by the input.
+    """
+    step = parallel.step
+    seed()
+    try:
+        with torch.set_grad_enabled(step.needs_gradients):
+            values: dict[str, Tensor] = parallel.compute(batch, count, True)
+    except RuntimeError as error:
+        if step.needs_gradients or "does not require grad" not in str(error):
+            raise
+        step.needs_gradients = True
+        return evaluate_batch(parallel, batch, count, seed)
+    check_values(values, count)
+    return {name: value.detach() for name, value in values.items()}

@@ -3,61 +3,40 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
+from trainer.data.datasets import count_samples
 from trainer.data.device_mover import DeviceMover
+from trainer.data.generators import find_generators, model_generators, seed_own
 from trainer.data.loader import Loader
 from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
 from trainer.data.sampler import Indices, MicroBatch, Position, Sampler
 from trainer.errors import JobError, Stopped
 from trainer.parallel.base import Parallel
 from trainer.parallel.fast_path import make_step
-from trainer.parallel.module_state import unchanged
+from trainer.parallel.returned import check_count
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
+from trainer.training.cadence import Cadence
+from trainer.training.continuation import Continuation
 from trainer.training.determinism import missing_kernels_named
-from trainer.training.evaluation import check_count, evaluate
+from trainer.training.evaluation import evaluate
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
-from trainer.training.optimizer import (
-    OPTIMIZERS,
-    make_optimizer,
-    make_scaler,
-    make_schedule,
-    set_rate,
-)
+from trainer.training.optimizer import OPTIMIZERS, Rates, make_optimizer, make_scaler
+from trainer.training.schedule import make_schedule
 from trainer.training.smallest_batch import check_smallest_batch
+from trainer.training.trial import Trial, check_savable
+from trainer.training.unchanged import unchanged
 from trainer.training.user_model import check_gradients
 from trainer.training.weight_average import WeightAverage
 
-
-@dataclass(frozen=True)
-class Cadence:
-    """After which steps an evaluation and a checkpoint follow: of job and position alone, so all ranks agree."""
-
-    job: Job
-    sampler: Sampler
-    steps: int
-    """Of the whole training."""
-
-    def evaluation(self, position: Position) -> bool:
-        """Whether an evaluation follows."""
-        every = self.job.evaluation.every_steps
-        epochs = -(-position.step // self.sampler.steps_per_epoch)
-        return (
-            position.step >= self.steps
-            or bool(every and position.step % every == 0)
-            or (not position.samples and epochs % self.job.evaluation.every_epochs == 0)
-        )
-
-    def checkpoint(self, position: Position) -> bool:
-        """Whether a checkpoint follows."""
-        every = self.job.checkpoint.every_steps
-        return position.step >= self.steps or not position.samples or bool(every and position.step % every == 0)
+DATASETS = "task.train_dataset", "task.eval_dataset"
+"""How errors call them."""
 
 
 class Trainer:
@@ -70,32 +49,37 @@ class Trainer:
         """Put everything together; `model` is on its device already. `stop` says whether this rank was asked to."""
         self.job, self.task, self.parallel, self.report, self.stop = job, task, parallel, report, stop
         train, device = job.train, parallel.device
-        count, self.eval_count = len(train_data), len(eval_data)
-        if not count or not self.eval_count:
-            name = "eval_dataset" if count else "train_dataset"
-            raise JobError(f"task.{name}", 0, "is empty", "Give it at least one sample")
+        count, self.eval_count = (count_samples(*each) for each in zip(DATASETS, (train_data, eval_data), strict=True))
         self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed)
-        epochs = train.epochs or (None if train.steps else 1)
-        limits = [train.steps, epochs * self.sampler.steps_per_epoch if epochs else None]
-        self.steps = min(limit for limit in limits if limit is not None)
-        self.cadence = Cadence(job, self.sampler, self.steps)
         self.optimizer = make_optimizer(model, train)
         # A trace shall show the update by its name, and an optimizer of the user's may have hooks.
         public = bool(job.log.profile_steps) or train.optimizer not in OPTIMIZERS
         self.update_weights = self.optimizer.step if public else make_step(self.optimizer)
         self.loss_check = LossCheck(train.on_nan, report)
-        self.rate = make_schedule(train, self.steps)
+        self.rates = Rates(self.optimizer, train.lr)
         self.scaler = make_scaler(train.precision, device)
         self.average = None if train.ema_decay is None else WeightAverage(model, train.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.checked = False
         """Whether the gradients of a first step were looked at."""
-        self.loader = Loader(train_data, task, job.data, job.seed, parallel.cuda)
-        self.eval_loader = Loader(eval_data, task, job.data, job.seed, parallel.cuda)
+        self.loader, self.eval_loader = (
+            Loader(data, task, job.data, job.seed, parallel.cuda, key)
+            for key, data in zip(DATASETS, (train_data, eval_data), strict=True)
+        )
         dtype = torch.float64 if train.precision == "float64" else None
         self.mover = DeviceMover(device, dtype, train.channels_last, job.data.prefetch)
         self.state = TrainingState(job, model, self.optimizer, self.scaler, self.average, parallel, report)
         self.position, self.handover = self.state.position, self.state.handover
+        self.own_generators = find_generators(task, "task") | model_generators(model)
+        self.continuation = Continuation(job, self.sampler, self.state, report)
+        self.plan()
+
+    def plan(self) -> None:
+        """Decide how many steps there are in all, from the position that the training goes on from."""
+        self.steps = self.continuation.count_steps()
+        self.cadence = Cadence(self.job, self.steps)
+        self.rate = make_schedule(self.job.train, self.steps)
+        self.state.facts = partial(self.continuation.facts, self.rate)
 
     def fit(self, on_failure: Callable[[BaseException], None] = lambda error: None) -> dict[str, float]:
         """Train to the end and return the last evaluation; `on_failure` is called with an exception before all else.
@@ -119,8 +103,12 @@ class Trainer:
 
     def train(self) -> Iterator[None]:
         """Go on from where the training stands to its end, a step at each `next`."""
+        tried = self.try_everything()
         self.warm_up()
         self.state.resume()
+        self.continuation.check_data()
+        self.plan()
+        self.continuation.announce(self.rate, self.steps)
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.sampler.steps_per_epoch)
         self.handover.start(self.position.step, self.state.evaluated)
@@ -129,21 +117,40 @@ class Trainer:
         while self.position.step < self.steps:
             for micros in self.epoch():
                 self.train_step(micros)
+                if tried:  # the optimizer has a state now
+                    check_savable(self.state.contents())
+                    tried = False
                 yield
                 if self.position.step >= self.steps:
                     break
+
+    def try_everything(self) -> bool:
+        """Try what comes later, unless an earlier attempt of this launch has trained already; whether it was done."""
+        passed = self.parallel.restarts > 0 and self.parallel.share(self.report.was_training())
+        if not passed:
+            used = min(self.sampler.count, self.steps * self.sampler.batch_size)
+            check_smallest_batch(self.job, self.parallel, used, self.eval_count, self.read)
+            Trial(
+                self.job, self.task, self.parallel, self.report, self.sampler, used, self.eval_count,
+                (self.loader, self.eval_loader), self.mover, lambda number: self.seed_generators(number, STEPS),
+            ).run(self.evaluated_model, self.state.contents)  # fmt: skip
+        return not passed
+
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """The averaged weights where there are such."""
+        return self.parallel.step.model if self.average is None else self.average.module
 
     def warm_up(self) -> None:
         """Compute a step that changes nothing, for modes that arrange themselves by it: see `Distributed.warm_up`.
 
         The peak of memory is counted from then on.
         """
-        used = min(self.sampler.count, self.steps * self.sampler.batch_size)
-        check_smallest_batch(self.job, self.parallel, used, self.eval_count, self.read)
         if not self.parallel.warms_up:
             return
-        with unchanged(self.state.model):
-            self.parallel.warm_up(self.read(next(self.sampler.epoch(Position())).indices))
+        indices = next(self.sampler.epoch(Position())).indices
+        with unchanged(self.state.model, self.task):
+            self.parallel.warm_up(self.read(indices), len(indices))
         self.drop_gradients()
         for device in self.parallel.devices:
             if device.type == "cuda":
@@ -169,9 +176,9 @@ class Trainer:
         """One update from one global batch; afterwards whatever is due."""
         position, parallel = self.position, self.parallel
         self.seed_generators(parallel.rank, STEPS)
-        set_rate(self.optimizer, self.rate(position.step))
+        rate = self.rates.set(self.rate(position.step))
         for micro, batch in micros:
-            losses = parallel.losses(batch, micro.last)
+            losses = parallel.losses(batch, len(micro.indices), micro.last)
             check_count(losses, len(micro.indices))
             # The mean over the global batch: DDP will divide the sum over ranks by their number.
             weight = parallel.world_size * bool(micro.count) / micro.step_count
@@ -195,7 +202,7 @@ class Trainer:
         whole = parallel.finish_step(self.optimizer, due)
         self.state.evaluated = not due
         self.handover.end_update(position.step)
-        self.report.step(position, loss, self.optimizer.param_groups[0]["lr"], step_count)
+        self.report.step(position, loss, rate, step_count)
         if whole and stop and position.step < self.steps:
             self.save_and_stop()
         if due:
@@ -203,7 +210,10 @@ class Trainer:
 
     def seed_generators(self, number: int, stream: bytes) -> None:
         """Seed all generators for what is computed at the current position, so none is ever saved."""
-        seed_generators(derive_seed(self.job.seed, self.position.step, number, stream), self.parallel.devices)
+        value = derive_seed(self.job.seed, self.position.step, number, stream)
+        seed_generators(value, self.parallel.devices)
+        if self.own_generators:
+            seed_own(self.own_generators, value)
 
     def update(self) -> None:
         """Apply the gradients."""
@@ -243,9 +253,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         started = time.perf_counter()
-        model = self.parallel.step.model if self.average is None else self.average.module
         metrics = evaluate(
-            self.parallel, model, self.task, self.eval_loader, self.mover, self.eval_count,
+            self.parallel, self.evaluated_model, self.task, self.eval_loader, self.mover, self.eval_count,
             self.job.evaluation.batch_size, self.stop_early, lambda number: self.seed_generators(number, EVALUATION),
         )  # fmt: skip
         self.report.pause(time.perf_counter() - started)

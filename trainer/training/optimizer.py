@@ -1,6 +1,6 @@
 """Optimizer, learning-rate schedule and precision, as the job names them."""
 
-import math
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -48,6 +48,7 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
         raise JobError("train.optimizer_args", arguments, str(error), f"See {train.optimizer}'s arguments") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise JobError("train.optimizer", train.optimizer, "did not return a torch.optim.Optimizer", "Return one")
+    check_step(train, optimizer)
     return optimizer
 
 
@@ -56,30 +57,35 @@ def gives_sparse_gradients(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
 
 
-def make_schedule(train: Train, steps: int) -> Callable[[int], float]:
-    """The learning rate of each of `steps` steps, a pure function of the step: nothing to save, nothing to drift."""
-    own = train.schedule not in ("constant", "cosine", "linear")
-    custom = find_object("train.schedule", train.schedule) if own else None
-    warmup, floor = train.warmup_steps, train.min_lr_ratio
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return train.lr * (step + 1) / (warmup + 1)
-        if custom is not None:
-            return train.lr * float(custom(step, steps))
-        if train.schedule == "constant":
-            return train.lr
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        shape = 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return train.lr * (floor + (1 - floor) * shape)
-
-    return rate
+def check_step(train: Train, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose update computes losses itself. Raises JobError: it asks for a function that does."""
+    parameters = inspect.signature(optimizer.step).parameters.values()
+    if any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters):
+        problem, remedy = "its step() asks for a closure, which the loop has none of", "Choose another, or use a script"
+        raise JobError("train.optimizer", train.optimizer, problem, remedy)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group; a group with `lr_scale` gets that share of it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+class Rates:
+    """The learning rate of each group: its share of the schedule's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """A share is the group's `lr_scale`, else what its own rate is of `train.lr`, the rate it was built with."""
+        self.optimizer = optimizer
+        self.shares = [self._share(group, lr) for group in optimizer.param_groups]
+
+    @staticmethod
+    def _share(group: dict[str, Any], lr: float) -> float | None:
+        if "lr_scale" in group:
+            return float(group["lr_scale"])
+        own = group.get("lr")
+        return None if own is None else 1.0 if own == lr else float(own) / lr
+
+    def set(self, rate: float) -> float:
+        """Set the rates of a step, and return the first group's; an optimizer that has none chooses its own."""
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            if share is not None:
+                group["lr"] = rate * share
+        return rate if self.shares[0] is None else rate * self.shares[0]
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], Any] | None:

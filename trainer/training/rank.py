@@ -8,7 +8,7 @@ from torch import nn
 
 from trainer.config.job import Job
 from trainer.config.user_code import add_import_paths
-from trainer.data.rng import derive_seed, seed_generators
+from trainer.data.rng import DATA, derive_seed, seed_generators
 from trainer.errors import DONE
 from trainer.parallel.base import Parallel
 from trainer.parallel.modes import make_parallel
@@ -46,7 +46,6 @@ def train(
     if use_cuda(job):
         choose_kernels(job.train.deterministic, job.train.compile)
     add_import_paths(job_file, job.python_path)
-    assert job.task
     parallel = make_parallel(job, wiring, supervised=pulse.heartbeat is not None)
     if run is None:
         run = Path(parallel.share(str(choose_run(job, wiring))))
@@ -55,9 +54,8 @@ def train(
     check_current(folder, wiring.attempt)
     report = Report(job, folder, wiring.attempt, parallel, pulse)
     try:
-        name, arguments = job.task, job.task_args
         task, (model, notices), *data = build_in_turn(
-            parallel, pulse, lambda: make_task(name, arguments), lambda task: build(job, parallel, task)
+            parallel, pulse, lambda: construct(job), lambda task: build(job, parallel, task)
         )
         for notice in notices:
             report.say(f"NOTE: {notice}")
@@ -76,12 +74,22 @@ def train(
     return DONE
 
 
+def construct(job: Job) -> Task:
+    """The user's task; a random split in its constructor is the same on every rank and each time."""
+    assert job.task
+    seed_generators(derive_seed(job.seed, 0, 0, DATA))
+    return make_task(job.task, job.task_args)
+
+
 def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, tuple[nn.Module, list[str]], Any, Any]:
     """What the user's task makes: the model, on its device, with notices about it, and both datasets."""
     seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
     model, notices = take_model(task.model(), job, parallel.device)
     notices += weights_beside(task, model)
-    return task, (model, notices), task.train_dataset(), task.eval_dataset()
+    seed_generators(derive_seed(job.seed, 0, 0, DATA))
+    train_data = task.train_dataset()
+    seed_generators(derive_seed(job.seed, 0, 0, DATA))  # the parts of a split that both make anew fit together
+    return task, (model, notices), train_data, task.eval_dataset()
 
 
 def choose_run(job: Job, wiring: RankWiring) -> Path:

@@ -13,8 +13,9 @@ from trainer.config.job import Job
 from trainer.data.sampler import Indices
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
-from trainer.parallel.module_state import evaluation_mode, unchanged
+from trainer.parallel.module_state import evaluation_mode
 from trainer.parallel.step import Step
+from trainer.training.unchanged import unchanged
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -53,7 +54,7 @@ def check_smallest_batch(
 def refuses(step: Step, batch: Any) -> bool:
     """Whether a batch norm of the model refuses a batch of one sample."""
     try:
-        with torch.no_grad(), unchanged(step.model), step.autocast():
+        with torch.no_grad(), unchanged(step.model, step.task), step.autocast():
             step.model(step.task.inputs(batch))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

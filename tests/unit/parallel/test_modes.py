@@ -40,6 +40,26 @@ def test_batches_keep_their_type_and_what_is_no_tensor() -> None:
     assert scatter((column, "text", 3, None), 2)[1][1:] == ("text", 3, None)
 
 
+def test_texts_and_lists_are_cut_with_the_samples() -> None:
+    images, names = torch.arange(4), ["a", "b", "c", "d"]
+    sizes = [torch.ones(3, size, size) for size in (1, 2, 3, 4)]  # of detection: a list of images
+    targets = tuple({"boxes": torch.ones(number, 4), "name": name} for number, name in enumerate(names))
+    batch = {"image": images, "name": names, "sizes": sizes, "targets": targets, "weights": torch.ones(7), "n": 4}
+    first, second = scatter(batch, 2, 4)
+    assert second["image"].tolist() == [2, 3] and second["name"] == ["c", "d"]
+    assert [len(part["sizes"]) for part in (first, second)] == [2, 2] and second["sizes"][0] is sizes[2]
+    assert second["targets"] == targets[2:] and first["n"] == 4 and len(first["weights"]) == 7
+    pair = [torch.arange(2), ["a", "b"]]
+    assert [part[1] for part in scatter(pair, 2, 2)] == [["a"], ["b"]]
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    for batch in (packed, {"x": torch.ones(3)}, [["a", "b"]]):
+        with pytest.raises(JobError, match="parallel='dp'"):
+            scatter(batch, 2, 4)
+
+
 def _columns(batch: Any) -> list[list[int]]:
     if isinstance(batch, Tensor):
         return [batch.tolist()]

@@ -14,8 +14,9 @@ from trainer.parallel.module_state import (
     numbers,
     restore_buffers,
     restore_numbers,
-    unchanged,
 )
+from trainer.tasks.digits import Digits
+from trainer.training.unchanged import unchanged
 
 
 class Keeper(nn.Module):
@@ -69,7 +70,7 @@ def test_every_part_gets_its_own_mode_back() -> None:
 def test_a_pass_that_shall_change_nothing_leaves_nothing() -> None:
     model: Any = Keeper()
     seen = model.seen
-    with unchanged(model):
+    with unchanged(model, Digits()):
         model(torch.ones(4, 2))
         assert float(seen.sum()) == 8 and model.count == 1 and model.absent is not None
     assert float(seen.sum()) == 0 and model.seen is seen

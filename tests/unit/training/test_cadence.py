@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 
 from trainer.config.job import Checkpoints, Evaluation, Job
-from trainer.data.sampler import Position, Sampler
-from trainer.training.loop import Cadence
+from trainer.data.sampler import Position
+from trainer.training.cadence import Cadence
 
 COUNT, STEPS = 22, 17
 
@@ -20,7 +20,7 @@ def test_what_follows_a_step(evaluate: int | None, save: int | None, epochs: int
         checkpoint=Checkpoints(every_steps=save),
     )  # fmt: skip
     per_epoch = {4: 6, 5: 5}[batch]
-    cadence = Cadence(job, Sampler(COUNT, batch, accumulate=1, rank=0, world_size=1, seed=0), STEPS)
+    cadence = Cadence(job, STEPS)
     position, evaluated, saved = Position(), set(), set()
     while position.step < STEPS:
         position = position.after(min(batch, COUNT - position.samples), COUNT)

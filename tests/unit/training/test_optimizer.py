@@ -10,7 +10,8 @@ from torch import nn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
-from trainer.training.optimizer import make_optimizer, make_scaler, make_schedule, set_rate
+from trainer.training.optimizer import Rates, make_optimizer, make_scaler
+from trainer.training.schedule import make_schedule
 
 
 @pytest.mark.parametrize("schedule, expected", [
@@ -50,9 +51,14 @@ def test_vectors_are_not_decayed_and_frozen_weights_are_left_out() -> None:
 
 def test_a_group_scales_its_rate() -> None:
     weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([{"params": [weight], "lr_scale": 0.1}], lr=1)
-    set_rate(optimizer, 3.0)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+    others = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    groups = [{"params": [weight], "lr_scale": 0.1}, {"params": others[:1], "lr": 0.02}, {"params": others[1:]}]
+    optimizer = torch.optim.SGD(groups, lr=1)
+    assert Rates(optimizer, 1.0).set(3.0) == pytest.approx(0.3)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.06, 3.0])
+    optimizer.param_groups[2]["lr"] = None  # it chooses its own, as Adafactor does
+    assert Rates(optimizer, 1.0).set(3.0) == pytest.approx(0.3)
+    assert optimizer.param_groups[2]["lr"] is None
 
 
 @pytest.mark.parametrize("train, key, problem", [
@@ -60,6 +66,7 @@ def test_a_group_scales_its_rate() -> None:
     (Train(optimizer="sgd", optimizer_args={"momentum": -1}), "train.optimizer_args", "momentum"),
     (Train(optimizer="torch.optim:Nothing"), "train.optimizer", "has no Nothing"),
     (Train(optimizer="nowhere:Nothing"), "train.optimizer", "no module nowhere"),
+    (Train(optimizer="torch.optim:LBFGS"), "train.optimizer", "closure"),
     (Train(optimizer="unittest.mock:Mock"), "train.optimizer", "did not return a torch.optim.Optimizer"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_named(train: Train, key: str, problem: str) -> None:
