@@ -31,6 +31,7 @@ from trainer.task import Task
 from trainer.training.determinism import any_kernels
 from trainer.training.evaluation import evaluate_batch
 from trainer.training.unchanged import unchanged
+from trainer.training.user_model import check_weights
 
 SAMPLES = 4
 """At most, of each batch of a device: shapes and types show in a few."""
@@ -60,7 +61,9 @@ class Trial:
         check_savable(contents())
         step = self.parallel.step
         with unchanged(step.model, self.task), plainly(step):
+            trained = list(step.model.parameters())
             self.train()
+            check_weights(step.model, trained)
             own, step.model = step.model, model
             try:
                 with evaluation_mode(step):

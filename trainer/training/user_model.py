@@ -48,19 +48,23 @@ def weights_beside(task: Task, model: nn.Module) -> list[str]:
     return notices
 
 
-def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
-    """A notice if the first backward pass left out some weights of those that are `trained`.
-
-    Raises JobError: the forward pass made weights, which nobody trains.
-    """
+def check_weights(model: nn.Module, trained: Sequence[Tensor]) -> None:
+    """Refuse weights that a forward pass made. Raises JobError: they are not among those that are `trained`."""
     known = set(map(id, trained))
-    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    new = [name for name, weight in weights if id(weight) not in known]
+    new = [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
     if new:
         problem = "the forward pass makes these weights, too late for the optimizer"
         remedy = "Call the model once on a batch in Task.model, before you return it"
         raise JobError("task.model", enumerate_names(new), problem, remedy)
-    unused = [name for name, weight in weights if weight.grad is None]
+
+
+def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
+    """A notice if the first backward pass left out some weights of those that are `trained`.
+
+    Raises JobError: as `check_weights`.
+    """
+    check_weights(model, trained)
+    unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
     if not unused:
         return []
     return [
