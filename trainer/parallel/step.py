@@ -56,8 +56,9 @@ def compile_model() -> Callable[[nn.Module, Any], Any]:
         except Exception as error:
             if not type(error).__module__.startswith(COMPILER):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            problem, remedy = f"torch cannot compile the model: {reason}", "Set it to false, or install what is missing"
-            raise JobError("train.compile", True, problem, remedy) from error
+            first, *lines = str(error).strip().splitlines() or [type(error).__name__]
+            details = [line.strip() for line in lines if "error:" in line.lower()]  # what a compiler says comes later
+            problem = f"torch cannot compile the model: {'; '.join([first, *details[:1]])}"
+            raise JobError("train.compile", True, problem, "Set it to false, or install what is missing") from error
 
     return call

@@ -28,6 +28,9 @@ def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, l
     model = model.to(device)
     if job.train.precision == "float64":
         model = model.double()
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype == torch.complex64:  # which torch leaves as they are
+                tensor.data = tensor.data.to(torch.complex128)
     _lay_out(model, job.train.channels_last)
     _check_state(model)
     _check_sparse(model, job)

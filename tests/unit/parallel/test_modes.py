@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.errors import JobError
 from trainer.parallel.modes import ThreadReplicas, replicate, scatter
+from trainer.parallel.step import compile_model
 
 
 class Pair(NamedTuple):
@@ -153,3 +154,15 @@ def test_gradients_of_replicas_are_added_in_one_order(replicas: int) -> None:
         threads(batch).sum().backward()
         seen.add(b"".join(parameter.grad.numpy().tobytes() for parameter in model.parameters()))  # type: ignore[union-attr]
     assert len(seen) == 1
+
+
+def test_a_compiler_that_fails_is_the_jobs_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failure(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fail(model: nn.Module, inputs: Any) -> Any:
+        raise Failure("CppCompileError: C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nfatal error: no Python.h")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    with pytest.raises(JobError, match=r"train\.compile=True: .* C\+\+ compile error; fatal error: no Python\.h\."):
+        compile_model()(nn.Identity(), None)

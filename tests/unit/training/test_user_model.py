@@ -126,6 +126,8 @@ def test_what_is_unusual_is_taken() -> None:
     assert take(Extra({"steps": 3, "history": [1.0]}))[1] == ""
     assert "updates below their 3 digits are lost" in take(nn.Linear(2, 2).bfloat16())[1]
     assert take(nn.Linear(2, 2).bfloat16().requires_grad_(False))[1] == ""
+    phases, _ = take(nn.ParameterList([torch.ones(2, dtype=torch.complex64)]), precision="float64")
+    assert phases[0].dtype == torch.complex128  # type: ignore[index]
     model, told = take(nn.Linear(2, 2).half(), precision="float64")
     assert (model.weight.dtype, told) == (torch.float64, "")
 
