@@ -21,7 +21,6 @@ import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from trainer import __version__
-from trainer.errors import JobError
 from trainer.run.attempts import check_current
 from trainer.run.folder import RunFolder
 
@@ -39,13 +38,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def commit(
-    root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int, prove: bool = False
-) -> Path:  # fmt: skip
+def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Path:
     """Write `payload` (file name to object) and its manifest; return `root/step-<step>`, which is visible now.
 
-    Raises OSError, StaleAttempt (a later one owns the run), JobError (it holds what could not be loaded again, which
-    `prove` looks for): nothing became visible, what was there is untouched.
+    Raises OSError, StaleAttempt (a later one owns the run): nothing became visible, what was there is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     pending = root / f".pending-step-{step:09d}-{os.getpid()}"
@@ -53,9 +49,6 @@ def commit(
     try:
         pending.mkdir()
         files = {name: _write(pending / name, value) for name, value in payload.items()}
-        if prove:
-            for name in payload:
-                _prove(pending / name)
         manifest = {
             "format": 1, "step": step, "attempt": attempt, "saved_at": time.time(), "muster": __version__,
             "torch": torch.__version__, **facts, "files": files,
@@ -194,18 +187,6 @@ def _write(path: Path, value: Any) -> dict[str, Any]:
     with _new_file(path) as file:
         digest = dump(value, file)
         return {"bytes": file.tell(), "sha256": digest.hex()}
-
-
-def _prove(path: Path) -> None:
-    """Load what was written. Raises JobError: that fails; better now than when a run goes on from it."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else f"what torch cannot load ({type(error).__name__})"
-        key, owner = ("task.model", "model") if path.name == "model.pt" else ("train.optimizer", "optimizer")
-        problem = f"the state of the {owner} holds it, and loading it would run code"
-        raise JobError(key, what, problem, "Keep tensors, numbers, texts, lists and dictionaries in it") from error
 
 
 def _sync_folder(path: Path) -> None:

@@ -51,8 +51,6 @@ class TrainingState:
         """Whether what was due at the current position has been done."""
         self.numbers = numbers(model)
         """What the parts of the model counted when it was new: a checkpoint holds what is another since."""
-        self.proven = False
-        """Whether a checkpoint of this attempt was found to load again."""
         self.facts: Callable[[], dict[str, Any]] = dict
         """What else a checkpoint says of its run, and what the one that was restored said."""
         self.restored: dict[str, Any] = {}
@@ -121,8 +119,7 @@ class TrainingState:
             self.best = value, f"step-{step:09d}"
 
     def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
-        folder = checkpoint.commit(self.root, step, payload, facts, self.report.attempt, prove=not self.proven)
-        self.proven = True
+        folder = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
         self.report.event("checkpoint", step=step, folder=str(folder.relative_to(self.report.run.path)))
         checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 

@@ -1,12 +1,12 @@
 """Optimizer, learning-rate schedule and precision, as the job names them."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
@@ -103,9 +103,3 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     if device.type != "cuda":
         raise JobError("train.precision", "fp16", "needs a GPU: CPU kernels lack it", "Use bf16 or float32")
     return torch.amp.GradScaler("cuda")
-
-
-def copy_tensors(kept: Iterable[Tensor], new: Iterable[Tensor]) -> None:
-    """Give tensors new values."""
-    for old, value in zip(kept, new, strict=True):
-        old.copy_(value)

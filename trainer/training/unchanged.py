@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 
 from trainer.parallel.module_state import is_dense
 from trainer.task import Task
-from trainer.training.optimizer import copy_tensors
 
 COLLECTIONS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 SMALL, FROZEN = 2**20, 2**26
@@ -44,11 +43,14 @@ def unchanged(model: nn.Module, task: Task) -> Iterator[None]:
         for live, kept in attributes:
             for name in live.keys() - kept.keys():
                 del live[name]
-            live.update({name: value for name, value in kept.items() if live.get(name) is not value})
+            live.update({name: value for name, value in kept.items() if live.get(name, live) is not value})
         for collection, kept in collections:
             put_back(collection, kept)
         with torch.no_grad():
-            copy_tensors(tensors.values(), before)
+            for tensor, value in zip(tensors.values(), before, strict=True):
+                if tensor.shape != value.shape:  # as observers of quantization do
+                    tensor.resize_(value.shape)
+                tensor.copy_(value)
 
 
 def put_back(collection: Any, kept: Any) -> None:

@@ -1,6 +1,5 @@
 """The model that `Task.model` returns: refused, or made ready to train. In which modes, and what is said about them."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.checkpoint.files import dump
 from trainer.checkpoint.weights import enumerate_names
 from trainer.config.job import Job
 from trainer.errors import JobError
@@ -104,19 +102,12 @@ def _lay_out(model: nn.Module, channels_last: bool) -> None:
 
 
 def _check_state(model: nn.Module) -> None:
-    """Save and load what the model calls its state, as a resumed run will."""
-    state = model.state_dict()
+    """Load what the model calls its state, as a resumed run will."""
     try:
-        others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-        if others:
-            file = io.BytesIO()
-            dump(others, file)
-            file.seek(0)
-            torch.load(file, weights_only=True)
-        model.load_state_dict(state)
+        model.load_state_dict(model.state_dict())
     except Exception as error:
-        problem = f"its state dict cannot be saved and loaded again: {' '.join(str(error).split())[:300]}"
-        remedy = "Let state_dict and get_extra_state return tensors and plain values, all that load_state_dict needs"
+        problem = f"its state dict cannot be loaded again: {' '.join(str(error).split())[:300]}"
+        remedy = "Let state_dict return all that load_state_dict needs"
         raise JobError("task.model", type(model).__name__, problem, remedy) from error
 
 

@@ -15,6 +15,7 @@ class Busy(nn.Module):
     """Changes all that a module has."""
 
     running: Tensor
+    range: Tensor
     late: Tensor | None
 
     def __init__(self) -> None:
@@ -22,6 +23,8 @@ class Busy(nn.Module):
         self.norm, self.frozen = nn.BatchNorm1d(3), nn.Parameter(torch.ones(3), requires_grad=False)
         self.register_buffer("running", torch.zeros(3))
         self.register_buffer("late", None)
+        self.register_buffer("range", torch.zeros(0))
+        self.layer: nn.Module | None = None
         self.calls, self.seen, self.state = 0, [1], torch.zeros(2)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -33,6 +36,8 @@ class Busy(nn.Module):
         self.late = torch.ones(1)
         self.register_buffer("new", torch.ones(1))
         self.frozen.data.mul_(2)
+        self.layer = nn.Linear(3, 3)  # a module now, where a plain attribute was
+        self.range.resize_(3).fill_(1)
         output: Tensor = self.norm(values)
         return output
 
