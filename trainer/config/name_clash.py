@@ -13,8 +13,7 @@ def find_clash(module: str) -> Path | None:
 
     Nothing is run. Folders of the user are those that do not belong to Python's installation or environment.
     """
-    places = [Path(place) for place in sys.path if place]
-    folders = [place for place in places if not any(map(place.is_relative_to, (sys.prefix, sys.base_prefix)))]
+    folders = [folder for folder in map(Path, filter(None, sys.path)) if _is_users(folder)]
     candidates = [folder / name for folder in folders for name in (f"{OWN.name}.py", OWN.name)]
     theirs = next((path for path in candidates if path.exists() and path.resolve() != OWN), None)
     if theirs is None:
@@ -30,6 +29,11 @@ def find_clash(module: str) -> Path | None:
                 seen.add(file)
                 waiting += _imports(file, folders)
     return None
+
+
+def _is_users(folder: Path) -> bool:
+    installed = {"site-packages", "dist-packages"} & set(folder.parts)
+    return not installed and not any(folder.is_relative_to(root) for root in (sys.prefix, sys.base_prefix, OWN.parent))
 
 
 def _is_ours(name: str) -> bool:

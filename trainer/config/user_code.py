@@ -96,11 +96,43 @@ def _check_arguments(item: ast.ClassDef, arguments: dict[str, Any]) -> None:
             raise JobError(f"task_args.{key}", value, f"{item.name} has no such argument", remedy)
 
 
-def find_source(module: str) -> Path | None:
-    """The file that `module` would be imported from, without importing any package on the way."""
-    head, *rest = module.split(".")
+def check_script(script: str, folder: Path, places: Sequence[Path]) -> None:
+    """Refuse a script that is no Python to this interpreter, or a module that is not found in `places` or installed.
+
+    `folder`: where a relative path begins. Raises JobError.
+    """
+    file: Path | None = folder / script
+    if script.startswith(MODULE):
+        name = script.removeprefix(MODULE).strip()
+        file = find_source(name, places)
+        if file is not None and file.name == "__init__.py":
+            file = find_source(f"{name}.__main__", places)
+        if file is None:
+            among = ", ".join(map(str, places))
+            raise JobError(
+                "script", script, f"no module {name} that can be run", f"Looked into {among}: set python_path"
+            )
+    if file is None or file.suffix in (".so", ".pyc"):
+        return
     try:
-        spec = importlib.util.find_spec(head)
+        compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+    except OSError as error:
+        raise JobError("script", script, f"cannot be read ({error})", "Give a file that you may read") from None
+    except (SyntaxError, ValueError) as error:
+        line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        problem = f"is no Python: {file.name}{line}: {getattr(error, 'msg', error)}"
+        raise JobError("script", script, problem, "Correct the source, or give a script in Python") from None
+
+
+def find_source(module: str, first: Sequence[Path] = ()) -> Path | None:
+    """The file that `module` would be imported from, without importing any package on the way.
+
+    `first`: folders that are looked into before those of this process.
+    """
+    head, *rest = module.split(".")
+    spec = PathFinder.find_spec(head, list(map(str, first))) if first else None
+    try:
+        spec = spec or importlib.util.find_spec(head)
     except (ImportError, ValueError):
         return None
     for name in rest:

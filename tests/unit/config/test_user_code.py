@@ -12,7 +12,7 @@ from paths import ROOT
 
 from trainer.config.load import merge_job, to_job
 from trainer.config.name_clash import find_clash
-from trainer.config.user_code import import_paths
+from trainer.config.user_code import check_script, import_paths
 from trainer.errors import JobError
 from trainer.run.folder import RunFolder
 
@@ -81,6 +81,28 @@ def test_a_task_that_needs_a_trainer_of_its_own_is_refused(project: Path, code: 
             to_job(merge_job("job-file.yaml"))
     with pytest.raises(JobError, match="imports trainer"):
         to_job(merge_job("job-file.yaml", ["task=trainer:Engine"]))
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("-m cells.task", ""), ("-m cells", "no module cells that can be run"), ("-m other", ""), ("-m json.tool", ""),
+        ("-m pytest", ""), ("-m nowhere.train", r"no module nowhere.train .*set python_path"), ("good.py", ""),
+        ("train.sh", r"is no Python: train.sh line 2"), ("zeros.py", "is no Python"),
+    ],
+)  # fmt: skip
+def test_a_script_that_cannot_run_here_is_refused_when_it_is_submitted(
+    project: Path, script: str, expected: str
+) -> None:
+    Path("good.py").write_text("print('é')\n")
+    Path("train.sh").write_text("#!/bin/sh\nexport A=1\n")
+    Path("zeros.py").write_bytes(b"a = 1\0")
+    places = import_paths(project / "job-file.yaml", ["lib"])
+    if not expected:
+        return check_script(script, project, places)
+    with pytest.raises(JobError, match=f"script='{script}': .*{expected}"):
+        check_script(script, project, places)
+    return None
 
 
 @pytest.mark.parametrize("words", [["--version"], ["agent", "--help"]])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.job import Job
+from trainer.config.user_code import check_script, import_paths
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.local.gpu_lease import Lease, try_lock
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform, SiteT
@@ -144,7 +145,10 @@ class Local(Supervised[None]):
     def submit(self, plan: Plan[None], request: list[str], follow: bool) -> dict[str, Any]:
         wanted_devices(plan.job, visible_devices())
         source = read_json(plan.run.source) or {}
-        check_files(plan.job, plan.run, Path(source.get("working_directory", os.getcwd())), True)
+        folder = Path(source.get("working_directory", os.getcwd()))
+        check_files(plan.job, plan.run, folder, True)
+        if plan.job.script:
+            check_script(plan.job.script, folder, import_paths(plan.run.job, plan.job.python_path))
         return self.supervise(plan, follow)
 
     def nodes(self, run: RunFolder, job: Job) -> Nodes:
