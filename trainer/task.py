@@ -39,8 +39,9 @@ class Task(ABC):
 
         For random augmentation give the dataset a method `sample(index, rng)`, which is called instead of
         `[index]` with a `numpy.random.Generator` that depends on (seed, epoch, index) alone. A dataset that
-        draws from the global generators of `random`, `numpy` or `torch` works too: they are seeded the same
-        way around each sample; set the attribute `deterministic = True` on one that draws nothing, to skip that.
+        draws from the global generators of `random`, `numpy` or `torch`, or from generators that it holds, works
+        too: they are seeded the same way around each sample; set the attribute `deterministic = True` on one that
+        draws nothing, to skip that.
         """
 
     @abstractmethod
@@ -48,20 +49,23 @@ class Task(ABC):
         """The held-out samples; `len()` and `[index]`."""
 
     @abstractmethod
-    def loss(self, output: Any, batch: Any) -> Tensor:
+    def loss(self, output: Any, batch: Any) -> Tensor | tuple[Tensor, Tensor | float]:
         """One loss per sample, shape (batch,). The trainer takes the mean over the global batch.
+
+        Or (sum, count): the sum of some losses and their number, as numbers or each of shape (batch,). The trainer
+        divides the sum over the global batch by the count over the global batch, for means over tokens or the like.
 
         All global generators of random numbers are seeded from (seed, step, rank) before each step.
 
-        With more than two ranks a step that counts for nothing comes first. What it changes in the
-        model is put back after it; what the task counts in Python is not.
+        Everything is tried before the first step, in steps that count for nothing. What these change in the model, and
+        in attributes of the task, is put back.
         """
 
-    def metrics(self, output: Any, batch: Any) -> Mapping[str, Tensor]:
-        """Per-sample values of the evaluation, each of shape (batch, ...)."""
+    def metrics(self, output: Any, batch: Any) -> Mapping[str, Any]:
+        """Per-sample values of the evaluation, each of shape (batch, ...): tensors, arrays or lists."""
         return {}
 
-    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, float]:
+    def summary(self, sums: Mapping[str, Tensor], count: int) -> Mapping[str, Any]:
         """Turn sums over all `count` held-out samples into the metrics to report; default: means."""
         return {name: float(total) / count for name, total in sums.items() if total.numel() == 1}
 

@@ -41,7 +41,10 @@ def read_losses(value: Any) -> Tensor:
 def _read_pair(total: Any, count: Any) -> Tensor:
     problem, remedy = "", "Return the sum of the losses, and of how many: numbers, or both of shape (batch,)"
     if isinstance(count, Tensor) and count.requires_grad:
-        problem, remedy = "the count has gradients: are these two losses?", "Add losses up before you return them"
+        problem, remedy = (
+            "the count has gradients: these seem to be two losses",
+            "Add losses up before you return them",
+        )
     elif not isinstance(total, Tensor) or not isinstance(count, (Tensor, int, float, np.generic)):
         problem = f"a pair of {type(total).__name__} and {type(count).__name__} is not (sum, count)"
     if problem:

@@ -87,8 +87,14 @@ class Trial:
         indices = micro.indices[: SAMPLES * replicas]
         batch = self.read_twice(0, (0, indices))
         self.seed(self.parallel.rank)
-        losses = self.parallel.compute(batch, len(indices))
-        check_count(losses, len(indices))
+        try:
+            losses = self.parallel.compute(batch, len(indices))
+            check_count(losses, len(indices))
+        except JobError as error:
+            if len(indices) >= SAMPLES:
+                raise
+            problem = f"{error.problem} (met in a batch of {len(indices)}, the last of an epoch)"
+            raise JobError(error.key, error.value, problem, error.remedy) from error
         if not losses.requires_grad:
             problem = "has no gradient: it does not depend on the weights of the model"
             remedy = "Compute it from `output` with torch alone: no .item(), .detach(), .numpy(), torch.no_grad()"
@@ -128,8 +134,9 @@ class Trial:
             kind = type(loader.batches.dataset).__name__
             self.report.notice(
                 f"{loader.batches.key}: a sample of {kind} is another when it is read again with the same seed, so a "
-                "restart, or other ranks and workers, change the training. Draw from random, NumPy, torch, a generator "
-                "that is an attribute of dataset or transform, or the rng of a method sample(index, rng)"
+                "restart, or other ranks and workers, change the training. Do not change it in place, and draw from "
+                "random, NumPy, torch, a generator that is an attribute of dataset or transform, or the rng of a "
+                "method sample(index, rng)"
             )
         [batch] = self.mover.move(iter(read[:1]))
         return batch

@@ -34,7 +34,7 @@ def test_losses(value: Any, expected: Tensor) -> None:
     (None, "must be a tensor with one value per sample"), (0.5, "must be a tensor"),
     ({"a": FOUR}, "Add several losses up"), ([FOUR, FOUR], "Add several losses up"),
     (FOUR.mean(), "one value per sample"),
-    (torch.ones(4, 3), r"reduction=\"none\""), ((FOUR, FOUR.clone().requires_grad_()), "are these two losses"),
+    (torch.ones(4, 3), r"reduction=\"none\""), ((FOUR, FOUR.clone().requires_grad_()), "seem to be two losses"),
     ((FOUR, torch.ones(3)), "are not the shapes of a pair"), ((FOUR, torch.ones(4, 3)), "are not the shapes"),
     ((FOUR, None), "is not \\(sum, count\\)"), ((3.0, 4), "is not \\(sum, count\\)"),
 ])  # fmt: skip
