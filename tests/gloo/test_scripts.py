@@ -58,7 +58,7 @@ from .names import NAME
 multiprocessing.set_start_method("spawn")
 os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", sys.argv[1]
 sys.excepthook = lambda kind, error, trace: print("their hook:", error, flush=True)
-dist.init_process_group("gloo")
+dist.init_device_mesh("cpu", (2,))
 total = torch.ones(1)
 dist.all_reduce(total)
 print("together", NAME, int(total), __package__, __spec__.name, end="", flush=True)

@@ -146,8 +146,9 @@ def watch_process_group(run: RunFolder, wiring: RankWiring) -> None:
             with contextlib.suppress(OSError):
                 run.record("process_group", attempt=wiring.attempt, ranks=distributed.get_world_size())
 
-    for module in (distributed, distributed.distributed_c10d):
-        setattr(module, "init_process_group", init_process_group)  # noqa: B010
+    for module in list(sys.modules.values()):  # parts of torch, such as device meshes, call it by a name of their own
+        if getattr(module, "__dict__", {}).get("init_process_group") is join:
+            setattr(module, "init_process_group", init_process_group)  # noqa: B010
 
 
 def report_separate_ranks(job: Job, run: RunFolder, say: Callable[[str], None]) -> None:
