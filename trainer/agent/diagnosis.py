@@ -104,7 +104,8 @@ class Diagnosis:
         oom = oom_kills() > self.oom_before
         record = read_json(self.run.rank_failure(self.attempt, rank))
         if record is not None:
-            kind = classify(record["code"], " ".join(record["chain"]), record["message"], "", oom)
+            record["said"] = without_traceback(record["message"])
+            kind = classify(record["code"], " ".join(record["chain"]), record["said"], "", oom)
             if record["code"] == WRONG_JOB:
                 return self._of(rank, kind, record["message"], record["code"], record["time"])
             return self._raised(index, kind, record)
@@ -117,7 +118,7 @@ class Diagnosis:
 
     def _raised(self, index: int, kind: str, record: dict[str, Any]) -> Failure:
         """The failure of a rank that raised an exception: where, after which step, and whether it may pass."""
-        message = f"{record['exception']}: {record['message']}"
+        message = f"{record['exception']}: {record['said']}"
         failure = self._of(self.first_rank + index, kind, message, record["code"], record["time"])
         place = place_of(f"{record['traceback']}\n{record['message']}", self.roots)
         step = 0 if self.job.script else self.heartbeat.read(index).step
@@ -198,6 +199,14 @@ class Diagnosis:
             new = any(written.values())
         mains = {index: text.decode(errors="replace").rpartition("call first):")[2] for index, text in texts.items()}
         return {index: [Frame(*found) for found in FRAME.findall(main)] for index, main in mains.items()}
+
+
+def without_traceback(message: str) -> str:
+    """The message of an exception; of one in a loader worker, whose traceback torch puts into it, that alone."""
+    if "Original Traceback" not in message:
+        return message
+    last = message.rstrip().rpartition("\n")[2].strip()
+    return f"{last.partition(': ')[2] or last} (in a loader worker)"
 
 
 def where(stack: list[Frame]) -> str:

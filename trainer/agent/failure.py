@@ -71,6 +71,8 @@ KINDS = {
         r"(?i)shared memory|/dev/shm|unable to (open|allocate) shared|Bus error"),
     "out of memory": ("Lower train.batch_size or raise train.accumulate, or ask for more memory in the site file",
         r"(?i)out of memory|OutOfMemoryError|MemoryError|can't allocate memory|Cannot allocate memory"),
+    "download": ("Your code could not fetch something: check address and network on that node, or fetch it beforehand",
+        r"URLError|HTTPError|HTTPS?ConnectionPool|MaxRetryError|CommError|LocalEntryNotFound|OfflineModeIsEnabled"),
     "port": ("Another process holds the port; unset MASTER_PORT so that a free one is chosen",
         r"(?i)EADDRINUSE|address already in use|candidates could be bound"),
     "DNS": ("Check that the host names resolve on every node (Kubernetes: headless Service, publishNotReadyAddresses)",

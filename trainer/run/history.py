@@ -71,7 +71,8 @@ def last_words(run: RunFolder, events: Sequence[Event]) -> str:
     recent = _recent(events)
     lost = last_event(recent, "agent_lost")
     if lost is not None:
-        return f"the agent of node {lost['node']} was lost (exit {lost['code']}) too often; see {run.logs}"
+        how = f"ended by signal {-lost['code']}" if lost["code"] < 0 else f"exit {lost['code']}"
+        return f"the agent of node {lost['node']} was lost ({how}), more often than agent.restarts allows"
     since = recent[0]["time"] if recent else 0.0
     for log in (*sorted(run.logs.glob("node-*.log")), *sorted(run.logs.glob("s*.*"))):  # of Slurm, the supervisor
         lines = last_lines(log).split("\n") if log.stat().st_mtime >= since else []

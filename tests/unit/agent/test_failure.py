@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.agent.diagnosis import without_traceback
 from trainer.agent.failure import KINDS, Failure, classify, describe_exit, first_failure, paragraph
 
 NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
@@ -22,6 +23,8 @@ NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
         (-7, "", "", "", "shm"),
         (1, "DistNetworkError", "The server socket has failed to bind to port 29500: EADDRINUSE", "", "port"),
         (1, "gaierror", "[Errno -2] Name or service not known", "", "DNS"),
+        (1, "URLError", "<urlopen error [Errno -2] Name or service not known>", "", "download"),
+        (1, "ConnectionError", "HTTPSConnectionPool(host='hub', port=443): Max retries exceeded", "", "download"),
         (1, "RuntimeError", NO_ROUTE, "", "interface"),
         (1, "DistBackendError", "NCCL error: Bootstrap : no socket interface found", "", "interface"),
         (1, "RuntimeError", "Connection closed by peer [10.0.0.2]:5000", "", "peer lost"),
@@ -42,6 +45,17 @@ NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
 def test_classes(code: int, exception: str, message: str, log: str, kind: str) -> None:
     assert classify(code, exception, message, log, oom_killed=False) == kind
     assert KINDS[kind]
+
+
+def test_of_a_loader_workers_message_its_own_exception_counts() -> None:
+    text = (
+        "Caught IndexError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+    )
+    assert without_traceback(f"{text}IndexError: list index out of range\n") == (
+        "list index out of range (in a loader worker)"
+    )
+    assert without_traceback(f"{text}KeyError\n") == "KeyError (in a loader worker)"
+    assert without_traceback("bad sample\nof two lines") == "bad sample\nof two lines"
 
 
 def test_the_kernels_own_count_tells_a_kill_for_memory_from_any_other() -> None:

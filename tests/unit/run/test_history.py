@@ -106,4 +106,4 @@ def test_where_nobody_said_why_the_end_of_a_log_does(tmp_path: Path) -> None:
     os.utime(log, (50, 50))  # of an earlier launch
     assert last_words(run, events("submitted")) == ""
     lost = ("agent_lost", {"node": 1, "code": -9})
-    assert last_words(run, events("submitted", lost)).startswith("the agent of node 1 was lost (exit -9)")
+    assert last_words(run, events("submitted", lost)).startswith("the agent of node 1 was lost (ended by signal 9)")
