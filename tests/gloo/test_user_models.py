@@ -75,9 +75,10 @@ def test_weights_are_loaded_as_far_as_they_fit(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_learn_are_told_or_refused(tmp_path: Path) -> None:
-    keys = ["task=model_tasks:Untrained", "parallel=single", "train.steps=2"]
+    keys = ["task=model_tasks:Untrained", "parallel=single", "train.steps=4", "evaluation.every_steps=1"]
     run = complete(tmp_path / "detached", make_job(*keys, "task_args.late=false"))
     assert run.output().count("NOTE: no gradient reached first.weight, first.bias in the first step") == 1
+    assert run.output().count("NOTE: extra got requires_grad=True after the start") == 1
     run = train(tmp_path / "late", make_job(*keys, "task_args.late=true", "train.ema_decay=0.9"))
     assert run.code == WRONG_JOB
     assert "last.weight, last.bias': the forward pass makes these weights" in run.output()

@@ -18,7 +18,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        module.train()  # not the flags alone: the user's own `train` may do more, such as split merged weights
+        module.train()  # not the flags alone: the user's own method may do more, such as split merged weights
         for part, training in modes:
             part.training = training
 

@@ -37,7 +37,7 @@ def evaluate(
     step.model = model
     parallel.share_buffers()
     try:
-        with evaluation_mode(step), any_kernels():
+        with evaluation_mode(model), any_kernels():
             for turn in range(rounds):
                 if parallel.any(stop()):
                     return None

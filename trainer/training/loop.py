@@ -32,7 +32,7 @@ from trainer.training.schedule import make_schedule
 from trainer.training.smallest_batch import check_smallest_batch
 from trainer.training.trial import Trial, check_savable
 from trainer.training.unchanged import unchanged
-from trainer.training.user_model import check_gradients
+from trainer.training.user_model import check_gradients, unfrozen_weights
 from trainer.training.weight_average import WeightAverage
 
 DATASETS = "task.train_dataset", "task.eval_dataset"
@@ -62,6 +62,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.checked = False
         """Whether the gradients of a first step were looked at."""
+        self.told: set[str] = set()
         self.loader, self.eval_loader = (
             Loader(data, task, job.data, job.seed, parallel.cuda, key)
             for key, data in zip(DATASETS, (train_data, eval_data), strict=True)
@@ -188,8 +189,7 @@ class Trainer:
             parallel.backward(losses, weight, self.scaler, self.stop())
         if not self.checked:
             self.checked = True
-            for notice in check_gradients(self.state.model, self.parameters):
-                self.report.say(f"NOTE: {notice}")
+            self.tell(check_gradients(self.state.model, self.parameters))
         step_count = micros[0][0].step_count
         after = position.after(step_count, self.sampler.count)
         due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)
@@ -207,6 +207,13 @@ class Trainer:
             self.save_and_stop()
         if due:
             self.finish_step()
+
+    def tell(self, notices: list[str]) -> None:
+        """Tell the user, each thing once."""
+        for notice in notices:
+            if notice not in self.told:
+                self.report.say(f"NOTE: {notice}")
+        self.told.update(notices)
 
     def seed_generators(self, number: int, stream: bytes) -> None:
         """Seed all generators for what is computed at the current position, so none is ever saved."""
@@ -245,6 +252,7 @@ class Trainer:
                 return
             self.state.metrics, self.state.measured_at = metrics, position.step
             self.report.evaluation(position, metrics)
+            self.tell(unfrozen_weights(self.state.model, self.parameters))
         self.state.evaluated = True
         if self.cadence.checkpoint(position):
             self.state.save(wait=position.step >= self.steps)

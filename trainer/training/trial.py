@@ -66,7 +66,7 @@ class Trial:
             check_weights(step.model, trained)
             own, step.model = step.model, model
             try:
-                with evaluation_mode(step):
+                with evaluation_mode(model):
                     names = self.evaluate()
             finally:
                 step.model = own

@@ -23,7 +23,14 @@ def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, l
     Raises JobError: it cannot be trained.
     """
     _check(model)
-    model = model.to(device)
+    kind = type(model).__name__
+    try:
+        model = model.to(device)
+        trains = {name: part.training for name, part in model.named_modules()}
+        model.train()
+    except (NotImplementedError, TypeError, ValueError) as error:  # quantized models, exported programs
+        problem = f"cannot be moved to {device} and trained: {error}"
+        raise JobError("task.model", kind, problem, "Return a model that can") from error
     if job.train.precision == "float64":
         model = model.double()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -32,7 +39,7 @@ def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, l
     _lay_out(model, job.train.channels_last)
     _check_state(model)
     _check_sparse(model, job)
-    return model, [*_set_modes(model), *_check_halves(model, job)]
+    return model, [*_set_modes(model, trains), *_check_halves(model, job)]
 
 
 def weights_beside(task: Task, model: nn.Module) -> list[str]:
@@ -51,12 +58,27 @@ def weights_beside(task: Task, model: nn.Module) -> list[str]:
 
 def check_weights(model: nn.Module, trained: Sequence[Tensor]) -> None:
     """Refuse weights that a forward pass made. Raises JobError: they are not among those that are `trained`."""
-    known = set(map(id, trained))
-    new = [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
+    new = _others(model, trained)
     if new:
         problem = "the forward pass makes these weights, too late for the optimizer"
         remedy = "Call the model once on a batch in Task.model, before you return it"
         raise JobError("task.model", enumerate_names(new), problem, remedy)
+
+
+def unfrozen_weights(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
+    """A notice if weights ask for gradients that are not among those that are `trained`."""
+    new = _others(model, trained)
+    if not new:
+        return []
+    return [
+        f"{enumerate_names(new)} got requires_grad=True after the start, too late for the optimizer: they do not "
+        "learn. Leave it on from the start, or go on in a new run with checkpoint.load"
+    ]
+
+
+def _others(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
+    known = set(map(id, trained))
+    return [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
 
 
 def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
@@ -84,6 +106,8 @@ def _check(model: Any) -> None:
         if torch.nn.parameter.is_lazy(value):
             remedy = "Call the model once on a batch before you return it: then its layers know their sizes"
             raise JobError("task.model", name, "has no size yet (a lazy layer)", remedy)
+        if value.is_inference():
+            raise JobError("task.model", name, "was made in inference mode", "Leave torch.inference_mode() before")
         if value.is_meta:
             remedy = "Build it outside of torch.device('meta'), or give it its weights before you return it"
             raise JobError("task.model", name, "is on the meta device: it has no values", remedy)
@@ -111,11 +135,12 @@ def _check_state(model: nn.Module) -> None:
         raise JobError("task.model", type(model).__name__, problem, remedy) from error
 
 
-def _set_modes(model: nn.Module) -> list[str]:
-    """Training mode, except for the parts that `Task.model` or their own `train` put into evaluation mode."""
+def _set_modes(model: nn.Module, trains: dict[str, bool]) -> list[str]:
+    """Training mode, except for the parts that `Task.model` or their own `train` put into evaluation mode.
+
+    `trains`: which were in training mode before the `train` of the whole model.
+    """
     parts = dict(model.named_modules())
-    trains = {name: part.training for name, part in parts.items()}
-    model.train()
     if not any(trains.values()):
         return [
             "model() returned the model in evaluation mode, as from_pretrained does. It trains in training mode. To "

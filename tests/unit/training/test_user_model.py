@@ -78,6 +78,19 @@ def test_memory_is_laid_out() -> None:
     assert "places" not in model.state_dict()
 
 
+class Fixed(nn.Linear):
+    """Cannot change its mode, as an exported program."""
+
+    def train(self, mode: bool = True) -> Fixed:
+        """Refuse."""
+        raise NotImplementedError("Calling train() is not supported yet.")
+
+
+@torch.inference_mode()
+def made_in_inference_mode() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
 class Filtering(nn.Linear):
     """Saves less than it loads."""
 
@@ -92,6 +105,8 @@ class Filtering(nn.Linear):
     (nn.DataParallel(nn.Linear(2, 2)), {}, "wraps the model already"),
     (nn.Sequential(nn.LazyLinear(3)), {}, "Call the model once on a batch"),
     (nn.Linear(2, 2, device="meta"), {}, "on the meta device"),
+    (Fixed(2, 2), {}, "cannot be moved to cpu and trained: Calling train"),
+    (made_in_inference_mode(), {}, "weight': was made in inference mode"),
     (Filtering(2, 2), {}, "cannot be loaded again.*weight"),
     (nn.Linear(2, 2).half(), {"precision": "fp16"}, r"Return model\.float\(\)"),
     (nn.Linear(2, 2).bfloat16(), {"ema_decay": 0.9}, r"Return model\.float\(\)"),
