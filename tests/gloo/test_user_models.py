@@ -84,6 +84,14 @@ def test_weights_that_do_not_learn_are_told_or_refused(tmp_path: Path) -> None:
     assert "last.weight, last.bias': the forward pass makes these weights" in run.output()
 
 
+def test_ranks_that_differ_are_told_and_what_ddp_cannot_do_is_named(tmp_path: Path) -> None:
+    keys = ["task=model_tasks:Uneven", "devices_per_node=2", "train.steps=2", "train.lr=0.001"]
+    run = complete(tmp_path / "uneven", make_job(*keys))
+    assert "NOTE: the ranks hold different values of offset: something beside the optimizer" in run.output(0)
+    run = train(tmp_path / "refused", make_job(*keys, "ddp.find_unused_parameters=true"))
+    assert run.code == WRONG_JOB and "use_reentrant=False" in run.output(0)
+
+
 def refuse(folder: Path, *keys: str) -> Run:
     run = train(folder, make_job("task=model_tasks:Narrow", *keys))
     assert run.code == WRONG_JOB and not list(folder.glob("metrics.jsonl"))

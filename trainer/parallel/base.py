@@ -137,6 +137,10 @@ class Parallel:
     def meet(self) -> None:
         """Wait until all ranks have come here."""
 
+    def differing_weights(self) -> list[str]:
+        """The names of weights that are not the same on all ranks, though they should be."""
+        return []
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag

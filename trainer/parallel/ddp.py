@@ -27,6 +27,8 @@ HALF = ("bf16", "fp16")
 
 UNSHARED = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that gloo does not know."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By their bytes; for others those of 8."""
 
 
 class VotingStep(Step):
@@ -119,7 +121,15 @@ class Distributed(Parallel):
             ballot = self._ballot()
             if ballot.dtype is not self.vote.dtype:
                 ballot = ballot.to(self.vote.dtype)
-            run_backward((losses, self._vote_output), (gradient, ballot))
+            try:
+                run_backward((losses, self._vote_output), (gradient, ballot))
+            except RuntimeError as error:
+                if "ready only once" not in str(error):
+                    raise
+                problem = "DDP met a weight twice in one backward pass, such as through checkpoint(use_reentrant=True)"
+                remedy = "Use checkpoint(..., use_reentrant=False), or set it to false and ddp.static_graph=true"
+                key, value = "ddp.find_unused_parameters", self.job.ddp.find_unused_parameters
+                raise JobError(key, value, problem, remedy) from error
         else:
             super()._backward(losses, gradient)
 
@@ -181,7 +191,9 @@ class Distributed(Parallel):
         """
         averages = self._averages(due)
         if averages and self._local():
-            coalesced(self._average, [weight.data for weight in self.step.model.parameters() if weight.requires_grad])
+            weights = list(self.step.model.parameters())
+            coalesced(self._average, [weight.data for weight in weights if weight.requires_grad])
+            coalesced(broadcast, [weight.data for weight in weights if not weight.requires_grad])  # a mean rounds
             states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim()]
             coalesced(self._average, states)
             self.share_buffers()
@@ -204,7 +216,14 @@ class Distributed(Parallel):
     def share_buffers(self) -> None:
         """Give all ranks rank 0's buffers. DDP does that before a forward pass of training only."""
         buffers = filter(is_dense, self.step.model.buffers())
-        coalesced(lambda flat: dist.broadcast(flat.view(torch.uint8), 0), list(buffers))
+        coalesced(broadcast, list(buffers))
+
+    def differing_weights(self) -> list[str]:
+        named = [(name, weight.detach()) for name, weight in self.step.model.named_parameters() if is_dense(weight)]
+        # Bits as whole numbers: their sum is the same in any order, on any processor.
+        bits = (weight.reshape(-1).view(INTEGERS.get(weight.itemsize, torch.int64)) for _, weight in named)
+        every = self.gather_objects([int(part.sum(dtype=torch.int64)) for part in bits])
+        return [name for (name, _), *found in zip(named, *every, strict=True) if len(set(found)) > 1]
 
     def meet(self) -> None:
         """Wait for all ranks: before the first step longer than a collective would."""
@@ -247,6 +266,11 @@ def coalesced(change: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> 
         change(flat)
         for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def broadcast(flat: Tensor) -> None:
+    """Give all ranks what rank 0 has, whatever its type."""
+    dist.broadcast(flat.view(torch.uint8), 0)
 
 
 def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:

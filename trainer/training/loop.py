@@ -32,7 +32,7 @@ from trainer.training.schedule import make_schedule
 from trainer.training.smallest_batch import check_smallest_batch
 from trainer.training.trial import Trial, check_savable
 from trainer.training.unchanged import unchanged
-from trainer.training.user_model import check_gradients, unfrozen_weights
+from trainer.training.user_model import check_gradients, differing_weights, unfrozen_weights
 from trainer.training.weight_average import WeightAverage
 
 DATASETS = "task.train_dataset", "task.eval_dataset"
@@ -62,6 +62,8 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.checked = False
         """Whether the gradients of a first step were looked at."""
+        self.compared = False
+        """Whether the weights of all ranks were."""
         self.told: set[str] = set()
         self.loader, self.eval_loader = (
             Loader(data, task, job.data, job.seed, parallel.cuda, key)
@@ -245,6 +247,9 @@ class Trainer:
         """Evaluate and save where that is due after the current position; a stop may come in between."""
         position = self.position
         self.loss_check.read_deferred()
+        if not self.compared:
+            self.compared = True
+            self.tell(differing_weights(self.parallel.differing_weights()))
         if self.cadence.evaluation(position):
             metrics = self.evaluate()
             if metrics is None:

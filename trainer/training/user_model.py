@@ -76,6 +76,17 @@ def unfrozen_weights(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
     ]
 
 
+def differing_weights(names: list[str]) -> list[str]:
+    """A notice if ranks hold different values of the weights with these names."""
+    if not names:
+        return []
+    return [
+        f"the ranks hold different values of {enumerate_names(names)}: something beside the optimizer writes to them, "
+        "from samples that each rank has its own of. Set them in Task.model, or exchange with torch.distributed what "
+        "is written"
+    ]
+
+
 def _others(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
     known = set(map(id, trained))
     return [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
