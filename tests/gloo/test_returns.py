@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from faults import Fault
+from muster_runs import muster
 from ranks import complete, evaluations, events, losses, make_job, train
 from states import difference, read_state
 
@@ -67,3 +69,31 @@ def test_what_cannot_be_reported_is_refused_before_the_first_step(tmp_path: Path
     run = train(tmp_path, make_job("devices_per_node=2", "checkpoint.best=acuracy"))
     assert run.code == 64 and "checkpoint.best='acuracy': is not a metric of this task" in run.output(0)
     assert not events(tmp_path, "training")
+
+
+def test_a_run_whose_data_or_schedule_changed_says_so(tmp_path: Path) -> None:
+    keys = ["parallel=single", "train.schedule=cosine"]
+    first = train(tmp_path, make_job(*keys, "train.steps=10"))  # two epochs of five steps
+    assert first.code == 0
+    shorter = train(tmp_path, make_job(*keys, "task_args.count=90", "train.steps=12"))
+    assert shorter.code == 0 and sorted(read_state(tmp_path)["position"].values()) == [2, 12, 48]
+    told = [event["message"] for event in events(tmp_path, "notice")]
+    assert "has 90 samples, and had 101 when the run stopped: the next epoch goes over those" in told[0]
+    assert "the learning rate of step 11 is 0.00" in told[1] and "now spans 12 steps" in told[1]
+    for count in (40, 91):
+        run = train(tmp_path, make_job(*keys, f"task_args.count={count}", "train.steps=12"))
+        assert run.code == 64 and "had 90 when the run stopped in the middle of epoch 3" in run.output()
+    assert len(events(tmp_path, "notice")) == 2
+    complete(tmp_path, make_job(*keys, "task_args.count=90", "train.steps=12"))
+
+
+def test_a_metric_that_some_batches_lack_is_named(tmp_path: Path) -> None:
+    run = train(tmp_path, make_job("task=returning_tasks:Named", "task_args.late=true", "parallel=single"))
+    assert run.code == 64 and "task.metrics='more': is missing in some batches" in run.output()
+
+
+def test_sets_have_one_order_in_all_processes(tmp_path: Path) -> None:
+    done = muster("run", "small.yaml", "task=returning_tasks:Named", f"runs={tmp_path}", "nodes=2", "train.steps=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [path.read_text() for path in tmp_path.glob("*/logs/rank-*.log")]
+    assert len(logs) == 2 and len({re.findall("order of names.*", log)[0] for log in logs}) == 1

@@ -13,6 +13,7 @@ from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
 from trainer.data.nested import map_tensors
 from trainer.data.sampler import evaluation_batches
+from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.module_state import evaluation_mode
 from trainer.parallel.returned import check_values, mean_loss, read_summary
@@ -51,6 +52,11 @@ def evaluate(
         step.model = own
     parts = parallel.gather_objects(map_tensors(sums, Tensor.cpu))
     every: list[dict[str, Any]] = [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]
+    names = set(itertools.chain(*every))
+    missing = {name for name in names if not all(name in values for values in every)}
+    if missing:
+        remedy = "Return the same names for each batch, with zeros where there is nothing to count"
+        raise JobError("task.metrics", ", ".join(sorted(missing)), "is missing in some batches", remedy)
     total = {key: functools.reduce(torch.add, (values[key] for values in every)) for key in every[0]}
     loss = mean_loss(total.pop("loss"), count)
     seed(len(every))
