@@ -53,6 +53,7 @@ LOOP = """
 import multiprocessing, os, sys
 import torch
 import torch.distributed as dist
+import trainer.loop
 from .names import NAME
 
 multiprocessing.set_start_method("spawn")
@@ -61,7 +62,7 @@ sys.excepthook = lambda kind, error, trace: print("their hook:", error, flush=Tr
 dist.init_device_mesh("cpu", (2,))
 total = torch.ones(1)
 dist.all_reduce(total)
-print("together", NAME, int(total), __package__, __spec__.name, end="", flush=True)
+print("together", NAME, trainer.loop.name, int(total), __package__, __spec__.name, end="", flush=True)
 dist.destroy_process_group()
 if "--fail" in sys.argv:
     raise KeyError("the end")
@@ -104,13 +105,14 @@ def test_a_script_finds_what_its_own_interpreter_has(tmp_path: Path) -> None:
 def test_a_module_that_meets_at_a_port_of_its_own(tmp_path: Path) -> None:
     """`-m package.module` has relative imports; what it says last and how it ends are its own."""
     write(tmp_path, {
-        "lib/pack/__init__.py": "", "lib/pack/names.py": "NAME = 'relative'\n", "lib/pack/loop.py": LOOP,
+        "lib/pack/__init__.py": "", "lib/trainer/loop.py": "name = 'theirs'\n",
+        "lib/pack/names.py": "NAME = 'relative'\n", "lib/pack/loop.py": LOOP,
         "job-file.yaml": f"script: -m pack.loop\nscript_args: ['{free_port()}']\npython_path: [lib]\n"
         "devices_per_node: 2\ndevice: cpu\nagent: {restarts: 0}\n",
     })  # fmt: skip
     done = muster("run", "job-file.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "together relative 2 pack pack.loop" in done.stdout and "note:" not in done.stdout
+    assert "together relative theirs 2 pack pack.loop" in done.stdout and "note:" not in done.stdout
     done = muster("run", "job-file.yaml", f"script_args=['{free_port()}', --fail]", cwd=tmp_path)
     assert done.returncode == 1
     assert "their hook: 'the end'" in done.stdout and "[user code]: KeyError: 'the end'" in done.stderr

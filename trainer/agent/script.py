@@ -23,6 +23,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from trainer.agent.fork_server import ROOT
 from trainer.config.job import Job
 from trainer.config.user_code import MODULE, import_paths, python_folders
 from trainer.errors import JobError
@@ -30,6 +31,9 @@ from trainer.run.folder import RunFolder, last_event
 from trainer.run.summary import separate_ranks
 from trainer.signals import restore_signals
 from trainer.wiring.rank import RankWiring, serve_store_elsewhere
+
+OURS = __name__.partition(".")[0]
+"""The name of our package, which a project's may have too."""
 
 
 def run_script(job: Job, job_file: Path | None) -> int:
@@ -108,9 +112,15 @@ def forget_modules() -> None:
         present = getattr(getattr(sys.modules.get(name), "__spec__", None), "origin", None)
         if spec is not None and spec.loader is not None and spec.origin not in (present, None) and present != "frozen":
             shadowed.add(name)
+    spec = PathFinder.find_spec(OURS, [path for path in own if path != ROOT])
+    folders = list(spec.submodule_search_locations or ()) if spec and spec.loader is None else []
+    if any(next(Path(folder).rglob("*.py"), None) for folder in folders):  # without __init__.py, ours would come first
+        shadowed.add(OURS)
     for name in list(sys.modules):
         if name.partition(".")[0] in shadowed:
             del sys.modules[name]
+    if spec is not None and spec.loader is None and OURS in shadowed:
+        sys.modules[OURS] = importlib.util.module_from_spec(spec)
 
 
 def end_script(done: bool) -> None:
