@@ -19,6 +19,10 @@ LOOPBACK = "lo"
 """Linux' interface of the machine to itself."""
 
 
+OPEN_FILES = 40
+"""What an agent or a rank has open at least: libraries, logs, the connections of a process group."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is wrong, and what to do."""
@@ -50,6 +54,14 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
     if job.task and job.train.compile and not (job.device != "cpu" and gpu_files()) and not shutil.which(compiler):
         text = f"train.compile=true needs a C++ compiler, and this node has no {compiler}"
         problems.append(Problem("config", f"{text}. Install one, name it in CXX, or set train.compile=false"))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # the agent has raised it as far as it may
+    needed = OPEN_FILES + max(8 * ranks, (job.data.workers * (6 + 2 * job.data.prefetch)) if job.task else 0)
+    if files != resource.RLIM_INFINITY and files < needed:
+        text = (
+            f"a process may open {files} files here, and {ranks} ranks with {job.data.workers} loader workers each may "
+        )
+        text += f"need {needed}. Raise the limit (ulimit -n; docker: --ulimit=nofile={needed}), or lower data.workers"
+        problems.append(Problem("files", text))
     if wiring.cpus < ranks:
         text = f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too"
         problems.append(Problem("config", text, False))

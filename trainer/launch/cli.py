@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.errors import DONE, WRONG_JOB, JobError
+from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.launch import control
 from trainer.launch.submit import render_job, run_job, submit_job, submit_sweep
 
@@ -116,10 +116,9 @@ def main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)  # the code of typer.Exit, or nothing
         sys.stdout.flush()
-        sys.exit(code)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        sys.exit(DONE)
+    except (BrokenPipeError, SystemExit):  # who read our output, such as `head`, has seen enough; click calls exit then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        sys.exit(FAILED if sys.argv[1:2] == ["run"] else DONE)  # a run that nobody follows any more stops, and saves
     except JobError as error:
         message = str(error)
     except typer.Abort:
@@ -128,5 +127,7 @@ def main() -> None:
         if not (type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message")):
             raise
         message = f"{error.format_message()} (see muster --help)"
+    else:
+        sys.exit(code)
     print(f"ERROR: {message}", file=sys.stderr)
     sys.exit(WRONG_JOB)

@@ -68,6 +68,15 @@ def test_locked_memory_counts_where_infiniband_is(
     assert [("memlock is limited to 64 KiB" in text, fatal) for text, fatal in problems()] == [(True, False)] * told
 
 
+@pytest.mark.parametrize(("limit", "told"), [(32, True), (1024, False), (resource.RLIM_INFINITY, False)])
+def test_open_files_of_ranks_and_their_workers(limit: int, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    found = problems(Job(task="a:B", parallel="ddp", devices_per_node=2, data=Data(workers=1)))
+    assert [("may open 32 files" in text and "ulimit -n" in text, fatal) for text, fatal in found] == [
+        (True, True)
+    ] * told
+
+
 @pytest.mark.parametrize(
     ("wiring", "own_address", "expected"),
     [
