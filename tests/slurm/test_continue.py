@@ -34,4 +34,5 @@ def test_what_render_prints_trains(slurm: Cluster, shared_path: Path) -> None:
     found = control.status(str(run.folder))
     assert (found["state"], found["step"]) == ("done", 20), run.describe()
     logs = "".join(path.read_text() for path in (run.folder / "logs").glob("*.log"))
-    assert f"muster run {run.folder} --on slurm" in logs
+    assert resume_command(RunFolder(run.folder)).endswith(f"muster run {run.folder} --on slurm")
+    assert str(run.folder) in logs

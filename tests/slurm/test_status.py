@@ -1,5 +1,6 @@
 """What `muster` says of jobs and does with them, as they wait, run, come back and end, with and without accounting."""
 
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -74,16 +75,22 @@ def life(slurm_session: Cluster) -> Iterator[Life]:
 @pytest.mark.parametrize(
     "moment, state, reason",
     [
-        ("waits", "pending", "Slurm says: Resources"),
+        (
+            "waits",
+            "pending",
+            r"Slurm says: Resources \(too few nodes are free: .*\)(, expected at \d\d-\d\d \d\d:\d\d)?",
+        ),
         ("runs", "running", ""),
-        ("requeued", "pending", "requeued (DUE TO JOB REQUEUE), Slurm says: BeginTime"),
+        ("requeued", "pending", r"requeued \(DUE TO JOB REQUEUE\), Slurm says: BeginTime \(.*\), expected at .*"),
         ("done", "done", ""),
     ],
 )
 def test_status(life: Life, moment: str, state: str, reason: str) -> None:
     with_accounting, without = life.said[moment]
-    assert (with_accounting["state"], with_accounting["reason"]) == (state, reason)
-    assert without | {"step": 0} == with_accounting | {"step": 0}
+    assert with_accounting["state"] == state
+    assert re.fullmatch(reason, with_accounting["reason"]) and re.fullmatch(reason, without["reason"])
+    changing = {"step": 0, "reason": ""}  # Slurm's estimate may change from one moment to the next
+    assert without | changing == with_accounting | changing
 
 
 def test_a_preemption_with_notice_loses_no_step(life: Life) -> None:
