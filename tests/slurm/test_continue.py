@@ -7,6 +7,8 @@ from slurm_cluster import Cluster
 from slurm_runs import Run, muster, submit
 
 from trainer.launch import control
+from trainer.run.folder import RunFolder
+from trainer.run.summary import resume_command
 
 ONE = ("nodes=1", "devices_per_node=1")
 
