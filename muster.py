@@ -41,8 +41,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.path[0] == os.getcwd() and not getattr(sys.flags, "safe_path", False):  # since Python 3.11
-        del sys.path[0]  # what lies in the working directory is the user's: our programs import none of it by accident
+    if not getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        del sys.path[0]  # the working directory, whose modules are the user's, or the folder of this file
     import_package()
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         importlib.import_module("runpy").run_module(PROGRAMS[sys.argv.pop(1)], run_name="__main__", alter_sys=True)

@@ -178,7 +178,7 @@ def test_an_attempt_that_was_replaced_commits_nothing(
 def test_whom_slurm_cannot_reach_ends_himself(cluster: Cluster, struck: Runs, fault: Strike) -> None:
     found = struck[fault].result()
     host = found.hosts[fault is cut]
-    agents = ("pgrep", "--full", "--", "-m muster agent")
+    agents = ("pgrep", "--full", "--", r"muster(\.py)? agent")
     cluster.until("its end", lambda: cluster.on_host(host, *agents, check=False).returncode == 1)
 
 

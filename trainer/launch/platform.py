@@ -2,6 +2,7 @@
 
 import importlib
 import shlex
+import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -145,6 +146,11 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     @abstractmethod
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Stop it as the platform's preemption would, and let it come back."""
+
+
+def own_program(name: str) -> list[str]:
+    """The command of one of our programs in this environment, by the path of `muster.py`: see there."""
+    return [sys.executable, str(Path(__file__).resolve().parents[2] / "muster.py"), name]
 
 
 AnyPlatform = Platform[Any, Any]

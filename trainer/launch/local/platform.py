@@ -6,7 +6,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from trainer.config.job import Job
 from trainer.config.user_code import check_script, import_paths
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.local.gpu_lease import Lease, try_lock
-from trainer.launch.platform import JobStatus, Phase, Plan, Platform, SiteT
+from trainer.launch.platform import JobStatus, Phase, Plan, Platform, SiteT, own_program
 from trainer.launch.snapshot import check_files
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
@@ -63,7 +62,7 @@ class Nodes:
         variables = self.variables(node, launch, "local")
         if lease.devices:
             variables[names.CUDA_VISIBLE_DEVICES] = ",".join(self.devices(node, lease))
-        return [sys.executable, "-m", "muster", "agent", str(self.run.job)], variables
+        return [*own_program("agent"), str(self.run.job)], variables
 
 
 class Supervised(Platform[SiteT, list[str]]):
@@ -121,7 +120,7 @@ class Supervised(Platform[SiteT, list[str]]):
 
 
 def supervisor_argv(run: RunFolder) -> list[str]:
-    return [sys.executable, "-m", "muster", "supervisor", str(run)]
+    return [*own_program("supervisor"), str(run)]
 
 
 def _prepare(follower: int | None) -> None:

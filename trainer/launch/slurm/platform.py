@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from submitit.core.utils import CommandFunction, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from trainer.errors import JobError
-from trainer.launch.platform import JobStatus, Plan, Platform
+from trainer.launch.platform import JobStatus, Plan, Platform, own_program
 from trainer.launch.site import check_rules, fabric_environment, template
 from trainer.launch.slurm.state import SlurmJob, run_client
 from trainer.launch.snapshot import check_files, take_snapshot
@@ -202,8 +201,9 @@ def _arguments(plan: Plan[SlurmSite], environment: dict[str, str], log: str, tar
     """Options of srun, then the agent's command; `target`: the job file, or the folder of a sweep."""
     site, code = plan.site, str(plan.run.code)
     options = [f"--output={log}", *site.srun_args]
-    python = site.python or (sys.executable if site.runtime == "none" else "python")
-    command = [python, "-m", "muster", "agent", str(target)]
+    elsewhere = site.python or (None if site.runtime == "none" else "python")
+    agent = [elsewhere, "-m", "muster", "agent"] if elsewhere else own_program("agent")
+    command = [*agent, str(target)]
     runs = plan.run.path.parent  # the runs of a sweep are beside its folder
     mounts = [f"{runs}:{runs}", *site.mounts]
     if site.runtime != "none" and set(str(runs)) & set(":,"):

@@ -49,7 +49,7 @@ def command_line(folder: Path, text: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_options_of_sbatch(tmp_path: Path, site: str, flags: list[str]) -> None:
-    assert command_line(tmp_path, site) == [*OURS, *flags, *SCRIPT, sys.executable, *AGENT]
+    assert command_line(tmp_path, site) == [*OURS, *flags, *SCRIPT, sys.executable, str(ROOT / "muster.py"), *AGENT[2:]]
 
 
 def test_the_notice_comes_after_the_first_half_of_a_short_limit(tmp_path: Path) -> None:
