@@ -247,9 +247,6 @@ class Trainer:
         """Evaluate and save where that is due after the current position; a stop may come in between."""
         position = self.position
         self.loss_check.read_deferred()
-        if not self.compared:
-            self.compared = True
-            self.tell(differing_weights(self.parallel.differing_weights()))
         if self.cadence.evaluation(position):
             metrics = self.evaluate()
             if metrics is None:
@@ -258,6 +255,9 @@ class Trainer:
             self.state.metrics, self.state.measured_at = metrics, position.step
             self.report.evaluation(position, metrics)
             self.tell(unfrozen_weights(self.state.model, self.parameters))
+            if not self.compared:  # here, where ranks meet anyway: rank 0 saves without the others
+                self.compared = True
+                self.tell(differing_weights(self.parallel.differing_weights()))
         self.state.evaluated = True
         if self.cadence.checkpoint(position):
             self.state.save(wait=position.step >= self.steps)
