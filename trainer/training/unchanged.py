@@ -24,10 +24,13 @@ OTHERS = (type, FunctionType, MethodType, ModuleType, Tensor, Dataset)
 def unchanged(model: nn.Module, task: Task) -> Iterator[None]:
     """Put back afterwards what a forward pass or the task's methods changed.
 
-    That is buffers, frozen parameters, and the attributes of each module, of the task and of its attributes, with what
-    collections among them hold. Weights change with the optimizer alone. What lies deeper is not put back.
+    That is buffers, frozen parameters, and the attributes of each module, of the task and of objects of its own package
+    that it holds, with what collections among them hold. Weights change with the optimizer alone. What lies deeper is
+    not put back.
     """
     inner = [value for value in vars(task).values() if hasattr(value, "__dict__") and not isinstance(value, OTHERS)]
+    own = {_package(kind) for kind in type(task).__mro__}  # a logger of a library may have threads of its own
+    inner = [value for value in inner if isinstance(value, nn.Module) or _package(type(value)) in own]
     parts = [part for root in (model, *inner) for part in (root.modules() if isinstance(root, nn.Module) else [root])]
     attributes = [(vars(part), dict(vars(part))) for part in (*parts, task)]
     values = {id(value): value for _, kept in attributes for value in kept.values()}
@@ -51,6 +54,10 @@ def unchanged(model: nn.Module, task: Task) -> Iterator[None]:
                 if tensor.shape != value.shape:  # as observers of quantization do
                     tensor.resize_(value.shape)
                 tensor.copy_(value)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def put_back(collection: Any, kept: Any) -> None:

@@ -42,6 +42,10 @@ class Busy(nn.Module):
         return output
 
 
+class Metered(Digits):
+    """A task of this module."""
+
+
 class Meter:
     """Sums up, as a metric of a library does."""
 
@@ -55,7 +59,7 @@ class Meter:
 
 
 def test_everything_is_put_back() -> None:
-    model, task = Busy(), Digits()
+    model, task = Busy(), Metered()
     meter = task.meter = Meter()  # type: ignore[attr-defined]
     before: dict[str, Any] = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = dict(vars(model))
