@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,23 @@ def test_a_wait_for_nothing_ends(run: Path) -> None:
     (run / "logs").mkdir()
     (run / "logs/node-0.log").write_text("[muster] hello\n")
     assert muster("logs", run, "-f").stdout == "[muster] hello\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command(run: Path) -> None:
+    """As `| head` does; also while the run goes on, and nothing is printed any more."""
+    (run / "logs").mkdir()
+    (run / "logs/node-0.log").write_text("[muster] hello\n")
+    (run / "exit.json").unlink()
+    (run / "handle.json").unlink()  # by its events it runs
+    for words in (["logs", run, "-f"], ["list", run.parent], ["status", run]):
+        command = shlex.join([str(MUSTER), *map(str, words)])
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1 | head -c 1"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 1), words
 
 
 def test_alone_it_explains_itself() -> None:
