@@ -73,6 +73,10 @@ class Task(ABC):
         """What the model is called with; default: the first element of a tuple or list, else the batch."""
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        """Call the model; default: with `inputs(batch)`. Another way is `model(**batch)`, with keyword arguments."""
+        return model(self.inputs(batch))
+
     def collate(self, samples: list[Any]) -> Any:
         """Make a batch of samples; default: torch's `default_collate`. It may draw from the global generators."""
         return default_collate(samples)

@@ -97,3 +97,13 @@ def test_sets_have_one_order_in_all_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [path.read_text() for path in tmp_path.glob("*/logs/rank-*.log")]
     assert len(logs) == 2 and len({re.findall("order of names.*", log)[0] for log in logs}) == 1
+
+
+def test_a_model_is_called_as_the_task_says(tmp_path: Path) -> None:
+    """By name; and when nobody says so, and the model fails, what would help is named."""
+    complete(tmp_path / "usual", make_job("devices_per_node=2"))
+    complete(tmp_path / "called", make_job("devices_per_node=2", "task=returning_tasks:Called"))
+    assert losses(tmp_path / "called") == losses(tmp_path / "usual")
+    run = train(tmp_path / "uncalled", make_job("parallel=single", "task=returning_tasks:Uncalled"))
+    assert run.code == 1 and "missing 1 required positional argument: 'labels'" in run.output(0)
+    assert "it is called with a whole UserDict" in run.output(0) and "output(model, batch)" in run.output(0)

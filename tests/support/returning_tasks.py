@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,3 +146,44 @@ class Named(Small):
         """One for all, and perhaps one that a batch of few lacks."""
         values = dict(super().metrics(output, batch))
         return {**values, "more": values["accuracy"]} if self.late and len(output) > 5 else values
+
+
+class Keyword(nn.Module):
+    """Wants its inputs by name, and returns an object, as Hugging Face's models do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> SimpleNamespace:
+        """Logits among others."""
+        return SimpleNamespace(logits=self.inner(pixels), labels=labels)
+
+
+class Uncalled(Small):
+    """Nobody says that its batches are keyword arguments."""
+
+    def model(self) -> nn.Module:
+        """The usual one inside."""
+        return Keyword(super().model())
+
+    def collate(self, samples: list[Sample]) -> Any:
+        """As a tokenizer does it."""
+        pixels, labels = zip(*samples, strict=True)
+        return UserDict(pixels=torch.stack(pixels), labels=torch.stack(labels))
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """The usual one."""
+        return super().loss(output.logits, (output.logits, batch["labels"]))
+
+    def metrics(self, output: Any, batch: Any) -> Mapping[str, Tensor]:
+        """The usual ones."""
+        return super().metrics(output.logits, (output.logits, batch["labels"]))
+
+
+class Called(Uncalled):
+    """The task says it."""
+
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        """By name."""
+        return model(**batch)

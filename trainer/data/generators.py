@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -40,14 +41,15 @@ def find_generators(root: Any, name: str) -> Generators:
     kept: list[Any] = []  # or an id could be given again
     while waiting and len(kept) < FAR:
         path, item = waiting.popleft()
-        if isinstance(item, OPAQUE) or id(item) in known:
-            continue
-        known.add(id(item))
-        kept.append(item)
-        if isinstance(item, KINDS):
-            found[path] = item
-        else:
-            waiting.extend((f"{path}{step}", value) for step, value in _parts(item))
+        with suppress(Exception):  # placeholders raise whatever is asked of them, even their class
+            if isinstance(item, OPAQUE) or id(item) in known:
+                continue
+            known.add(id(item))
+            kept.append(item)
+            if isinstance(item, KINDS):
+                found[path] = item
+            else:
+                waiting.extend([(f"{path}{step}", value) for step, value in _parts(item)])
     return found
 
 

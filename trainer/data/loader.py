@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.config.job import Data
 from trainer.data.batches import BatchDataset, Keys
 from trainer.data.nested import map_tensors
+from trainer.data.open_files import take_own_places
 from trainer.errors import JobError
 from trainer.signals import ignore_signals, set_parent_death_signal
 from trainer.task import Task
@@ -28,6 +29,7 @@ def _start_worker(_: int) -> None:
     A worker that outlived its rank would hold the rank's connections open, so that its peers would wait.
     """
     ignore_signals()
+    take_own_places()
     rank = multiprocessing.parent_process()
     assert rank is not None and rank.pid is not None
     set_parent_death_signal(rank.pid, signal.SIGKILL)

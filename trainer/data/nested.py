@@ -74,10 +74,19 @@ def _changes(values: Mapping[Any, Any], replace: Callable[[Any], Any], deep: boo
 
 def read_attributes(part: Any) -> dict[str, Any]:
     """What an object has of its own; of a dataclass with slots, its fields."""
-    found = dict(getattr(part, "__dict__", {}))
+    found = dict(attributes_of(part))
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         if hasattr(part, field.name):
             found[field.name] = getattr(part, field.name)
+    return found
+
+
+def attributes_of(part: Any) -> dict[str, Any]:
+    """The dictionary of an object's attributes, empty without one. Its `__getattr__` may do anything: not asked."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(part, "__dict__")
+    except AttributeError:
+        return {}
     return found
 
 

@@ -26,6 +26,8 @@ class Step(nn.Module):
         self.model = model
         self.task = task
         self.autocast = autocast or nullcontext
+        self.calls_itself = type(task).output is not Task.output
+        """Whether the task says how the model is called."""
         self.needs_gradients = False
         """Whether an evaluation must compute gradients: found out by `trainer.training.evaluation`."""
         self.apply_model = compile_model() if compile else apply_model
@@ -33,7 +35,10 @@ class Step(nn.Module):
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """The losses, as `read_losses` gives them; when evaluating, a dict of them and the task's metrics."""
         with self.autocast():
-            output = self.apply_model(self.model, self.task.inputs(batch))
+            if self.calls_itself:
+                output = self.apply_model(self.task.output, self.model, batch)
+            else:
+                output = self.apply_model(self.model, self.task.inputs(batch))
             losses = read_losses(self.task.loss(output, batch))
         if not evaluate:
             return losses
@@ -41,18 +46,18 @@ class Step(nn.Module):
         return {"loss": losses, **read_metrics(self.task.metrics(output, batch), count, losses.device)}
 
 
-def apply_model(model: nn.Module, inputs: Any) -> Any:
+def apply_model(function: Callable[..., Any], *arguments: Any) -> Any:
     """What is compiled. `model.compile()` silently does nothing for torch's own classes, such as Sequential."""
-    return model(inputs)
+    return function(*arguments)
 
 
-def compile_model() -> Callable[[nn.Module, Any], Any]:
+def compile_model() -> Callable[..., Any]:
     """`apply_model` compiled; the first calls compile. Raises JobError then: the compiler fails."""
     compiled = torch.compile(apply_model)
 
-    def call(model: nn.Module, inputs: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         try:
-            return compiled(model, inputs)
+            return compiled(*arguments)
         except Exception as error:
             if not type(error).__module__.startswith(COMPILER):
                 raise

@@ -55,7 +55,7 @@ def refuses(step: Step, batch: Any) -> bool:
     """Whether a batch norm of the model refuses a batch of one sample."""
     try:
         with torch.no_grad(), unchanged(step.model, step.task), step.autocast():
-            step.model(step.task.inputs(batch))
+            step.task.output(step.model, batch)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

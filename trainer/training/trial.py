@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,9 @@ class Trial:
         try:
             losses = self.parallel.compute(batch, len(indices))
             check_count(losses, len(indices))
-        except JobError as error:
-            if len(indices) >= SAMPLES:
+        except Exception as error:
+            self.explain_call(batch, error)
+            if not isinstance(error, JobError) or len(indices) >= SAMPLES:
                 raise
             problem = f"{error.problem} (met in a batch of {len(indices)}, the last of an epoch)"
             raise JobError(error.key, error.value, problem, error.remedy) from error
@@ -101,6 +103,18 @@ class Trial:
             raise JobError("task.loss", tuple(losses.shape), problem, remedy)
         if losses.dim() > 1 and not bool((losses[:, 1] >= 0).all()):
             raise JobError("task.loss", "(sum, count)", "the count is negative", "Return how many losses the sum has")
+
+    def explain_call(self, batch: Any, error: Exception) -> None:
+        """Say how the model was called when it fails, and nobody said how to call it with a batch of several parts."""
+        kind = type(self.task)
+        own = kind.output is not Task.output or kind.inputs is not Task.inputs
+        own = own or isinstance(batch, (Tensor, tuple, list))
+        if own or all(frame.f_code is not apply_model.__code__ for frame, _ in walk_tb(error.__traceback__)):
+            return
+        self.report.notice(
+            f"the model fails when it is called with a whole {type(batch).__name__}: if it wants something else, give "
+            "the task a method inputs(batch), or output(model, batch), which may return model(**batch)"
+        )
 
     def evaluate(self) -> list[str]:
         """Metrics of the first samples, and of a last batch of few; their names, unless so few say nothing."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from trainer.data.nested import attributes_of
 from trainer.parallel.module_state import is_dense
 from trainer.task import Task
 
@@ -28,7 +29,7 @@ def unchanged(model: nn.Module, task: Task) -> Iterator[None]:
     that it holds, with what collections among them hold. Weights change with the optimizer alone. What lies deeper is
     not put back.
     """
-    inner = [value for value in vars(task).values() if hasattr(value, "__dict__") and not isinstance(value, OTHERS)]
+    inner = [value for value in vars(task).values() if attributes_of(value) and not isinstance(value, OTHERS)]
     own = {_package(kind) for kind in type(task).__mro__}  # a logger of a library may have threads of its own
     inner = [value for value in inner if isinstance(value, nn.Module) or _package(type(value)) in own]
     parts = [part for root in (model, *inner) for part in (root.modules() if isinstance(root, nn.Module) else [root])]

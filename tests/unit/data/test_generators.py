@@ -98,3 +98,23 @@ def test_those_of_a_model_are_attributes_of_its_modules() -> None:
     model = nn.Sequential(nn.Linear(1, 1), Compose())
     model[1].noise = torch.Generator()
     assert list(model_generators(model)) == ["model.1.py_random", "model.1.noise"]
+
+
+def test_what_raises_when_it_is_looked_at_is_left_alone() -> None:
+    """Such as a proxy outside of its context, or a placeholder for a model that is built later."""
+
+    class Placeholder:
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(f"not built yet: {name}")
+
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError("not built yet")
+
+    class Task:
+        def __init__(self) -> None:
+            self.client, self.rng = [Placeholder()], random.Random()
+
+    assert list(find_generators(Task(), "task")) == ["task.rng"]
