@@ -100,7 +100,7 @@ class Trial:
         if not losses.requires_grad:
             problem = "has no gradient: it does not depend on the weights of the model"
             remedy = "Compute it from `output` with torch alone: no .item(), .detach(), .numpy(), torch.no_grad()"
-            raise JobError("task.loss", tuple(losses.shape), problem, remedy)
+            raise JobError("task.loss", f"shape {tuple(losses.shape)}", problem, remedy)
         if losses.dim() > 1 and not bool((losses[:, 1] >= 0).all()):
             raise JobError("task.loss", "(sum, count)", "the count is negative", "Return how many losses the sum has")
 

@@ -16,7 +16,10 @@ TOLERANCES = {"float64": (1e-12, 1e-8), "float32": (1e-4, 1e-2), "bf16": (2e-2, 
 at once, and in all steps, because rounding errors grow from step to step."""
 EQUAL = "losses: equal step by step within rounding, which grows with the steps; {}"
 APART = "losses: equal at first, apart later ({}): train.precision=float64 tells rounding from a difference"
-DIFFERENT = "losses: DIFFERENT ({}): dropout, batch statistics per device, or an option of ddp changes the training"
+DIFFERENT = (
+    "losses: not those of single ({}). That is no error with dropout, batch statistics per device, or options of ddp; "
+    "without these something in the task depends on how a batch is divided"
+)
 ON_CPU = (
     "On CPU every mode shares the same {processors} cores, and single uses all of them already: speed-up and "
     "efficiency are not those of added devices, and other work here slows its threads most. Nor can these numbers show "
