@@ -96,7 +96,11 @@ class Jittered(Small):
 
 
 class Penalty(Small):
-    """A penalty for the slope of the output, in evaluations too."""
+    """A penalty for the slope of the output, in evaluations too. Double precision by torch's own default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.set_default_dtype(torch.float64)
 
     def model(self) -> nn.Module:
         """Smooth."""
@@ -104,7 +108,7 @@ class Penalty(Small):
 
     def inputs(self, batch: Sample) -> Tensor:
         """Kept, for the derivative."""
-        self.given = batch[0].requires_grad_()
+        self.given = batch[0].double().requires_grad_()
         return self.given
 
     def loss(self, output: Tensor, batch: Sample) -> Tensor:

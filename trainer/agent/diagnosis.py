@@ -113,7 +113,7 @@ class Diagnosis:
             return None
         message = describe_exit(code) + (" in the middle of the training" if code == DONE else "")
         message += ": the kernel killed it for memory" if oom and code == -signal.SIGKILL else ""
-        kind = classify(code, "", message, last_lines(self.run.rank_log(rank), self.log_sizes[rank]), oom)
+        kind = classify(code, "", message, last_lines(self.run.rank_log(rank), self.log_sizes[rank], 8000), oom)
         return self._of(rank, kind, message, code)
 
     def _raised(self, index: int, kind: str, record: dict[str, Any]) -> Failure:

@@ -84,6 +84,9 @@ KINDS = {
         r"(?i)Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|ncclRemoteError"
         r"|NCCL communicator was aborted|Timed out waiting|recvValue failed|connectFullMesh|DistNetworkError"
         r"|DistBackendError|another rank|rank 0 could not save|wait timeout|Connection was likely closed"),
+    "collectives": ("Let all ranks call the same collectives, with equal sizes; a task must call none in evaluations, "
+        "where one rank has more batches than another",
+        r"op\.preamble\.length|mismatch between collectives|Mismatch between collective operation"),
     "loss": ("Lower train.lr, set train.clip_norm, look at the named samples, or set train.on_nan=skip",
         "NonFiniteLoss"),
     "data": ("Look at the named samples or files",
@@ -107,7 +110,8 @@ def classify(code: int, exception: str, message: str, log_tail: str, oom_killed:
     if number == signal.SIGBUS:
         return "shm"
     if number > 0:
-        return "preempted" if number in SIGNALS else "crashed"
+        mixed = number == signal.SIGABRT and re.search(str(KINDS["collectives"][1]), log_tail)  # gloo ends the process
+        return "preempted" if number in SIGNALS else "collectives" if mixed else "crashed"
     for text in (f"{exception}: {message}", log_tail if not exception else ""):
         for kind, (_, pattern) in KINDS.items():
             if pattern and re.search(pattern, text):

@@ -85,7 +85,7 @@ class Distributed(Parallel):
         super().wrap(step)
         voting = VotingStep(step, self.device)
         self.vote = voting.vote
-        self._answers = torch.tensor([0.0, 1.0], device=self.device).unbind()
+        self._answers = torch.tensor([0.0, 1.0], device=self.device, dtype=torch.float32).unbind()
         self.ddp = DistributedDataParallel(
             voting, device_ids=[self.device] if self.cuda else None, bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True, static_graph=options.static_graph,
@@ -227,10 +227,11 @@ class Distributed(Parallel):
 
     def meet(self) -> None:
         """Wait for all ranks: before the first step longer than a collective would."""
-        dist.all_reduce(torch.zeros(1), group=self.starting)
+        nothing = torch.zeros(1, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
+        dist.all_reduce(nothing, group=self.starting)
 
     def any(self, flag: bool) -> bool:
-        tensor = torch.tensor([float(flag)])
+        tensor = torch.tensor([float(flag)], dtype=torch.float32, device="cpu")
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return bool(tensor.item())
 

@@ -34,7 +34,8 @@ def read_losses(value: Any) -> Tensor:
     if value.dim() == 2 and value.shape[1] == 1:
         value = value.squeeze(1)
     if value.dim() != 1:
-        raise JobError("task.loss", f"shape {tuple(value.shape)}", "must have one value per sample, shape (batch,)", PER_SAMPLE)
+        problem = "must have one value per sample, shape (batch,)"
+        raise JobError("task.loss", f"shape {tuple(value.shape)}", problem, PER_SAMPLE)
     return _to_float(value)
 
 
@@ -106,7 +107,8 @@ def check_count(losses: Tensor, count: int) -> None:
     """Refuse losses that are not one for each of `count` samples, nor sums. Raises JobError: another number."""
     if losses.dim() == 1 and losses.shape[0] != count:
         remedy = "Average over pixels, tokens and the like inside Task.loss, or return (sum, count)"
-        raise JobError("task.loss", f"shape {tuple(losses.shape)}", f"must have one value for each of the {count} samples", remedy)
+        problem = f"must have one value for each of the {count} samples"
+        raise JobError("task.loss", f"shape {tuple(losses.shape)}", problem, remedy)
 
 
 def read_summary(values: Any) -> dict[str, float]:
