@@ -41,6 +41,10 @@ CERTAIN = ("user code", "data")
 """Kinds that may be sure to repeat; all others come from outside of the code."""
 WORKER_LOST = "exited unexpectedly"
 """torch's words for a loader worker that was killed; kind `data`, but not the code's doing."""
+WORKER_WAITS = (
+    " (it waits for a loader worker; pools of threads and locks that a dataset made before do not work there; make "
+    "them when the first sample is read, or set data.workers=0)"
+)
 TRAINER = Path(__file__).parents[1]
 
 
@@ -215,7 +219,8 @@ def where(stack: list[Frame]) -> str:
         return ""
     own = next((frame for frame in stack if "/torch/" not in frame.file), stack[0])
     called = "" if own is stack[0] else f", called in {own}"
-    return f", in {stack[0]}{called}"
+    loads = any(frame.file.endswith("utils/data/dataloader.py") for frame in stack)
+    return f", in {stack[0]}{called}{WORKER_WAITS if loads else ''}"
 
 
 def only_waits(stack: list[Frame]) -> bool:

@@ -57,6 +57,7 @@ def train(
         task, (model, notices), *data = build_in_turn(
             parallel, pulse, lambda: construct(job), lambda task: build(job, parallel, task)
         )
+        FLAG.install()  # once more: the user's code, or a library of its, may have taken the signals
         for notice in notices:
             report.say(f"NOTE: {notice}")
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))

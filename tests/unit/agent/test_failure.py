@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.agent.diagnosis import without_traceback
+from trainer.agent.diagnosis import Frame, where, without_traceback
 from trainer.agent.failure import KINDS, Failure, classify, describe_exit, first_failure, paragraph
 
 NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
@@ -58,6 +58,15 @@ def test_of_a_loader_workers_message_its_own_exception_counts() -> None:
     )
     assert without_traceback(f"{text}KeyError\n") == "KeyError (in a loader worker)"
     assert without_traceback("bad sample\nof two lines") == "bad sample\nof two lines"
+
+
+def test_a_stack_tells_where_a_rank_hangs() -> None:
+    torch, own = "/lib/torch/distributed/distributed_c10d.py", "/home/cells/task.py"
+    reduce = [Frame(torch, "3252", "all_reduce"), Frame(own, "60", "metrics")]
+    assert where([]) == "" and where(reduce[1:]) == ", in metrics (task.py:60)"
+    assert where(reduce) == ", in all_reduce (distributed_c10d.py:3252), called in metrics (task.py:60)"
+    loader = Frame("/lib/torch/utils/data/dataloader.py", "1330", "_try_get_data")
+    assert "it waits for a loader worker" in where([Frame("/lib/selectors.py", "415", "select"), loader])
 
 
 def test_the_kernels_own_count_tells_a_kill_for_memory_from_any_other() -> None:
