@@ -166,5 +166,5 @@ def test_job_files_are_valid(tmp_path: Path, page: Path, monkeypatch: pytest.Mon
 
 
 def test_the_script_of_the_page_is_the_one_that_is_linked() -> None:
-    (text,) = documents.code(documents.ROOT / "docs/your-script.md", "yaml")
+    text, *_ = documents.code(documents.ROOT / "docs/your-script.md", "yaml")
     assert text in (documents.ROOT / "docs/tutorial/line.yaml").read_text()

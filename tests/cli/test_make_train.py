@@ -36,7 +36,7 @@ def test_make_train_in_a_fresh_clone(tmp_path: Path, stopwatch: Stopwatch) -> No
     assert result["world_size"] == 2
     assert result["metrics"]["accuracy"] >= 0.975, result
     stopwatch.check(result["train_s"], 60, "training")
-    assert "samples/s" in first.stdout and f"run {run}" in first.stdout
+    assert "samples/s" in first.stdout and f"run folder   {run}" in first.stdout
     with stopwatch.at_most(2):
         again = subprocess.run(["make", "setup"], cwd=clone, env=environment, capture_output=True, text=True)
     assert (again.returncode, again.stderr) == (0, "")

@@ -168,7 +168,7 @@ class Diagnosis:
         if not alarmed and not over:
             return None
         # Those that wait for a rank fell silent when it did, give or take a step: which one it is, the stacks tell.
-        late = [index for index in living if silent[index] > min(limit[index], *over) / 2]
+        late = [index for index in living if silent[index] > min([limit[index], *over]) / 2]
         stopped = [index for index in late if process_state(processes[index].pid) == "T"]
         stacks = self._dump_stacks(processes)
         for index in stopped:
