@@ -1,6 +1,7 @@
 """The moving average of the weights that `train.ema_decay` asks for."""
 
 import copy
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,12 @@ class WeightAverage(nn.Module):
             problem = f"the model cannot be copied for its average: {type(error).__name__}: {error}"
             remedy = "Keep such things outside of the model, or remove the key"
             raise JobError("train.ema_decay", decay, problem, remedy) from error
+        name = bound_forward(model)
+        if name is not None:
+            problem = (
+                f"the forward of {name or 'the model'} is a function that holds the model: an average would use it"
+            )
+            raise JobError("train.ema_decay", decay, problem, "Define forward in a class, or remove the key")
         self.register_buffer("n_averaged", torch.tensor(0))
         self.mix = get_ema_multi_avg_fn(decay)
 
@@ -65,6 +72,18 @@ class WeightAverage(nn.Module):
                 old.copy_(new)
             else:  # a forward pass made it, or it is sparse: then both have the same one
                 put_buffer(self.module, name, new.clone() if is_dense(new) else new, name in saved_buffers(model))
+
+
+def bound_forward(model: nn.Module) -> str | None:
+    """The part whose forward was replaced by a function with parts or weights of the model in it: a copy keeps it."""
+    own = {id(value) for value in (*model.modules(), *model.parameters())}
+    for name, part in model.named_modules():
+        forward = vars(part).get("forward")
+        cells = (forward.__closure__ or ()) if isinstance(forward, FunctionType) else ()
+        held = [cell.cell_contents for cell in cells]
+        if any(id(getattr(value, "__self__", value)) in own for value in held):  # or a method of one
+            return str(name)
+    return None
 
 
 def mixes(parameter: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,6 +90,17 @@ def test_odd_models_are_averaged() -> None:
     assert module.codes.tolist() == [0, 1, 2]
     assert module.late.tolist() == [8.0, 8.0]
     assert list(module.state_dict()) == list(model.state_dict())
+
+
+def test_a_copy_that_would_compute_with_the_models_own_weights_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    first, usual = model[0], model[0].forward
+    for forward in (lambda values: 2 * first.weight.sum() * values, lambda values: 2 * usual(values)):
+        first.forward = forward  # type: ignore[method-assign]
+        with pytest.raises(JobError, match=r"the forward of 0 is a function that holds the model"):
+            WeightAverage(model, 0.9)
+    first.forward = partial(usual)  # type: ignore[method-assign]
+    WeightAverage(model, 0.9)  # a method is copied with its module
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
