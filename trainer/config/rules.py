@@ -84,7 +84,7 @@ TRAINING = (
              len(steps) == 2 and 1 <= steps[0] <= steps[1]),
          "must be [first, last], counted from 1", "For example log.profile_steps=[10,12]"),
     Rule("train.schedule", lambda job: job.train.schedule.startswith("torch.optim.lr_scheduler:"),
-         "is a scheduler of torch's, which counts steps by itself and changes an optimizer",
+         "is a torch scheduler, which counts steps by itself and changes an optimizer",
          "Use cosine, linear or constant with train.warmup_steps, or a function (step, steps) -> factor"),
     Rule("train.optimizer_args.lr", lambda job: "lr" in job.train.optimizer_args, "is set twice", "Use train.lr"),
     Rule("train.optimizer_args.weight_decay", lambda job: "weight_decay" in job.train.optimizer_args,

@@ -120,7 +120,7 @@ def check_script(script: str, folder: Path, places: Sequence[Path]) -> None:
         raise JobError("script", script, f"cannot be read ({error})", "Give a file that you may read") from None
     except (SyntaxError, ValueError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        problem = f"is no Python: {file.name}{line}: {getattr(error, 'msg', error)}"
+        problem = f"is not Python: {file.name}{line}: {getattr(error, 'msg', error)}"
         raise JobError("script", script, problem, "Correct the source, or give a script in Python") from None
 
 

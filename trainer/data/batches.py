@@ -57,8 +57,8 @@ class BatchDataset(Dataset[Any]):
         samples = [self.sample(epoch, index) for index in indices.tolist()]
         for index, sample in zip(indices.tolist(), samples, strict=True):
             if sample is None:
-                problem = f"sample {index} is None, so the batch would be smaller than what is counted"
-                remedy = "Leave out beforehand what cannot be read, or return something with a (sum, count) of zero"
+                problem = f"sample {index} is None, so the batch would be smaller than expected"
+                remedy = "Leave unreadable samples out of the dataset, or return something with a (sum, count) of zero"
                 raise JobError(self.key, None, problem, remedy)
         if self.own_collate:  # which may mix samples at random
             value = derive_seed(self.seed, epoch, int(indices[0]), COLLATING)
@@ -68,8 +68,10 @@ class BatchDataset(Dataset[Any]):
         try:
             return self.task.collate(samples)
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            problem = f"samples {indices.tolist()[:8]} do not make a batch: {' '.join(str(error).split())[:300]}"
-            remedy = "Give the task a method collate(samples), or the samples equal shapes, keys and types"
+            problem = (
+                f"samples {indices.tolist()[:8]} cannot be combined into a batch: {' '.join(str(error).split())[:300]}"
+            )
+            remedy = "Give the task a method collate(samples), or return samples of equal shapes, keys and types"
             raise JobError("task.collate", "default", problem, remedy) from error
 
     def _look_again(self, epoch: int, index: int) -> None:

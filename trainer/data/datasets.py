@@ -15,13 +15,13 @@ Sample = Callable[[int, np.random.Generator], Any]
 def count_samples(key: str, dataset: Any) -> int:
     """How many samples a dataset has. Raises JobError: none, or samples cannot be asked for by their number."""
     kind, problem = type(dataset).__name__, ""
-    remedy = "Give it len() and [index], such as a list of files has; or train with a script"
+    remedy = "Give it __len__ and __getitem__, as a list has, or train with a script"
     if isinstance(dataset, Mapping):
         problem, remedy = "is a mapping, not samples", f"Return one of its values: {', '.join(map(str, dataset))}"
     elif isinstance(dataset, DataLoader):
-        problem, remedy = "is a loader", "Return its dataset; train.batch_size and data.workers are keys of the job"
+        problem, remedy = "is a loader", "Return its dataset; set train.batch_size and data.workers in the job"
     elif isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        problem = "has no samples that can be asked for by their number, so nobody could say which come when"
+        problem = "cannot be indexed, so Muster could not control the order of its samples"
     else:
         try:
             count = len(dataset)

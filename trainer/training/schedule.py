@@ -41,7 +41,7 @@ def make_schedule(train: Train, steps: int) -> Callable[[int], float]:
 def _check(name: str, custom: Any, steps: int) -> None:
     """Ask a schedule for some steps, twice. Raises JobError: it is a scheduler of torch's, or gives no factor."""
     if isinstance(custom, LRScheduler) or (isinstance(custom, type) and issubclass(custom, LRScheduler)):
-        problem = "is a scheduler of torch's, which counts steps by itself and changes an optimizer"
+        problem = "is a torch scheduler, which counts steps by itself and changes an optimizer"
         raise JobError("train.schedule", name, problem, FUNCTION)
     for step in sorted({0, steps // 2, steps - 1}):
         try:

@@ -131,7 +131,7 @@ NAMES = [
     (["train.optimizer=adamww"], "train.optimizer='adamww'", "Did you mean adamw?"),
     (["train.optimizer=torch.optim:3"], "train.optimizer='torch.optim:3'", "is not package.module:Name"),
     (["train.optimizer=torch.optimm:Adam"], "no module torch.optimm"),
-    (["train.schedule=torch.optim.lr_scheduler:StepLR"], "is a scheduler of torch's", "(step, steps) -> factor"),
+    (["train.schedule=torch.optim.lr_scheduler:StepLR"], "is a torch scheduler", "(step, steps) -> factor"),
     (["train.schedule=cosin"], "train.schedule='cosin'", "Did you mean cosine?"),
     (["train.schedule=trainer.training.optimizer:missing"], "defines no missing"),
 ]  # fmt: skip

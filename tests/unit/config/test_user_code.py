@@ -88,7 +88,7 @@ def test_a_task_that_needs_a_trainer_of_its_own_is_refused(project: Path, code: 
     [
         ("-m cells.task", ""), ("-m cells", "no module cells that can be run"), ("-m other", ""), ("-m json.tool", ""),
         ("-m pytest", ""), ("-m nowhere.train", r"no module nowhere.train .*set python_path"), ("good.py", ""),
-        ("train.sh", r"is no Python: train.sh line 2"), ("zeros.py", "is no Python"),
+        ("train.sh", r"is not Python: train.sh line 2"), ("zeros.py", "is not Python"),
     ],
 )  # fmt: skip
 def test_a_script_that_cannot_run_here_is_refused_when_it_is_submitted(

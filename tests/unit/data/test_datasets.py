@@ -42,8 +42,8 @@ def test_what_has_a_length_and_an_index(dataset: Any) -> None:
 
 
 @pytest.mark.parametrize("dataset, problem", [
-    (Stream(), "Stream.*asked for by their number"), (iter([1, 2]), "asked for by their number"),
-    ((each for each in [1]), "script"), (None, "asked for by their number"), (Unsized(), "has no length"),
+    (Stream(), "Stream.*cannot be indexed"), (iter([1, 2]), "cannot be indexed"),
+    ((each for each in [1]), "script"), (None, "cannot be indexed"), (Unsized(), "has no length"),
     (DataLoader(TensorDataset(torch.ones(3))), "is a loader.*Return its dataset"),
     ({"train": [1], "test": [2]}, "Return one of its values: train, test"), ([], "is empty"),
 ])  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_sample_that_is_none_is_named(workers: int) -> None:
 
 @pytest.mark.parametrize("samples, problem", [
     ([torch.ones(2), torch.ones(3)], "equal size"), ([object(), object()], "must contain tensors"),
-    ([{"a": 1}, {"b": 1}], "samples \\[0, 1\\] do not make a batch"),
+    ([{"a": 1}, {"b": 1}], "samples \\[0, 1\\] cannot be combined into a batch"),
 ])  # fmt: skip
 def test_samples_that_do_not_make_a_batch(samples: Any, problem: str) -> None:
     found = BatchDataset(samples, Digits(), 0)[0, np.array([0, 1])]
