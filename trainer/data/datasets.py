@@ -20,7 +20,7 @@ def count_samples(key: str, dataset: Any) -> int:
         problem, remedy = "is a mapping, not samples", f"Return one of its values: {', '.join(map(str, dataset))}"
     elif isinstance(dataset, DataLoader):
         problem, remedy = "is a loader", "Return its dataset; set train.batch_size and data.workers in the job"
-    elif isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+    elif isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") or find_sample(dataset)):
         problem = "cannot be indexed, so Muster could not control the order of its samples"
     else:
         try:

@@ -133,5 +133,5 @@ def _read_names(key: str, values: Any) -> dict[str, Any]:
     for name in RESERVED:
         if name in named:
             remedy = f"Choose another name, such as my_{name}"
-            raise JobError(key, name, "is a name of Muster's own in the same line", remedy)
+            raise JobError(key, name, "is a name that every line of metrics.jsonl has already", remedy)
     return named

@@ -60,6 +60,20 @@ class Sampled(list[int]):
         return 100 + index
 
 
+class OnlySampled:
+    """Its samples are asked for by the method alone."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def sample(self, index: int, rng: np.random.Generator) -> int:
+        return index
+
+
+def test_a_method_sample_is_enough() -> None:
+    assert count_samples("task.train_dataset", OnlySampled()) == 3
+
+
 class Wrapper:
     """Passes attributes through, as many do."""
 

@@ -54,7 +54,7 @@ def test_metrics() -> None:
 @pytest.mark.parametrize("values, problem", [
     (None, "must be a dictionary"), ({"a": None}, "is not numbers"), ({"a": ["x"] * 4}, "is not numbers"),
     ({"a": FOUR.mean()}, "a value for each of the 4 samples"), ({"a": 0.5}, "a value for each"),
-    ({"a": FOUR[:3]}, "a value for each"), ({"loss": FOUR}, "a name of Muster's own"),
+    ({"a": FOUR[:3]}, "a value for each"), ({"loss": FOUR}, "a name that every line"),
 ])  # fmt: skip
 def test_metrics_that_cannot_be_added_up(values: Any, problem: str) -> None:
     with pytest.raises(JobError, match=problem) as caught:
@@ -88,7 +88,7 @@ def test_what_is_no_number(value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["step", "attempt", "event", "time", "kind", "loss"])
 def test_names_that_are_ours(name: str) -> None:
-    with pytest.raises(JobError, match="a name of Muster's own"):
+    with pytest.raises(JobError, match="a name that every line"):
         read_summary({name: 0.5})
 
 
