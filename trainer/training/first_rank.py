@@ -34,13 +34,14 @@ def build_in_turn(parallel: Parallel, pulse: Pulse, make: Callable[[], Task], bu
             task = make()
             if type(task).prepare is not Task.prepare:
                 task.prepare()
+                task = None  # what it set on itself would be missing after a restart, which prepares nothing
             else:
                 built.append(build(task))
         parallel.meet()
         pulse.beat(0, "starting")
     if first and heartbeat:
         note.touch()
-    result = built[0] if built else build(task or make())
+    result = built[0] if built else build(make())
     parallel.meet()
     pulse.beat(0, "starting")
     return result

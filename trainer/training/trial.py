@@ -21,7 +21,7 @@ from trainer.config.job import Job
 from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
 from trainer.data.nested import INSIDE, leaves, walk
-from trainer.data.sampler import Position, Sampler
+from trainer.data.sampler import Indices, Position, Sampler
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.module_state import evaluation_mode
@@ -82,17 +82,28 @@ class Trial:
     def train(self) -> None:
         """The losses of the smallest micro-batch of an epoch, such as a last one with a single sample."""
         start = (self.used - 1) // self.sampler.batch_size * self.sampler.batch_size
-        last = itertools.islice(self.sampler.epoch(Position(samples=start)), self.sampler.accumulate)
-        micro = min(last, key=lambda micro: len(micro.indices))
+        ends = itertools.islice(self.sampler.epoch(Position(samples=start)), self.sampler.accumulate)
+        micro = min(ends, key=lambda micro: len(micro.indices))
         replicas = self.job.devices_per_node if self.job.parallel == "dp" else 1
-        indices = micro.indices[: SAMPLES * replicas]
+        few = micro.indices[: SAMPLES * replicas]
+        last = len(few) == len(micro.indices)
+        try:
+            self.try_losses(few, last)
+        except Exception:
+            if last:
+                raise
+            self.try_losses(micro.indices, True)  # what is made for whole batches need not take a part of one
+
+    def try_losses(self, indices: Indices, explain: bool) -> None:
+        """Compute the losses of some samples, and check them; `explain` why the model cannot be called."""
         batch = self.read_twice(0, (0, indices))
         self.seed(self.parallel.rank)
         try:
             losses = self.parallel.compute(batch, len(indices))
             check_count(losses, len(indices))
         except Exception as error:
-            self.explain_call(batch, error)
+            if explain:
+                self.explain_call(batch, error)
             if not isinstance(error, JobError) or len(indices) >= SAMPLES:
                 raise
             problem = f"{error.problem} (met in a batch of {len(indices)}, the last of an epoch)"
@@ -124,9 +135,14 @@ class Trial:
             batches.append(np.arange(self.eval_count - rest, self.eval_count, dtype=np.int64))
         names: list[str] = []
         for indices in batches:
-            batch = self.read_twice(1, (0, indices))
-            with any_kernels():
-                values = evaluate_batch(self.parallel, batch, len(indices), lambda: self.seed(0))
+            try:
+                values = self.try_metrics(indices)
+            except Exception:
+                whole = np.arange(min(self.job.evaluation.batch_size, self.eval_count), dtype=np.int64)
+                if indices is not batches[0] or len(indices) == len(whole):
+                    raise
+                indices = whole
+                values = self.try_metrics(indices)
             sums = {name: value.double().sum(0).cpu() for name, value in values.items() if name != "loss"}
             try:
                 names = ["loss", *read_summary(self.task.summary(sums, len(indices)))]
@@ -138,6 +154,12 @@ class Trial:
                 text = f"metrics {', '.join(many)} have several values per sample: give the task a method summary"
                 self.report.notice(f"{text}, or they are left out")
         return names
+
+    def try_metrics(self, indices: Indices) -> dict[str, Tensor]:
+        """Losses and metrics of some samples for evaluation."""
+        batch = self.read_twice(1, (0, indices))
+        with any_kernels():
+            return evaluate_batch(self.parallel, batch, len(indices), lambda: self.seed(0))
 
     def read_twice(self, which: int, keys: Keys) -> Any:
         """A batch on the device, after each worker has read it twice: equal, or there is a warning."""

@@ -71,7 +71,7 @@ def test_a_task_is_built_by_one_rank_of_a_node_before_the_others() -> None:
 
 
 def test_one_that_prepares_is_built_by_all_at_once() -> None:
-    last = {"0 builds", "1 makes", "1 builds", "2 builds", "3 makes", "3 builds"}
+    last = {f"{rank} {what}" for rank in range(4) for what in ("makes", "builds")}
     assert play(prepares=True) == [{"0 makes", "0 prepares"}, {"2 makes", "2 prepares"}, last]
 
 
