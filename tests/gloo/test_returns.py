@@ -107,3 +107,8 @@ def test_a_model_is_called_as_the_task_says(tmp_path: Path) -> None:
     run = train(tmp_path / "uncalled", make_job("parallel=single", "task=returning_tasks:Uncalled"))
     assert run.code == 1 and "missing 1 required positional argument: 'labels'" in run.output(0)
     assert "it is called with a whole UserDict" in run.output(0) and "output(model, batch)" in run.output(0)
+
+
+def test_a_loss_for_batches_of_one_size_is_tried_with_such_a_batch(tmp_path: Path) -> None:
+    sizes = "train.batch_size=10", "evaluation.batch_size=37", "train.steps=2"
+    complete(tmp_path, make_job("parallel=single", "task=returning_tasks:Whole", *sizes))

@@ -164,6 +164,16 @@ class Keyword(nn.Module):
         return SimpleNamespace(logits=self.inner(pixels), labels=labels)
 
 
+class Whole(Small):
+    """Its loss is made for whole batches, as a contrastive one: of 10 samples, or of all 37 for evaluation."""
+
+    def loss(self, output: Tensor, batch: Sample) -> Any:
+        """The usual one. ValueError: another size."""
+        if len(output) not in (10, 37):
+            raise ValueError(f"{len(output)} samples")
+        return super().loss(output, batch)
+
+
 class Uncalled(Small):
     """Nobody says that its batches are keyword arguments."""
 
