@@ -36,6 +36,8 @@ from trainer.training.user_model import check_weights
 
 SAMPLES = 4
 """At most, of each batch of a device: shapes and types show in a few."""
+SIZES = (RuntimeError, ValueError, IndexError, AssertionError)
+"""What code raises that was made for batches of another size."""
 Keys = tuple[int, np.ndarray[Any, np.dtype[np.int64]]]
 
 
@@ -89,8 +91,8 @@ class Trial:
         last = len(few) == len(micro.indices)
         try:
             self.try_losses(few, last)
-        except Exception:
-            if last:
+        except SIZES as error:
+            if last or isinstance(error, JobError):
                 raise
             self.try_losses(micro.indices, True)  # what is made for whole batches need not take a part of one
 
@@ -137,9 +139,9 @@ class Trial:
         for indices in batches:
             try:
                 values = self.try_metrics(indices)
-            except Exception:
+            except SIZES as error:
                 whole = np.arange(min(self.job.evaluation.batch_size, self.eval_count), dtype=np.int64)
-                if indices is not batches[0] or len(indices) == len(whole):
+                if indices is not batches[0] or len(indices) == len(whole) or isinstance(error, JobError):
                     raise
                 indices = whole
                 values = self.try_metrics(indices)
