@@ -24,6 +24,10 @@ class JobError(ValueError):
         return _remake, (str(self), self.key, self.problem, self.remedy)
 
 
+class MaybeAccepted(JobError):
+    """The platform failed while it took the job, and may have taken it."""
+
+
 def _remake(text: str, *given: str) -> JobError:
     key, problem, remedy = given
     error = JobError(key, None, problem, remedy)

@@ -18,7 +18,7 @@ from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.slurm.platform import Slurm
 from trainer.launch.submit import render_job, submit_job, submit_sweep
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, last_event
 from trainer.run.summary import resume_command
 
 JOB, CPU = "jobs/digits.yaml", ["device=cpu", "devices_per_node=1"]
@@ -166,6 +166,16 @@ def test_a_refused_sweep_leaves_no_run(client: SimpleNamespace, runs: Path, said
     with pytest.raises(JobError, match=remedy):
         submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "train.lr=0.1,0.01")
     assert list(runs.glob("*/")) == []
+
+
+def test_a_job_that_slurm_may_have_taken_keeps_its_run(client: SimpleNamespace, runs: Path) -> None:
+    said = "Batch job submission failed: Socket timed out on send/recv operation"
+    client.write("sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
+    with pytest.raises(JobError, match="`squeue --me` says whether Slurm took the job"):
+        submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None)
+    (run,) = runs.glob("*/")
+    ended = last_event(RunFolder(run).read_events(), "ended")
+    assert ended is not None and said in ended["reason"] and (run / "code").is_dir()
 
 
 def test_a_platform_without_arrays_leaves_nothing_behind(runs: Path) -> None:

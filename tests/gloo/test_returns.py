@@ -88,8 +88,10 @@ def test_a_run_whose_data_or_schedule_changed_says_so(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_some_batches_lack_is_named(tmp_path: Path) -> None:
+    """The epoch before it is not lost."""
     run = train(tmp_path, make_job("task=returning_tasks:Named", "task_args.late=true", "parallel=single"))
     assert run.code == 64 and "task.metrics='more': is missing in some batches" in run.output()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000000005"]
 
 
 def test_sets_have_one_order_in_all_processes(tmp_path: Path) -> None:

@@ -41,6 +41,21 @@ def test_a_refusal_is_one_error_with_a_remedy(
     assert cluster.objects == {}  # nothing was made of what goes before the Job
 
 
+def test_a_job_that_the_cluster_may_have_taken_keeps_its_run(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    """The API server agrees when it is asked, and fails when the objects are made."""
+    asked: list[str] = []
+
+    def refuse(method: str, plural: str, body: Any) -> tuple[int, str, str] | None:
+        asked.extend([method] * (plural == "jobs" and method != "GET"))
+        return (504, "Timeout", "request did not complete within 60s") if len(asked) > 1 else None
+
+    cluster.refusal = refuse
+    with pytest.raises(JobError, match=r"`kubectl get jobs\.batch/.*` says whether it was made"):
+        submit(tmp_path, site)
+    (job,) = tmp_path.glob("**/digits-*/job.yaml")
+    assert "did not complete" in control.status(str(job.parent))["reason"]
+
+
 def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:
     import fake_api_server
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import WRONG_JOB, JobError
+from trainer.errors import WRONG_JOB, JobError, MaybeAccepted
 from trainer.launch.control import status_of
 from trainer.launch.follow import follow
 from trainer.launch.moved import find_code
@@ -101,6 +101,10 @@ def _removed_if_refused(folders: list[RunFolder]) -> Iterator[None]:
     """Remove new folders when the job is refused: nothing was started, so there is nothing to continue."""
     try:
         yield
+    except MaybeAccepted as error:  # what may have been started needs its folder
+        for folder in folders:
+            folder.record("ended", code=WRONG_JOB, reason=str(error))
+        raise
     except JobError:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

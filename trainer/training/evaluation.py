@@ -20,15 +20,19 @@ from trainer.parallel.returned import check_values, mean_loss, read_summary
 from trainer.task import Task
 from trainer.training.determinism import any_kernels
 
+Sums = dict[str, Tensor]
+"""Of the loss and the metrics of one batch."""
+
 
 def evaluate(
-    parallel: Parallel, model: nn.Module, task: Task, loader: Loader, mover: DeviceMover, count: int, batch_size: int,
+    parallel: Parallel, model: nn.Module, loader: Loader, mover: DeviceMover, count: int, batch_size: int,
     stop: Callable[[], bool], seed: Callable[[int], None],
-) -> dict[str, float] | None:  # fmt: skip
+) -> list[Sums] | None:  # fmt: skip
     """Evaluate `model` in the place of the step's own on all `count` samples; None when the ranks agreed to stop.
 
-    `stop` is asked before each round of batches, on all ranks alike. `seed` is told the number of each batch before
-    it is computed, and one more for the summary: what draws random numbers gives the same at any world size too.
+    The sums of all batches, in their order, on all ranks. `stop` is asked before each round of batches, on all ranks
+    alike. `seed` is told the number of each batch before it is computed, so what draws random numbers gives the same
+    at any world size too.
     """
     plan = list(evaluation_batches(count, batch_size, parallel.rank, parallel.world_size))
     rounds = math.ceil(math.ceil(count / batch_size) / parallel.world_size)
@@ -51,7 +55,11 @@ def evaluate(
     finally:
         step.model = own
     parts = parallel.gather_objects(map_tensors(sums, Tensor.cpu))
-    every: list[dict[str, Any]] = [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]
+    return [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]
+
+
+def summarize(task: Task, every: list[Sums], count: int) -> dict[str, float]:
+    """The mean loss and the task's metrics, from the sums of all batches. Raises JobError: on all ranks alike."""
     names = set(itertools.chain(*every))
     missing = {name for name in names if not all(name in values for values in every)}
     if missing:
@@ -59,7 +67,6 @@ def evaluate(
         raise JobError("task.metrics", ", ".join(sorted(missing)), "is missing in some batches", remedy)
     total = {key: functools.reduce(torch.add, (values[key] for values in every)) for key in every[0]}
     loss = mean_loss(total.pop("loss"), count)
-    seed(len(every))
     return {"loss": loss, **read_summary(task.summary(total, count))}
 
 

@@ -25,7 +25,7 @@ from trainer.task import Task
 from trainer.training.cadence import Cadence
 from trainer.training.continuation import Continuation
 from trainer.training.determinism import missing_kernels_named
-from trainer.training.evaluation import evaluate
+from trainer.training.evaluation import evaluate, summarize
 from trainer.training.finite_loss import LossCheck, NonFiniteLoss
 from trainer.training.optimizer import OPTIMIZERS, Rates, make_optimizer, make_scaler
 from trainer.training.schedule import make_schedule
@@ -267,12 +267,21 @@ class Trainer:
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
         started = time.perf_counter()
-        metrics = evaluate(
-            self.parallel, self.evaluated_model, self.task, self.eval_loader, self.mover, self.eval_count,
+        sums = evaluate(
+            self.parallel, self.evaluated_model, self.eval_loader, self.mover, self.eval_count,
             self.job.evaluation.batch_size, self.stop_early, lambda number: self.seed_generators(number, EVALUATION),
         )  # fmt: skip
-        self.report.pause(time.perf_counter() - started)
-        return metrics
+        try:
+            if sums is None:
+                return None
+            self.seed_generators(len(sums), EVALUATION)
+            return summarize(self.task, sums, self.eval_count)
+        except JobError:
+            if self.cadence.checkpoint(self.position):  # the training up to here shall not be lost with its metrics
+                self.state.save(wait=True)
+            raise
+        finally:
+            self.report.pause(time.perf_counter() - started)
 
     def stop_early(self) -> bool:
         """Whether to leave an evaluation: not the last one, which ends the run anyway."""

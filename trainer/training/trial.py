@@ -36,8 +36,6 @@ from trainer.training.user_model import check_weights
 
 SAMPLES = 4
 """At most, of each batch of a device: shapes and types show in a few."""
-SIZES = (RuntimeError, ValueError, IndexError, AssertionError)
-"""What code raises that was made for batches of another size."""
 Keys = tuple[int, np.ndarray[Any, np.dtype[np.int64]]]
 
 
@@ -88,23 +86,23 @@ class Trial:
         micro = min(ends, key=lambda micro: len(micro.indices))
         replicas = self.job.devices_per_node if self.job.parallel == "dp" else 1
         few = micro.indices[: SAMPLES * replicas]
-        last = len(few) == len(micro.indices)
+        again = len(few) < len(micro.indices)
         try:
-            self.try_losses(few, last)
-        except SIZES as error:
-            if last or isinstance(error, JobError):
+            self.try_losses(few, again)
+        except Exception as error:
+            if not (again and may_be_size(error)):
                 raise
-            self.try_losses(micro.indices, True)  # what is made for whole batches need not take a part of one
+            self.try_losses(micro.indices, False)  # what is made for whole batches need not take a part of one
 
-    def try_losses(self, indices: Indices, explain: bool) -> None:
-        """Compute the losses of some samples, and check them; `explain` why the model cannot be called."""
+    def try_losses(self, indices: Indices, again: bool) -> None:
+        """Compute the losses of some samples, and check them; `again`: more are tried if the size may be wrong."""
         batch = self.read_twice(0, (0, indices))
         self.seed(self.parallel.rank)
         try:
             losses = self.parallel.compute(batch, len(indices))
             check_count(losses, len(indices))
         except Exception as error:
-            if explain:
+            if not (again and may_be_size(error)):
                 self.explain_call(batch, error)
             if not isinstance(error, JobError) or len(indices) >= SAMPLES:
                 raise
@@ -139,17 +137,17 @@ class Trial:
         for indices in batches:
             try:
                 values = self.try_metrics(indices)
-            except SIZES as error:
+            except Exception as error:
                 whole = np.arange(min(self.job.evaluation.batch_size, self.eval_count), dtype=np.int64)
-                if indices is not batches[0] or len(indices) == len(whole) or isinstance(error, JobError):
+                if indices is not batches[0] or len(indices) == len(whole) or not may_be_size(error):
                     raise
                 indices = whole
                 values = self.try_metrics(indices)
             sums = {name: value.double().sum(0).cpu() for name, value in values.items() if name != "loss"}
             try:
                 names = ["loss", *read_summary(self.task.summary(sums, len(indices)))]
-            except (ArithmeticError, ValueError) as error:  # such as a division by the number of hits
-                if isinstance(error, JobError):
+            except Exception as error:  # such as a division by the number of hits, for so few samples
+                if not (isinstance(error, ArithmeticError) or may_be_size(error)):
                     raise
             many = [name for name, value in sums.items() if value.numel() > 1]
             if many and type(self.task).summary is Task.summary:
@@ -178,6 +176,11 @@ class Trial:
             )
         [batch] = self.mover.move(iter(read[:1]))
         return batch
+
+
+def may_be_size(error: Exception) -> bool:
+    """Whether it is what code raises that was made for batches of another size."""
+    return isinstance(error, (RuntimeError, ValueError, IndexError, AssertionError)) and not isinstance(error, JobError)
 
 
 @contextmanager

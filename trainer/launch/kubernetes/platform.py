@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-from trainer.errors import STOPPED
+from trainer.errors import STOPPED, JobError, MaybeAccepted
 from trainer.launch.kubernetes.kubectl import COPIED_UNTIL, KINDS, Kubectl, Refused, copy_logs
 from trainer.launch.kubernetes.manifests import make_manifests, render_manifests
 from trainer.launch.kubernetes.site import KubernetesSite
@@ -42,7 +42,11 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
             remains = (kubectl.workload, f"configmap/{name}")
             kubectl.run_or_raise("delete", *remains, "--ignore-not-found", "--cascade=foreground")
         kubectl.run_or_raise("apply", "--filename=-", "--dry-run=server", text=text)  # nothing is made of half a job
-        kubectl.run_or_raise("apply", "--filename=-", text=text)
+        try:
+            kubectl.run_or_raise("apply", "--filename=-", text=text)
+        except JobError as error:
+            remedy = f"{error.remedy}. `kubectl get {kubectl.workload}` says whether it was made all the same"
+            raise MaybeAccepted(error.key, error.value, error.problem, remedy) from None
         self._adopt(kubectl, request[:-1])
         if site.claim is None:
             note = "the site file names no claim, so this run cannot resume when its pods are replaced"

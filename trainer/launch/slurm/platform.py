@@ -14,7 +14,7 @@ from typing import Any
 from submitit.core.utils import CommandFunction, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
-from trainer.errors import JobError
+from trainer.errors import JobError, MaybeAccepted
 from trainer.launch.platform import JobStatus, Plan, Platform, own_program
 from trainer.launch.site import check_rules, fabric_environment, template
 from trainer.launch.slurm.state import SlurmJob, run_client
@@ -26,6 +26,8 @@ SAVE_MARGIN_S = 30
 """Seconds between the end of our grace period and Slurm's kill, in which the batch script requeues."""
 UNREACHABLE = "Unable to contact slurm controller|Could not establish a configuration source"
 """What sbatch says when no controller answers; then neither the site file nor the job is wrong."""
+LATE = "timed out|Zero Bytes were transmitted"
+"""What it says when the controller may have taken the job, though its answer did not come."""
 
 
 @dataclass
@@ -237,6 +239,8 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
             return str(TemplateExecutor(folder, request).submit(kept).job_id)
     except FailedJobError as error:
         text = " ".join(str(error).split())
+    if re.search(LATE, text, re.IGNORECASE):
+        raise MaybeAccepted("--on", "slurm", text, "`squeue --me` says whether Slurm took the job all the same")
     if re.search(UNREACHABLE, text):
         raise JobError("--on", "slurm", text, "Wait until `scontrol ping` says that the controller is up")
     raise JobError("sbatch", shlex.join(request.flags), f"Slurm refused: {text}", "Correct slurm/site.yaml or the job")
