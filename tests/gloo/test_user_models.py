@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import Fault
-from ranks import Run, complete, evaluations, losses, make_job, train
+from ranks import Run, complete, evaluations, events, losses, make_job, train
 from states import difference, read_state
 
 from trainer.errors import WRONG_JOB
@@ -44,6 +44,9 @@ def test_a_killed_run_of_an_odd_model_ends_as_a_calm_one(tmp_path: Path, mode: s
 def test_a_model_that_arrives_in_evaluation_mode_trains_from_the_first_step(tmp_path: Path) -> None:
     run = complete(tmp_path, make_job(TASK, "task_args.mode=evaluation", "train.steps=2", "devices_per_node=2"))
     assert "NOTE: model() returned the model in evaluation mode" in run.output(0)
+    assert [event["message"][:50] for event in events(run.folder, "note")] == [
+        "model() returned the model in evaluation mode, as "
+    ]
     assert "NOTE" not in run.output(1)
     assert int(read_state(tmp_path)["model"]["frozen.num_batches_tracked"]) == 2
 

@@ -66,7 +66,10 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
         raise JobError(key, value, problem, "Rename that module, or run your code as a script, which gets its own")
     source = find_source(module)
     if source is None:
-        remedy = f"It must be importable from the working directory ({os.getcwd()}) or the job file's folder"
+        remedy = (
+            f"It must be importable from the working directory ({os.getcwd()}), its src, or the job file's folder; set "
+            "python_path if it lies elsewhere"
+        )
         raise JobError(key, value, f"no module {module}", remedy)
     if source.suffix != ".py":
         return

@@ -160,7 +160,7 @@ TEXTS = {
     "checkpoint_refused": "checkpoint refused: {problem}", "pending": "pending: {reason}",
     "agent_lost": "the agent of node {node} was lost (exit {code}); starting it again",
     "stopped": "stopped at step {step} with a checkpoint",
-    "notice": "WARNING: {message}", "nonfinite_loss": "the loss of step {step} is {loss}",
+    "note": "NOTE: {message}", "notice": "WARNING: {message}", "nonfinite_loss": "the loss of step {step} is {loss}",
 }  # fmt: skip
 
 

@@ -127,6 +127,12 @@ class Report:
         if self.is_first:
             self.warn(text, "notice", message=text)
 
+    def note(self, text: str) -> None:
+        """Tell the user what Muster made of something; each launch of a run says it once."""
+        self.say(f"NOTE: {text}")
+        if not self.parallel.restarts:
+            self.event("note", message=text)
+
     def was_training(self) -> bool:
         """Whether an earlier attempt came as far as its first step."""
         begun = [event for event in self.run.read_events() if event["event"] == "training"]

@@ -48,6 +48,7 @@ EVENTS = {
     "checkpoint_refused": Kind("A checkpoint is damaged, and the one before is used.", ("attempt", "problem")),
     "checkpoint_failed": Kind("The last checkpoint could not be saved.", ("attempt", "problem")),
     "not_deterministic": Kind("Some operation has no deterministic kernel.", ("attempt", "problem")),
+    "note": Kind("What was made of something in the user's code.", ("attempt", "message")),
     "notice": Kind("Something is not wrong, but may not be meant.", ("attempt", "message")),
     "nonfinite_loss": Kind("A loss was NaN or infinite.", ("attempt", "loss", "step", "rank", "samples")),
     "stopped": Kind("All ranks stopped on request, with a checkpoint.", ("attempt", "step")),

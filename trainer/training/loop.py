@@ -215,7 +215,7 @@ class Trainer:
         """Tell the user, each thing once."""
         for notice in notices:
             if notice not in self.told:
-                self.report.say(f"NOTE: {notice}")
+                self.report.note(notice)
         self.told.update(notices)
 
     def seed_generators(self, number: int, stream: bytes) -> None:

@@ -59,7 +59,7 @@ def train(
         )
         FLAG.install()  # once more: the user's code, or a library of its, may have taken the signals
         for notice in notices:
-            report.say(f"NOTE: {notice}")
+            report.note(notice)
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, parallel.step.model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit(on_failure)
