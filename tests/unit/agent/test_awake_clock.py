@@ -1,6 +1,8 @@
 """The clock that stands still while its process does."""
 
-from trainer.agent.awake_clock import GAP_S, AwakeClock
+import time
+
+from trainer.agent.awake_clock import GAP_S, TICK_S, AwakeClock
 
 
 class Hand:
@@ -35,3 +37,12 @@ def test_silence_begins_anew_when_the_process_wakes_up() -> None:
     hand.time += 1.5
     assert clock.since(100.5) == 1.5
     assert clock.since(hand.time - 0.5) == 0.5  # and this beat came after it
+
+
+def test_a_process_that_is_busy_elsewhere_is_awake() -> None:
+    clock = AwakeClock()
+    clock.now()
+    before, limit = clock.looked, time.monotonic() + 40 * TICK_S
+    while clock.looked == before and time.monotonic() < limit:
+        time.sleep(TICK_S / 5)
+    assert clock.looked > before, "nobody looked at the clock"

@@ -25,6 +25,10 @@ def text(*files: str) -> str:
         ([f"{TRAINER}/training/loop.py", "/code/cells/bad.py"], "cells/bad.py:2"),
         (["/code/cells/bad.py", f"{LIBRARY}/json/decoder.py", "/x/site-packages/torch/nn/module.py"], "cells/bad.py:1"),
         ([f"{TRAINER}/training/loop.py", f"{TRAINER}/tasks/digits.py"], f"{TRAINER}/tasks/digits.py:2"),
+        (
+            [f"{TRAINER}/tasks/digits.py", "/x/site-packages/torch/nn/module.py", f"{TRAINER}/training/loop.py"],
+            f"{TRAINER}/tasks/digits.py:1",
+        ),
         (["/elsewhere/train.py", "<frozen runpy>"], "/elsewhere/train.py:1"),
         (
             [f"{TRAINER}/training/loop.py", "/x/site-packages/torch/nn/module.py"],
@@ -32,7 +36,15 @@ def text(*files: str) -> str:
         ),
         ([], ""),
     ],
-    ids=["ours calls theirs", "theirs calls a library", "a task of ours", "a script", "nobody's", "none"],
+    ids=[
+        "ours calls theirs",
+        "theirs calls a library",
+        "a task of ours",
+        "called back",
+        "a script",
+        "nobody's",
+        "none",
+    ],
 )
 def test_the_innermost_frame_of_the_users_own(
     files: list[str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,9 @@ def test_it_reaches_the_run_and_the_platform(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("MUSTER_RUN", str(tmp_path / "not there"))
     leave_for("/elsewhere/job.yaml", 64, "again")
     assert (tmp_path / "message").read_text() == "again"
+    monkeypatch.delenv("MUSTER_RUN")
+    leave_for(str(tmp_path / "no folder/job.yaml"), 64, "without a run")
+    assert (tmp_path / "message").read_text() == "without a run"
 
 
 def test_an_agent_that_cannot_begin_tells_its_run_why(tmp_path: Path) -> None:

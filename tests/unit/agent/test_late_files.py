@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def test_a_job_that_slurm_started_in_tmp_goes_where_its_code_is(
     monkeypatch.chdir("/tmp")
     await_job(tmp_path / "job.yaml")
     assert Path.cwd() == tmp_path / "code"
+
+
+def test_code_is_looked_for_from_tmp_alone(tmp_path: Path, on_slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    appear(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    await_job(tmp_path / "job.yaml")
+    assert Path.cwd() == tmp_path
+
+
+def test_a_stop_request_ends_the_wait(tmp_path: Path, on_slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_files, "LATE_S", 30.0)
+    monkeypatch.setattr(late_files.FLAG, "requested", "SIGTERM")
+    began = time.monotonic()
+    await_job(tmp_path / "job.yaml")
+    assert time.monotonic() - began < 20
 
 
 def test_what_a_person_typed_is_not_waited_for(

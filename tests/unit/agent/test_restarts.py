@@ -11,7 +11,7 @@ from trainer.agent.failure import Failure
 from trainer.agent.restarts import RestartPolicy
 from trainer.agent.rounds import Ended
 from trainer.config.job import Agent, Job
-from trainer.errors import FAILED
+from trainer.errors import FAILED, JobError
 from trainer.run import attempts
 from trainer.run.folder import RunFolder
 
@@ -108,3 +108,31 @@ def test_an_attempt_has_one_owner(tmp_path: Path) -> None:
         with pytest.raises(attempts.StaleAttempt):
             attempts.claim(RunFolder(tmp_path), attempt)
     attempts.claim(RunFolder(tmp_path), 4)
+
+
+@pytest.mark.parametrize("chosen, code", [(7, 7), (124, 124), (125, FAILED), (139, FAILED)])
+def test_the_exit_code_of_a_script_is_its_own_unless_it_means_something_else(
+    tmp_path: Path, chosen: int, code: int
+) -> None:
+    """To a shell or an engine, which would take it for their own."""
+    policy = Policy(tmp_path, restarts=0)
+    policy.job.task, policy.job.script = None, "train.py"
+    with pytest.raises(Ended) as end:
+        policy.fail(replace(BUG, code=chosen))
+    assert end.value.code == code
+
+
+def test_a_launch_that_was_replaced_does_not_go_on(tmp_path: Path) -> None:
+    policy = Policy(tmp_path)
+    attempts.claim(policy.run, 5)
+    with pytest.raises(Ended, match="attempt 0 was replaced by attempt 5, which goes on"):
+        policy.fail(BUG)
+
+
+def test_a_folder_that_cannot_be_written_is_the_jobs_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(tmp_path)
+    policy.run = RunFolder(tmp_path / "file/run")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(policy, "attempt", None)
+    with pytest.raises(JobError, match=r"runs='.*': cannot be written .*Give a writable"):
+        policy.fail()

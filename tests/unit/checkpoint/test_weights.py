@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from trainer.checkpoint.files import commit
+from trainer.checkpoint.files import DamagedCheckpoint, commit
 from trainer.checkpoint.weights import fit, load_weights, rename, start_from
 from trainer.errors import JobError
 
@@ -46,6 +46,13 @@ def equal(model: nn.Module, other: nn.Module) -> bool:
 def test_a_prefix_that_makes_all_names_fit_is_removed(tmp_path: Path, prefix: str) -> None:
     theirs, model = net(), net()
     start(model, {"epoch": 3, "state_dict": {prefix + k: v for k, v in theirs.state_dict().items()}}, tmp_path)
+    assert equal(model, theirs)
+
+
+def test_a_part_that_was_compiled_has_its_usual_names(tmp_path: Path) -> None:
+    theirs, model = Wrapper(), Wrapper()
+    state = {name.replace("backbone.", "backbone._orig_mod."): value for name, value in theirs.state_dict().items()}
+    start(model, state, tmp_path)
     assert equal(model, theirs)
 
 
@@ -146,6 +153,12 @@ def test_folders(tmp_path: Path) -> None:
         assert set(found) == set(weights) and all(torch.equal(found[name], weights[name]) for name in weights)
     with pytest.raises(JobError, match="no such file"):
         load_weights(tmp_path)
+    damaged = run / "checkpoints/step-000000003"
+    content = bytearray((damaged / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "model.pt").write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=r"model\.pt.*bits have changed"):
+        load_weights(damaged)
 
 
 def test_safetensors_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_a_run_finds_them_in_its_snapshot(project: Path, tmp_path_factory: pytes
         ("from trainer import Engine", True), ("import trainer", True), ("from trainer.engine import Engine", True),
         ("import helper", True), ("def late():\n    from nested import loop", True),
         ("from trainer.tasks.digits import Digits", False), ("from . import trainer", False),
-        ("import harmless", False),
+        ("import harmless", False), ("import unfinished", False),
     ],
 )  # fmt: skip
 def test_a_task_that_needs_a_trainer_of_its_own_is_refused(project: Path, code: str, clash: bool) -> None:
@@ -69,6 +69,7 @@ def test_a_task_that_needs_a_trainer_of_its_own_is_refused(project: Path, code: 
     Path("mine.py").write_text(f"{code}\nclass Mine: pass\n")
     Path("helper.py").write_text("from trainer import Engine\n")
     Path("harmless.py").write_text("import json\n")
+    Path("unfinished.py").write_text("import trainer = \n")
     Path("nested").mkdir()
     Path("nested/__init__.py").touch()
     Path("nested/loop.py").write_text("from .. import x\nimport trainer.engine\n")
@@ -83,12 +84,22 @@ def test_a_task_that_needs_a_trainer_of_its_own_is_refused(project: Path, code: 
         to_job(merge_job("job-file.yaml", ["task=trainer:Engine"]))
 
 
+def test_an_installed_trainer_is_not_the_users(project: Path) -> None:
+    """Such as a package of that name in `~/.local`, which a task would not get anyhow, and did not mean."""
+    folder = project / "lib/python3/site-packages"
+    (folder / "trainer").mkdir(parents=True)
+    sys.path.append(str(folder))
+    Path("mine.py").write_text("import trainer\nclass Mine: pass\n")
+    assert find_clash("mine") is None
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
         ("-m cells.task", ""), ("-m cells", "no module cells that can be run"), ("-m other", ""), ("-m json.tool", ""),
         ("-m pytest", ""), ("-m nowhere.train", r"no module nowhere.train .*set python_path"), ("good.py", ""),
         ("train.sh", r"is not Python: train.sh line 2"), ("zeros.py", "is not Python"),
+        ("lib", "cannot be read"),
     ],
 )  # fmt: skip
 def test_a_script_that_cannot_run_here_is_refused_when_it_is_submitted(

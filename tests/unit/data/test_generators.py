@@ -71,6 +71,51 @@ def test_they_are_found() -> None:
     assert set(find_generators(Subset(Data(), [1]), "dataset")) != set()  # type: ignore[arg-type]
 
 
+class Inherits(Randomizable):
+    """Its generator is that of the class before it."""
+
+
+def with_default(value: float, *, rng: random.Random = random.Random()) -> float:  # noqa: B008
+    return value + rng.random()
+
+
+def test_they_are_found_in_base_classes_and_in_defaults() -> None:
+    assert list(find_generators(Inherits(), "root").values()) == [Randomizable.R]
+    assert len(find_generators(with_default, "root")) == 1
+
+
+class Mixes(Digits):
+    """Mixes samples by a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng()
+
+    def collate(self, samples: list[Any]) -> Any:
+        return [sample * self.rng.random() for sample in samples]
+
+
+def test_a_batch_is_collated_alike_again() -> None:
+    first, again = (BatchDataset([1.0, 2.0], Mixes(), 7)[0, np.array([0, 1])] for _ in range(2))  # type: ignore[arg-type]
+    assert first == again and first[0] > 0
+
+
+def test_a_dataset_may_say_that_it_draws_nothing() -> None:
+    """Then its samples cost no seeding."""
+
+    class Plain(list[float]):
+        deterministic = True
+
+        def __getitem__(self, index: Any) -> Any:
+            return random.random()
+
+    random.seed(1)
+    expected = [random.random() for _ in range(2)]
+    random.seed(1)
+    batches = BatchDataset(Plain([1.0]), Digits(), 7)  # type: ignore[arg-type]
+    assert [batches.sample(0, 0), batches.sample(0, 0)] == expected
+
+
 def test_those_behind_the_global_functions_are_left_to_others() -> None:
     holder = [random.choice, np.random.rand, np.random.mtrand._rand, torch.default_generator, random.SystemRandom]
     assert find_generators(holder, "holder") == {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -83,3 +86,28 @@ def test_each_worker_reads_what_it_asks_for(kind: Any, tmp_path: Path) -> None:
             assert found == [[index, index + 1] for index in range(0, COUNT, 2)]
     finally:
         loader.close()
+
+
+PLACES = """
+import os, sys
+from trainer.data.open_files import take_own_places
+
+found = []
+for flags in (os.O_RDONLY, os.O_RDWR):
+    number = os.open(sys.argv[1], flags)
+    other = os.dup(number)
+    os.lseek(number, 4, os.SEEK_SET)
+    found.append((number, other))
+take_own_places()
+for number, other in found:
+    print(os.read(number, 1), os.lseek(other, 0, os.SEEK_CUR), os.get_inheritable(number))
+"""
+
+
+def test_a_place_is_kept_and_what_is_written_stays_shared(tmp_path: Path) -> None:
+    """Processes that write to one file must not overwrite each other."""
+    path = tmp_path / "records"
+    path.write_bytes(b"0123456789")
+    command = [sys.executable, "-c", PLACES, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["b'4' 4 False", "b'4' 5 False"]

@@ -51,6 +51,27 @@ def test_with_its_project_it_takes_the_code_there(
     assert capsys.readouterr().err == ""
 
 
+def test_with_a_snapshot_it_has_its_code_along(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.code.mkdir()
+    moved, before = RunFolder(run.path.rename(tmp_path / "mine")), places(RunFolder(tmp_path / "mine"))
+    shutil.rmtree(tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    find_code(moved)
+    assert places(moved) == before and capsys.readouterr().err == ""
+
+
+def test_asked_from_elsewhere_it_keeps_the_code_of_a_project_that_is_there(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that merely looks like the project, such as a backup of the runs, does not take its place."""
+    moved = RunFolder(Path(shutil.copytree(run, tmp_path / "backup/runs" / run.name)))
+    monkeypatch.chdir(tmp_path)
+    find_code(moved)
+    assert places(moved) == (str(tmp_path / "one"), str(tmp_path / "one/jobs"))
+
+
 @pytest.mark.parametrize("place", ["archive/best run", "one/runs/best"])
 def test_alone_it_keeps_its_code(
     run: RunFolder, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

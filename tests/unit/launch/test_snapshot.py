@@ -11,7 +11,7 @@ import pytest
 
 from trainer.errors import JobError
 from trainer.launch.snapshot import LIMIT_MB, take_snapshot
-from trainer.launch.source_files import MANY
+from trainer.launch.source_files import LARGE, MANY
 from trainer.run.folder import RunFolder
 
 
@@ -126,9 +126,27 @@ def test_what_git_refuses_is_not_guessed(source: Path, tmp_path: Path, monkeypat
 def test_a_hook_of_git_may_submit(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git("init", "--quiet", source)
     (source / ".gitignore").write_text("*.bin\n")
+    git("-C", source, "add", "--force", "data.bin")  # which only the index of this repository knows
     git("init", "--quiet", tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))
-    assert "task.py" in copied(source, tmp_path / "run")
+    assert {"task.py", "data.bin"} <= set(copied(source, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("has_git", [True, False])
+def test_without_a_repository_links_are_kept_and_large_files_are_not(
+    source: Path, tmp_path: Path, has_git: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where git is not installed."""
+    if not has_git:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    (source / "package").mkdir()
+    (source / "package/module.py").touch()
+    (source / "linked").symlink_to("package")
+    with (source / "records.txt").open("wb") as file:
+        file.truncate(LARGE + 1)
+    names = copied(source, tmp_path / "run")
+    assert "task.py" in names and "records.txt" not in names
+    assert (tmp_path / "run/code/linked/module.py").is_file()
 
 
 def test_a_task_of_a_sweep_that_was_moved_away_from_it(source: Path, tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def test_status_tells_the_time_too(run: RunFolder) -> None:
     found = control.status(str(run))
     assert (found["state"], found["waiting"]) == ("pending", "for 2 min")
     assert control.status_text(found) == f"pending for 2 min: {run}"
+    run.logs.mkdir(exist_ok=True)
+    run.node_log(0).touch()  # something was heard of it
+    assert control.status(str(run)).get("waiting", "") == ""
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(run: RunFolder, tmp_path: Path) -> None:

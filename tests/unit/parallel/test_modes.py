@@ -56,7 +56,8 @@ def test_texts_and_lists_are_cut_with_the_samples() -> None:
 
 def test_what_cannot_be_cut_is_refused() -> None:
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
-    for batch in (packed, {"x": torch.ones(3)}, [["a", "b"]]):
+    even = torch.nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(2)])  # as many steps as there are samples
+    for batch in (packed, even, {"x": torch.ones(3)}, [["a", "b"]]):
         with pytest.raises(JobError, match="parallel='dp'"):
             scatter(batch, 2, 4)
 

@@ -14,6 +14,7 @@ from trainer.parallel.module_state import (
     numbers,
     restore_buffers,
     restore_numbers,
+    saved_buffers,
 )
 from trainer.tasks.digits import Digits
 from trainer.training.unchanged import unchanged
@@ -98,3 +99,25 @@ def test_a_fresh_model_gets_the_buffers_that_a_forward_pass_made() -> None:
         assert other.count == 3
         other(torch.ones(5, 2))
     assert float(model.late.sum()) == 15, "it shares memory with a model that was restored from it"
+
+
+def test_a_model_that_is_another_now_takes_what_it_can() -> None:
+    """Of parts that are gone, the error of `load_state_dict` tells; what never was saved may have another size."""
+    model, changed = nn.Sequential(nn.BatchNorm1d(2), Keeper()), nn.Sequential(nn.BatchNorm1d(2), Keeper())
+    state, beside = model.state_dict(), buffers_beside(model)
+    model[1].calls += 1
+    changed[1].register_buffer("calls", torch.zeros(3), persistent=False)
+    restore_buffers(changed, state, beside)
+    assert changed[1].calls.tolist() == [0, 0, 0]
+    restore_buffers(nn.Sequential(), state, beside)
+
+
+def test_a_mode_is_no_number() -> None:
+    model = Keeper()
+    before = numbers(model)
+    assert changed_numbers(model.eval(), before) == {}
+
+
+def test_a_shared_buffer_has_all_its_names() -> None:
+    norm = nn.BatchNorm1d(2)
+    assert {"0.running_mean", "1.running_mean"} <= set(saved_buffers(nn.Sequential(norm, norm)))

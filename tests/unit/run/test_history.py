@@ -42,8 +42,10 @@ AGAIN = ("wired", {"node": 0, "launch": 1})
         (["attempt", "agent_lost", LOST, "restart"], "1: agent lost (1x)"),
         (["attempt", "stopped", "requeued", AGAIN, "attempt"], "1: requeued (1x)"),
         (["attempt", "stopped", AGAIN, "attempt"], "1: requeued (1x)"),
+        (["attempt", BUG, "requeued", AGAIN, "attempt"], "1: ValueError at cells/bad.py:12 (1x)"),
     ],
-    ids=["calm", "a bug", "several", "an old run", "continued", "agent", "agent of two", "local requeue", "by Slurm"],
+    ids=["calm", "a bug", "several", "an old run", "continued", "agent", "agent of two", "local requeue", "by Slurm",
+         "after a bug"],
 )  # fmt: skip
 def test_restarts_are_counted_by_cause(names: list[Any], text: str) -> None:
     assert restarts_text(events(*names)) == text

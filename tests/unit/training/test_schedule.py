@@ -40,7 +40,8 @@ def test_a_function_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     (LambdaLR(torch.optim.SGD([torch.ones(1)], lr=1), lambda step: 1.0), "is a torch scheduler"),
     (lambda step, steps: None, "cannot be asked"), (lambda step, steps: -1.0, "gives -1.0 for step 0"),
     (lambda step, steps: [1.0, 0.5][step], "cannot be asked for step 5 of 10 \\(IndexError"),
-    (lambda step, steps: float("nan"), "gives nan"), (Counts(), "gives 1.0 for step 0, then 0.5"),
+    (lambda step, steps: float("nan"), "gives nan"), (lambda step, steps: float("inf"), "gives inf"),
+    (Counts(), "gives 1.0 for step 0, then 0.5"),
 ])  # fmt: skip
 def test_what_gives_no_factor(monkeypatch: pytest.MonkeyPatch, schedule: Any, problem: str) -> None:
     with pytest.raises(JobError, match=problem) as caught:

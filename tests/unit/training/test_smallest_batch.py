@@ -77,6 +77,18 @@ def test_a_batch_norm_that_gets_one_sample_is_refused() -> None:
         check(nn.BatchNorm1d(4, track_running_stats=False), 96)
 
 
+class Broken(nn.BatchNorm1d):
+    """Fails for another reason."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        raise ValueError("it is Monday")
+
+
+def test_another_error_is_not_taken_for_it() -> None:
+    with pytest.raises(ValueError, match="it is Monday"):
+        check(Broken(4), 97)
+
+
 def test_all_others_are_not() -> None:
     check(nn.BatchNorm1d(4), 96)
     check(nn.BatchNorm1d(4).eval(), 97)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from logging import Handler
 from typing import Any
 
 import torch
@@ -75,3 +76,14 @@ def test_everything_is_put_back() -> None:
     assert all(vars(model)[name] is value for name, value in attributes.items())
     assert meter.values == {"a": 1} and meter.total == 0
     model(torch.randn(4, 3))
+
+
+def test_what_a_library_or_a_class_remembers_is_left_alone() -> None:
+    """Threads of its own may use it."""
+    task: Any = Metered()
+    task.handler, task.kind = Handler(), Meter
+    with unchanged(Busy(), task):
+        task.handler.name = "seen"
+        Meter.seen = True  # type: ignore[attr-defined]
+    assert task.handler.name == "seen" and Meter.seen  # type: ignore[attr-defined]
+    del Meter.seen  # type: ignore[attr-defined]

@@ -63,13 +63,13 @@ def test_normalised_weights_are_averaged(normalise: Any) -> None:
 
 
 class Odd(nn.Module):
-    """A sparse buffer, whole numbers that are frozen, complex weights, and a buffer that a forward pass makes anew."""
+    """A sparse buffer, large frozen whole numbers, complex weights, and a buffer that a forward pass makes anew."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("grid", torch.eye(2).to_sparse())
         self.register_buffer("rows", torch.eye(2).to_sparse_csr())
-        self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.codes = nn.Parameter(2**24 + torch.arange(3), requires_grad=False)
         self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
         self.flag = nn.Parameter(torch.ones(1))
 
@@ -87,7 +87,7 @@ def test_odd_models_are_averaged() -> None:
         average.update_parameters(model)
     module: Any = average.module
     assert module.phase.tolist() == [6 + 0j] * 2  # the mean of 3 and 9
-    assert module.codes.tolist() == [0, 1, 2]
+    assert module.codes.tolist() == [2**24, 2**24 + 1, 2**24 + 2]
     assert module.late.tolist() == [8.0, 8.0]
     assert list(module.state_dict()) == list(model.state_dict())
 

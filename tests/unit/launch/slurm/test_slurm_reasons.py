@@ -28,6 +28,7 @@ from trainer.launch.slurm.reasons import explain_reason
         ("InvalidQOS", "account or qos"),
         ("JobArrayTaskLimit", "array"),
         ("Licenses", "licenses"),
+        ("(Resources)", "too few nodes are free"),
     ],
 )
 def test_a_reason_keeps_slurms_word_and_says_what_ends_the_wait(reason: str, part: str) -> None:
