@@ -11,6 +11,7 @@ import pytest
 
 from trainer.agent import late_files
 from trainer.agent.late_files import await_job
+from trainer.signals import FLAG
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_code_is_looked_for_from_tmp_alone(tmp_path: Path, on_slurm: None, monke
 
 def test_a_stop_request_ends_the_wait(tmp_path: Path, on_slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(late_files, "LATE_S", 30.0)
-    monkeypatch.setattr(late_files.FLAG, "requested", "SIGTERM")
+    monkeypatch.setattr(FLAG, "requested", "SIGTERM")
     began = time.monotonic()
     await_job(tmp_path / "job.yaml")
     assert time.monotonic() - began < 20

@@ -96,7 +96,7 @@ class Mixes(Digits):
 
 
 def test_a_batch_is_collated_alike_again() -> None:
-    first, again = (BatchDataset([1.0, 2.0], Mixes(), 7)[0, np.array([0, 1])] for _ in range(2))  # type: ignore[arg-type]
+    first, again = (BatchDataset([1.0, 2.0], Mixes(), 7)[0, np.array([0, 1])] for _ in range(2))
     assert first == again and first[0] > 0
 
 
@@ -112,7 +112,7 @@ def test_a_dataset_may_say_that_it_draws_nothing() -> None:
     random.seed(1)
     expected = [random.random() for _ in range(2)]
     random.seed(1)
-    batches = BatchDataset(Plain([1.0]), Digits(), 7)  # type: ignore[arg-type]
+    batches = BatchDataset(Plain([1.0]), Digits(), 7)
     assert [batches.sample(0, 0), batches.sample(0, 0)] == expected
 
 

@@ -103,7 +103,8 @@ def test_a_fresh_model_gets_the_buffers_that_a_forward_pass_made() -> None:
 
 def test_a_model_that_is_another_now_takes_what_it_can() -> None:
     """Of parts that are gone, the error of `load_state_dict` tells; what never was saved may have another size."""
-    model, changed = nn.Sequential(nn.BatchNorm1d(2), Keeper()), nn.Sequential(nn.BatchNorm1d(2), Keeper())
+    model: Any = nn.Sequential(nn.BatchNorm1d(2), Keeper())
+    changed: Any = nn.Sequential(nn.BatchNorm1d(2), Keeper())
     state, beside = model.state_dict(), buffers_beside(model)
     model[1].calls += 1
     changed[1].register_buffer("calls", torch.zeros(3), persistent=False)
