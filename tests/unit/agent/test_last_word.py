@@ -45,6 +45,9 @@ def test_it_reaches_the_run_and_the_platform(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("MUSTER_RUN")
     leave_for(str(tmp_path / "no folder/job.yaml"), 64, "without a run")
     assert (tmp_path / "message").read_text() == "without a run"
+    (tmp_path / "sweep.json").write_text('{"runs": []}')
+    leave_for(str(tmp_path), 64, "no task of this sweep")
+    assert (tmp_path / "message").read_text() == "no task of this sweep"
 
 
 def test_an_agent_that_cannot_begin_tells_its_run_why(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_an_installed_trainer_is_not_the_users(project: Path) -> None:
     """Such as a package of that name in `~/.local`, which a task would not get anyhow, and did not mean."""
     folder = project / "lib/python3/site-packages"
     (folder / "trainer").mkdir(parents=True)
-    sys.path.append(str(folder))
+    sys.path += [str(project), str(folder)]
     Path("mine.py").write_text("import trainer\nclass Mine: pass\n")
     assert find_clash("mine") is None
 
