@@ -45,7 +45,8 @@ def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str
         # Warnings go to a file of their own rather than nowhere (NCCL user guide, NCCL_DEBUG_FILE).
         "NCCL_DEBUG": "WARN",
         "NCCL_DEBUG_FILE": str(run.logs / "nccl-%h-%p.log"),
-        # torch's flight recorder: the last collectives of each rank, dumped when one times out (torch 2.9 names).
+        # torch's flight recorder: the last collectives of each rank, dumped when one of a script times out (torch 2.9
+        # names). Those of a task do not: the agent ends a rank that hangs, and leaves its stacks.
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_FR_DUMP_TEMP_FILE": str(run.logs / "flight-recorder-"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
