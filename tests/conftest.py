@@ -12,6 +12,7 @@ engine: there is one of each on a machine.
 """
 
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def fail_if_skipped(path: Path, report: pytest.TestReport | pytest.CollectReport
 def measures_speed(config: pytest.Config) -> bool:
     """Whether this is the run in which limits on time count."""
     return str(config.option.markexpr) == "speed"
+
+
+@pytest.fixture(autouse=True)
+def import_path() -> Generator[None]:
+    """What a command that is called as a function adds to the path is not for the next test."""
+    before = sys.path.copy()
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture
