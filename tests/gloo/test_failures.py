@@ -102,6 +102,13 @@ def test_a_wrong_job_is_not_tried_again(tmp_path: Path) -> None:
         assert "not retried" in status["reason"]
 
 
+def test_a_refusal_by_a_rank_is_said_once(tmp_path: Path) -> None:
+    done = muster("run", HERE / "small.yaml", "checkpoint.best=acuracy", f"runs={tmp_path}")
+    (run,) = tmp_path.glob("small-*")
+    said = done.stdout + done.stderr
+    assert (done.returncode, said.count("is not a metric of this task"), done.stderr.count(str(run))) == (64, 1, 1)
+
+
 def test_a_followed_run_ends_with_the_code_of_its_job(tmp_path: Path) -> None:
     script = tmp_path / "wrong.py"
     script.write_text("import sys\nsys.exit(3)\n")

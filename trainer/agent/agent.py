@@ -85,7 +85,7 @@ class NodeAgent:
             return (end.code if known else FAILED), str(end)  # what else a script ends with would start its pod again
         except RendezvousTimeoutError as error:
             failure = self.rendezvous.failure
-            return FAILED, paragraph(failure, f"Then {error}.", self.run) if failure else f"peer lost: {error}"
+            return FAILED, paragraph(failure, f"Then {error}.") if failure else f"peer lost: {error}"
         except Exception as error:
             code, reason = judge(error)
             self.rendezvous.end_all(reason, code)

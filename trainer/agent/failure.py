@@ -4,7 +4,6 @@ import contextlib
 import re
 import signal
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
 from trainer.errors import WRONG_JOB
@@ -91,7 +90,7 @@ KINDS = {
         "NonFiniteLoss"),
     "data": ("Look at the named samples or files",
         "DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
-    "config": ("Correct the job file or the command", None),
+    "config": ("", None),  # what is wrong says how to correct it
     "preempted": ("Nothing is wrong: resume the run, it continues from its checkpoint", None),
     "hung": ("Read logs/stacks-rank-*.txt; raise agent.hang_timeout_s if the step is really that slow", None),
     "killed": ("Something outside killed it: look at the scheduler's and the kernel's log of that host", None),
@@ -124,16 +123,13 @@ def first_failure(failures: list[Failure]) -> Failure | None:
     return min(failures, key=lambda failure: (failure.distance, failure.time), default=None)
 
 
-def paragraph(failure: Failure, outcome: str, run: str | PathLike[str]) -> str:
+def paragraph(failure: Failure, outcome: str) -> str:
     """One paragraph: node, rank, exception, class, fix, logs."""
     who = f"rank {failure.rank} on node {failure.node}" if failure.rank is not None else f"node {failure.node}"
     message = " ".join(failure.message.split())[:500]
     place = f" (at {failure.place})" if failure.place else ""
-    remedy = "Correct the task" if message.startswith("task.") else KINDS[failure.kind][0]  # no key of a job file
-    return (
-        f"{who} ({failure.host}) failed first [{failure.kind}]: {message or 'no message'}{place}. "
-        f"{remedy}. {outcome} Logs: {failure.log}; everything: {run}"
-    )
+    what = f"{who} ({failure.host}) failed first [{failure.kind}]: {message or 'no message'}{place}"
+    return ". ".join(filter(None, (what, KINDS[failure.kind][0], f"{outcome} Logs: {failure.log}")))
 
 
 def describe_exit(code: int) -> str:
@@ -142,7 +138,7 @@ def describe_exit(code: int) -> str:
         with contextlib.suppress(ValueError):
             return f"ended by {signal.Signals(-code).name}"
         return f"ended by signal {-code}"
-    return f"ended with exit code {code}"
+    return f"ended with exit code {code}" + (", by which it says that the job is wrong" if code == WRONG_JOB else "")
 
 
 def oom_kills() -> int:

@@ -56,9 +56,9 @@ class RestartPolicy:
         del facts["time"]
         self.run.record("failure", **facts, step=step, restarts_left=max(left, 0))
         if (reason := self._why_not(cause, left, step)) is not None:
-            raise Ended(paragraph(cause, reason, self.run), self._exit_code(cause))
+            raise Ended(paragraph(cause, reason), self._exit_code(cause))
         outcome = f"Restarting from step {max(step, 0)}; {left} restarts without progress are left."
-        self.say(paragraph(cause, outcome, self.run))
+        self.say(paragraph(cause, outcome))
 
     def _why_not(self, cause: Failure, left: int, step: int) -> str | None:
         """Why there is no restart any more; None: there is one. `left`: without progress; `step`: the newest kept."""

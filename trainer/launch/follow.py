@@ -165,7 +165,9 @@ TEXTS = {
 
 
 def describe(event: Event) -> str:
-    """An event in words, empty for those that only machines read."""
+    """An event in words, empty for those that only machines read, and for a refusal: the end of the run is about it."""
+    if event["event"] == "failure" and event.get("code") == WRONG_JOB:
+        return ""
     begun = f"from step {event['step']} " if event.get("step") else ""
     who = "" if event.get("rank") is None else f"rank {event['rank']} on "
     place = f" (at {where})" if (where := event.get("cause", "").partition(" at ")[2]) else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_the_kernels_own_count_tells_a_kill_for_memory_from_any_other() -> None:
 
 
 def failure(rank: int, kind: str, time: float, waiting: bool = False) -> Failure:
-    return Failure(rank // 2, f"host{rank // 2}", rank, time, 1, kind, f"of rank {rank}", "rank.log", waiting)
+    return Failure(rank // 2, f"host{rank // 2}", rank, time, 1, kind, f"of rank {rank}", "runs/x/rank.log", waiting)
 
 
 LOST_NODE = Failure(1, "host1", None, 9.0, 1, "peer lost", "its agent is gone", "logs")
@@ -105,10 +105,17 @@ def test_the_first_failure(failures: list[Failure], first: int | None) -> None:
 
 
 def test_one_paragraph_says_who_why_and_what_to_do() -> None:
-    text = paragraph(failure(3, "out of memory", 1.0), "Then it was tried again.", Path("runs/x"))
-    expected = ["rank 3 on node 1 (host1)", "[out of memory]", "of rank 3", "train.batch_size", "rank.log", "runs/x"]
+    text = paragraph(failure(3, "out of memory", 1.0), "Then it was tried again.")
+    expected = ["rank 3 on node 1 (host1)", "[out of memory]", "of rank 3", "train.batch_size"]
     assert [part for part in expected if part not in text] == []
-    assert "\n" not in text
+    assert "\n" not in text and text.count("runs/x") == 1
+    assert text.endswith("Then it was tried again. Logs: runs/x/rank.log")
+
+
+def test_a_refusal_is_its_own_remedy() -> None:
+    wrong = "train.lr=-1: must be more than 0. Give a rate"
+    text = paragraph(replace(failure(0, "config", 1.0), code=64, message=wrong), "It is not retried.")
+    assert text == f"rank 0 on node 0 (host0) failed first [config]: {wrong}. It is not retried. Logs: runs/x/rank.log"
 
 
 @pytest.mark.parametrize(
