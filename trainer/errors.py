@@ -1,5 +1,6 @@
 """Exit codes and the errors that carry them: the contract of every process that Muster starts."""
 
+import copyreg
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,18 +22,11 @@ class JobError(ValueError):
 
     def __reduce__(self) -> Any:
         """It may come from another process, with a value that cannot travel."""
-        return _remake, (str(self), self.key, self.problem, self.remedy)
+        return copyreg.__newobj__, (type(self), str(self)), {**vars(self), "value": None}  # type: ignore[attr-defined]
 
 
 class MaybeAccepted(JobError):
     """The platform failed while it took the job, and may have taken it."""
-
-
-def _remake(text: str, *given: str) -> JobError:
-    key, problem, remedy = given
-    error = JobError(key, None, problem, remedy)
-    error.args = (text,)
-    return error
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:

@@ -4,10 +4,10 @@ import contextlib
 import re
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainer.errors import WRONG_JOB
 from trainer.signals import SIGNALS
+from trainer.wiring.hardware import cgroup_folders
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,8 @@ def describe_exit(code: int) -> str:
 
 def oom_kills() -> int:
     """How often the kernel has killed a process of this cgroup for memory; 0 where it cannot be told."""
-    root = Path("/sys/fs/cgroup")
-    folders = [root, root / "memory"]
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers or "memory" in controllers.split(","):
-                folders.insert(0, root / ("memory" if controllers else "") / path.lstrip("/"))
-    for file in (folder / name for folder in folders for name in ("memory.events", "memory.oom_control")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
+    for folder in cgroup_folders("memory"):
+        for name in ("memory.events", "memory.oom_control"):  # of v2 and v1
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                return int(dict(line.split() for line in (folder / name).read_text().splitlines())["oom_kill"])
     return 0

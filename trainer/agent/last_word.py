@@ -8,7 +8,6 @@ import socket
 import traceback
 from pathlib import Path
 
-from trainer.agent.exception_place import FILE
 from trainer.errors import FAILED, WRONG_JOB, JobError
 from trainer.records import tell_platform
 from trainer.run.folder import RunFolder, find_job, run_of
@@ -23,8 +22,8 @@ def judge(error: Exception) -> tuple[int, str]:
         return WRONG_JOB, str(error)
     traceback.print_exc()
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    frames = FILE.findall("".join(traceback.format_tb(error.__traceback__)))
-    where = f" ({Path(frames[-1][0]).name}:{frames[-1][1]})" if frames else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return FAILED, f"the agent on {socket.gethostname()} failed: {text[:500]}{where}. Its log has the traceback"
 
 

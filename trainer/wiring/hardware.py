@@ -29,22 +29,22 @@ def usable_processors(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> tuple[int
 
 def cpu_limit(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> float | None:
     """Processors that this process may use by its cgroup and those around it; None without a limit."""
-    limits = [limit for folder in _cgroups(root, own) if (limit := _limit(folder)) is not None]
+    limits = [limit for folder in cgroup_folders("cpu", root, own) if (limit := _limit(folder)) is not None]
     return min(limits, default=None)
 
 
-def _cgroups(root: Path, own: Path) -> Iterator[Path]:
-    """The folders of this process's cgroup and of those around it: of v2, and of v1's controller `cpu`.
+def cgroup_folders(controller: str, root: Path = CGROUPS, own: Path = OWN_CGROUP) -> Iterator[Path]:
+    """The folders of this process's cgroup and of those around it, its own first: of v2, and of v1's `controller`.
 
     Where `own`, a container's view of its host, names none that is here, those of the roots are left.
     """
     lines = []
     with contextlib.suppress(OSError):
         lines = own.read_text().splitlines()
-    for line in ["0::/", "1:cpu:/", *lines]:
+    for line in [*lines, "0::/", f"1:{controller}:/"]:
         _, controllers, path = line.split(":", 2)
-        tops = (root, root / "unified") if not controllers else (root / "cpu", root / controllers)
-        if not controllers or "cpu" in controllers.split(","):
+        tops = (root, root / "unified") if not controllers else (root / controller, root / controllers)
+        if not controllers or controller in controllers.split(","):
             for top in tops:
                 folder = top / path.strip("/")
                 yield from [folder, *(outer for outer in folder.parents if outer.is_relative_to(top))]
