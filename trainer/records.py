@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a last line that was cut off by a full disk or a power loss is left out."""
-    text = path.read_text(errors="replace") if path.exists() else ""
+    """Read a file of JSON lines; none when it is not there."""
+    return parse_lines(path.read_text(errors="replace").splitlines() if path.exists() else ())
+
+
+def parse_lines(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The objects in JSON lines; one that was cut off by a full disk or a power loss is left out."""
     values = []
-    for line in text.splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
     return [value for value in values if isinstance(value, dict)]

@@ -61,7 +61,7 @@ def status(run_path: str) -> dict[str, Any]:
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
-        "waiting": waited(run).strip() if is_waiting(now) else "",
+        "waiting": waited(run) if is_waiting(now) else "",
         "code": now.code, "step": max(since, default=None), "steps": training.get("steps"),
         "attempt": attempts.get("attempt"), "handle": handle, "metrics": values(evaluated[-1]) if evaluated else {},
     }  # fmt: skip

@@ -3,7 +3,6 @@
 At the end there is a table, or the reason why there is none.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from trainer.config.job import Job
 from trainer.errors import FAILED, WRONG_JOB
 from trainer.launch.platform import JobStatus, Phase
 from trainer.launch.waiting import Waiting
+from trainer.records import parse_lines
 from trainer.run.folder import Event, RunFolder
 from trainer.run.history import last_words, restarts_text, why_ended
 from trainer.run.log_tail import Tail
@@ -41,9 +41,9 @@ def follow(
                 now = status()
                 if text := waiting.line(now):
                     show.say(text)
-                for event in _read_json(events):
+                for event in parse_lines(events.lines()):
                     show.event(event)
-                for line in _read_json(metrics):
+                for line in parse_lines(metrics.lines()):
                     show.metrics(line)
                 if all_ranks:
                     show.output(output, not now.is_active)
@@ -59,28 +59,19 @@ def follow(
     return now.code if now.code is not None else FAILED
 
 
-def _read_json(tail: Tail) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in tail.lines() if line.startswith("{")]
-
-
 def end(run: RunFolder, status: JobStatus) -> None:
     """Print the table, or why there is none."""
+    events = run.read_events()
+    restarts = f"\nrestarts {text}" if (text := restarts_text(events)) else ""
     if status.phase == Phase.DONE:
         # Where the nodes keep the run folder, or a script trained, there is no table here.
         note = separate_ranks(run)
-        print("\n" + (plain_table(run) or f"done: {run}{_restarts(run)}") + (f"\n{note}" if note else ""))
+        print("\n" + (plain_table(run) or f"done: {run}{restarts}") + (f"\n{note}" if note else ""))
         return
-    events = run.read_events()
     reason = why_ended(run, events) or status.reason or last_words(run, events) or status.phase
-    wrong = status.code == WRONG_JOB  # the run's own job says it: going on would repeat it
-    print(f"{status.phase.upper()}: {reason}{_restarts(run)}", file=sys.stderr)
-    if not wrong:
+    print(f"{status.phase.upper()}: {reason}{restarts}", file=sys.stderr)
+    if status.code != WRONG_JOB:  # that one would only be refused again
         print(f"Continue with: {resume_command(run)}", file=sys.stderr)
-
-
-def _restarts(run: RunFolder) -> str:
-    text = restarts_text(run.read_events())
-    return f"\nrestarts {text}" if text else ""
 
 
 class Lines:

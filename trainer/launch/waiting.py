@@ -25,7 +25,7 @@ class Waiting:
             return ""
         self.reason, self.said = reason, time.monotonic()
         waits = "waiting" if status.phase == Phase.RUNNING else status.phase
-        return f"{waits}{waited(self.run)}: {reason}" if reason else ""
+        return f"{' '.join(filter(None, (waits, waited(self.run))))}: {reason}" if reason else ""
 
 
 def is_waiting(status: JobStatus) -> bool:
@@ -34,10 +34,10 @@ def is_waiting(status: JobStatus) -> bool:
 
 
 def waited(run: RunFolder) -> str:
-    """For how long nothing was heard of a run, once that is a minute or more: ` for 5 min`."""
+    """For how long nothing was heard of a run, once that is a minute or more: `for 5 min`."""
     newest = 0.0
     for path in (run.handle, run.events, *run.logs.glob("*.*")):
         with contextlib.suppress(OSError):
             newest = max(newest, path.stat().st_mtime)
     minutes = int(time.time() - newest) // 60 if newest else 0
-    return f" for {minutes} min" if 0 < minutes < 120 else f" for {minutes // 60} h" if minutes > 0 else ""
+    return f"for {minutes} min" if 0 < minutes < 120 else f"for {minutes // 60} h" if minutes > 0 else ""

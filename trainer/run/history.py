@@ -1,7 +1,7 @@
 """What became of all attempts of a run, told from its events: restarts with their causes, time, and why it ended."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from trainer.errors import STOPPED, WRONG_JOB
 from trainer.records import read_json
@@ -42,18 +42,16 @@ def restarts_text(events: Sequence[Event]) -> str:
 
 def training_times(events: Sequence[Event]) -> list[float]:
     """Seconds that each attempt trained for, which reached its loop."""
-    return list(_stretches(events))
-
-
-def _stretches(events: Sequence[Event]) -> Iterator[float]:
+    times: list[float] = []
     began = last = None
     for event in events:
         name, time = event["event"], event["time"]
         if began is not None and name in (*ENDS, *BEGINNINGS):
-            yield (last if name in BEGINNINGS else time) - began
+            times.append((last if name in BEGINNINGS else time) - began)
             began = None
         began = time if name == "training" else began
         last = time
+    return times
 
 
 def why_ended(run: RunFolder, events: Sequence[Event]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.records import read_json, read_lines
-from trainer.run.folder import Event, RunFolder, last_event
+from trainer.run.folder import RunFolder, last_event
 from trainer.run.history import restarts_text, training_times
 
 
@@ -24,7 +24,7 @@ def plain_table(run: RunFolder) -> str:
         **_speed(run, result, training_times(events)),
         "mode": f"{result['parallel']}, {result['world_size']} rank(s), {result['device']}",
         "peak memory": "; ".join(memory),
-        **_restarts(events),
+        **({"restarts": text} if (text := restarts_text(events)) else {}),
         "run folder": str(run),
     }
     width = max(map(len, table))
@@ -39,11 +39,6 @@ def _speed(run: RunFolder, result: dict[str, Any], times: Sequence[float]) -> di
         speed = len(logged) / sum(1 / each for each in logged) if logged else speed  # each of as many steps
         time, attempts = sum(times), f" in {len(times)} attempts"
     return {"samples/s": f"{speed:,.0f}", "time": f"{time:.1f} s for {result['steps']} steps{attempts}"}
-
-
-def _restarts(events: Sequence[Event]) -> dict[str, str]:
-    text = restarts_text(events)
-    return {"restarts": text} if text else {}
 
 
 def separate_ranks(run: RunFolder) -> str:
