@@ -11,6 +11,7 @@ from pathlib import Path  # noqa: E402
 
 from trainer.agent.fork_server import start_fork_server  # noqa: E402
 from trainer.agent.health import check_health  # noqa: E402
+from trainer.agent.last_word import judge, leave_for  # noqa: E402
 from trainer.agent.late_files import await_job  # noqa: E402
 from trainer.agent.scratch_folder import shorten_temporary_folder  # noqa: E402
 from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
@@ -81,13 +82,11 @@ def run() -> None:
 
 def _explain(error: Exception) -> int:
     """Say why this process ends, here and where the run and the platform keep it; return the exit code."""
-    from trainer.agent.last_word import judge, leave_for
-
     code, reason = judge(error)
     if code == WRONG_JOB:
         print(f"ERROR: {reason}", file=sys.stderr)
     if not any(argument.startswith("--") for argument in sys.argv[1:]):  # an option only asks
-        leave_for(sys.argv[1] if sys.argv[1:] else "", code, reason)
+        leave_for(sys.argv[1], code, reason)
     return code
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.exception_place import place_of
+from trainer.agent.exception_place import is_ours, place_of
 from trainer.agent.failure import Failure, classify, describe_exit, first_failure, oom_kills
 from trainer.agent.rank_process import STACKS
 from trainer.config.job import Job
@@ -45,7 +45,6 @@ WORKER_WAITS = (
     " (it waits for a loader worker; pools of threads and locks that a dataset made before do not work there; make "
     "them when the first sample is read, or set data.workers=0)"
 )
-TRAINER = Path(__file__).parents[1]
 
 
 class Frame(NamedTuple):
@@ -226,8 +225,7 @@ def where(stack: list[Frame]) -> str:
 def only_waits(stack: list[Frame]) -> bool:
     """Whether a rank waits for others in the trainer's own collectives: not in one that user code called."""
     inner = list(itertools.takewhile(lambda frame: "/torch/" in frame.file, stack))
-    caller = Path(stack[len(inner)].file) if len(inner) < len(stack) else Path()
-    called_by_us = caller.is_relative_to(TRAINER) and not caller.is_relative_to(TRAINER / "tasks")
+    called_by_us = len(inner) < len(stack) and is_ours(Path(stack[len(inner)].file))
     return called_by_us and any(WAITING.search(frame.file) for frame in inner)
 
 

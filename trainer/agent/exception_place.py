@@ -8,7 +8,7 @@ from pathlib import Path
 
 FILE = re.compile(r'File "([^"]+)", line (\d+)')
 TRAINER = Path(__file__).parents[1]
-LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -28,9 +28,10 @@ def place_of(traceback: str, roots: Iterable[Path] = ()) -> str:
     return f"{file}:{line}"
 
 
+def is_ours(file: Path) -> bool:
+    """Whether a file is Muster's; its tasks count as a user's."""
+    return file.is_relative_to(TRAINER) and not file.is_relative_to(TRAINER / "tasks")
+
+
 def _is_users(file: Path) -> bool:
-    if INSTALLED & set(file.parts):
-        return False
-    if file.is_relative_to(TRAINER):
-        return file.is_relative_to(TRAINER / "tasks")
-    return not file.is_relative_to(LIBRARY)
+    return not (INSTALLED & set(file.parts) or is_ours(file) or file.is_relative_to(LIBRARY))

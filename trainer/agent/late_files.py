@@ -21,12 +21,10 @@ def await_job(path: Path) -> Path:
     """
     if not (is_placed() and path.is_absolute()):
         return path
-    began = time.monotonic()
-    while not _sees(path) and time.monotonic() < began + LATE_S and FLAG.requested is None:
-        if time.monotonic() - began < 0.5:
-            print(
-                f"[muster] waiting for {path}, which is not here yet, up to {LATE_S:.0f} s", file=sys.stderr, flush=True
-            )
+    end = time.monotonic() + LATE_S
+    if not _sees(path):
+        print(f"[muster] waiting for {path}, which is not here yet, up to {LATE_S:.0f} s", file=sys.stderr, flush=True)
+    while not _sees(path) and time.monotonic() < end and FLAG.requested is None:
         time.sleep(0.5)
     code = RunFolder(path.parent if path.name == JOB else path).code
     if code.is_dir() and Path.cwd().resolve() == Path("/tmp"):

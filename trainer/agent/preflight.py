@@ -17,8 +17,6 @@ from trainer.wiring.node import Wiring
 
 LOOPBACK = "lo"
 """Linux' interface of the machine to itself."""
-
-
 OPEN_FILES = 40
 """What an agent or a rank has open at least: libraries, logs, the connections of a process group."""
 
@@ -57,10 +55,8 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # the agent has raised it as far as it may
     needed = OPEN_FILES + max(8 * ranks, (job.data.workers * (6 + 2 * job.data.prefetch)) if job.task else 0)
     if files != resource.RLIM_INFINITY and files < needed:
-        text = (
-            f"a process may open {files} files here, and {ranks} ranks with {job.data.workers} loader workers each may "
-        )
-        text += f"need {needed}. Raise the limit (ulimit -n; docker: --ulimit=nofile={needed}), or lower data.workers"
+        text = f"a process may open {files} files here, and {needed} may be needed for {ranks} ranks with data.workers="
+        text += f"{job.data.workers}. Raise the limit (ulimit -n; docker: --ulimit=nofile={needed}), or lower that"
         problems.append(Problem("files", text))
     if wiring.cpus < ranks:
         text = f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too"

@@ -42,7 +42,8 @@ def run_script(job: Job, job_file: Path | None) -> int:
     _be_main_process()
     multiprocessing.set_start_method(None, force=True)  # not chosen yet: a rank's own is that of the fork server
     script = str(job.script)
-    first = Path.cwd() if script.startswith(MODULE) else Path(script).resolve().parent
+    is_module = script.startswith(MODULE)
+    first = Path.cwd() if is_module else Path(script).resolve().parent
     wanted = dict.fromkeys(map(str, (first, *import_paths(job_file, job.python_path))))
     sys.path[:] = [*wanted, *(path for path in sys.path if path not in wanted)]
     own = [str(folder) for folder in python_folders(job_file, job.python_path) if ":" not in str(folder)]
@@ -52,9 +53,8 @@ def run_script(job: Job, job_file: Path | None) -> int:
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # or all ranks would draw the same; `random` does so after each fork
     main, code = _load(script)
-    name = str(main.__file__) if script.startswith(MODULE) else script
-    sys.argv = [name, *job.script_args]
-    sys.orig_argv = [sys.executable, "-u", *(script.split() if script.startswith(MODULE) else [script]), *sys.argv[1:]]
+    sys.argv = [str(main.__file__) if is_module else script, *job.script_args]
+    sys.orig_argv = [sys.executable, "-u", *(script.split() if is_module else [script]), *job.script_args]
     sys.modules["__main__"] = main
     try:
         exec(code, vars(main))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.agent.diagnosis import TRAINER, Frame, only_waits
+from trainer.agent.diagnosis import Frame, only_waits
+from trainer.agent.exception_place import TRAINER
 from trainer.config.job import Job
 from trainer.errors import JobError
 from trainer.parallel import base
