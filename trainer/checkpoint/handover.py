@@ -38,10 +38,14 @@ class BufferNotes:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.memory: Memory | None = None
-        self.buffers = {name: buffer for name, buffer in saved_buffers(model).items() if is_dense(buffer)}
+        self.buffers = self._noted()
         ends = [0, *itertools.accumulate(-(-buffer.nbytes // 64) * 64 for buffer in self.buffers.values())]
         self.offsets, self.size = dict(zip(self.buffers, ends, strict=False)), ends[-1]
         self.fit = self.size <= ROOM
+
+    def _noted(self) -> dict[str, Tensor]:
+        """The buffers that the model has now, without sparse ones, which are constant."""
+        return {name: buffer for name, buffer in saved_buffers(self.model).items() if is_dense(buffer)}
 
     def start(self, memory: Memory, attempt: int, step: int) -> None:
         """Rank 0 begins after `step`; no other rank takes notes."""
@@ -72,7 +76,7 @@ class BufferNotes:
 
     def hold(self) -> bool:
         """Whether the notes are of all buffers: user code may have put others in their place, or made more."""
-        now = {name: buffer for name, buffer in saved_buffers(self.model).items() if is_dense(buffer)}
+        now = self._noted()
         return now.keys() == self.buffers.keys() and all(now[name] is buffer for name, buffer in self.buffers.items())
 
     def put(self, note: bytes, contents: dict[str, Any]) -> None:

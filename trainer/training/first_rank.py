@@ -5,7 +5,6 @@ Two ranks that download the same file at once would read it half written. How lo
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from trainer.parallel.base import Parallel
@@ -25,21 +24,20 @@ def build_in_turn(parallel: Parallel, pulse: Pulse, make: Callable[[], Task], bu
     built where one that has it is prepared. All ranks are here when the first of them returns.
     """
     heartbeat = variables.read_path(variables.HEARTBEAT)
-    note = heartbeat.with_name(PREPARED) if heartbeat else Path("/nonexistent")
-    first = parallel.local_rank == 0 and not note.exists()
-    task: Task | None = None
+    note = heartbeat and heartbeat.with_name(PREPARED)
+    first = parallel.local_rank == 0 and not (note and note.exists())
     built: list[Built] = []
     for turn in (0, 1):
         if first and turn == min(parallel.rank, 1):
             task = make()
-            if type(task).prepare is not Task.prepare:
-                task.prepare()
-                task = None  # what it set on itself would be missing after a restart, which prepares nothing
-            else:
+            if type(task).prepare is Task.prepare:
                 built.append(build(task))
+            else:
+                task.prepare()
+            del task  # what it set on itself would be missing after a restart, which prepares nothing
         parallel.meet()
         pulse.beat(0, "starting")
-    if first and heartbeat:
+    if first and note:
         note.touch()
     result = built[0] if built else build(make())
     parallel.meet()

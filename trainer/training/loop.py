@@ -211,12 +211,11 @@ class Trainer:
         if due:
             self.finish_step()
 
-    def tell(self, notices: list[str]) -> None:
-        """Tell the user, each thing once."""
-        for notice in notices:
-            if notice not in self.told:
-                self.report.note(notice)
-        self.told.update(notices)
+    def tell(self, note: str) -> None:
+        """Tell the user, each thing once; an empty note is none."""
+        if note and note not in self.told:
+            self.report.note(note)
+            self.told.add(note)
 
     def seed_generators(self, number: int, stream: bytes) -> None:
         """Seed all generators for what is computed at the current position, so none is ever saved."""

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and precision, as the job names them."""
+"""Optimizer, the learning rates of its groups, and precision, as the job names them."""
 
 import inspect
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def check_step(train: Train, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer whose update computes losses itself. Raises JobError: it asks for a function that does."""
     parameters = inspect.signature(optimizer.step).parameters.values()
     if any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters):
-        problem, remedy = "its step() asks for a closure, which the loop has none of", "Choose another, or use a script"
+        problem, remedy = "its step() needs a closure, which Muster does not give it", "Choose another, or use a script"
         raise JobError("train.optimizer", train.optimizer, problem, remedy)
 
 

@@ -54,12 +54,12 @@ def train(
     check_current(folder, wiring.attempt)
     report = Report(job, folder, wiring.attempt, parallel, pulse)
     try:
-        task, (model, notices), *data = build_in_turn(
+        task, (model, notes), *data = build_in_turn(
             parallel, pulse, lambda: construct(job), lambda task: build(job, parallel, task)
         )
         FLAG.install()  # once more: the user's code, or a library of its, may have taken the signals
-        for notice in notices:
-            report.note(notice)
+        for note in notes:
+            report.note(note)
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
         trainer = Trainer(job, task, parallel, report, parallel.step.model, lambda: FLAG.requested is not None, *data)
         metrics = trainer.fit(on_failure)
@@ -83,14 +83,14 @@ def construct(job: Job) -> Task:
 
 
 def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, tuple[nn.Module, list[str]], Any, Any]:
-    """What the user's task makes: the model, on its device, with notices about it, and both datasets."""
+    """What the user's task makes: the model, on its device, with notes about it, and both datasets."""
     seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
-    model, notices = take_model(task.model(), job, parallel.device)
-    notices += weights_beside(task, model)
+    model, notes = take_model(task.model(), job, parallel.device)
+    notes += weights_beside(task, model)
     seed_generators(derive_seed(job.seed, 0, 0, DATA))
     train_data = task.train_dataset()
     seed_generators(derive_seed(job.seed, 0, 0, DATA))  # the parts of a split that both make anew fit together
-    return task, (model, notices), train_data, task.eval_dataset()
+    return task, (model, notes), train_data, task.eval_dataset()
 
 
 def choose_run(job: Job, wiring: RankWiring) -> Path:

@@ -18,7 +18,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model on its device, in the job's number format and memory layout; notices for the user.
+    """The model on its device, in the job's number format and memory layout; notes for the user.
 
     Raises JobError: it cannot be trained.
     """
@@ -43,17 +43,17 @@ def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, l
 
 
 def weights_beside(task: Task, model: nn.Module) -> list[str]:
-    """A notice for each module of the task that looks as if it was to be trained, and is no part of the model."""
+    """A note for each module of the task that looks as if it was to be trained, and is no part of the model."""
     own = {id(parameter) for parameter in model.parameters()}
-    notices = []
+    notes = []
     for name, value in vars(task).items():
         parameters = list(value.parameters()) if isinstance(value, nn.Module) else []
         if any(weight.requires_grad and id(weight) not in own for weight in parameters):
-            notices.append(
+            notes.append(
                 f"task.{name} has weights that are no part of the model: they are not trained, saved or moved to the "
                 f"device. Put it into the model, or call task.{name}.requires_grad_(False)"
             )
-    return notices
+    return notes
 
 
 def check_weights(model: nn.Module, trained: Sequence[Tensor]) -> None:
@@ -65,26 +65,24 @@ def check_weights(model: nn.Module, trained: Sequence[Tensor]) -> None:
         raise JobError("task.model", enumerate_names(new), problem, remedy)
 
 
-def unfrozen_weights(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
-    """A notice if weights ask for gradients that are not among those that are `trained`."""
+def unfrozen_weights(model: nn.Module, trained: Sequence[Tensor]) -> str:
+    """A note if weights ask for gradients that are not among those that are `trained`, else nothing."""
     new = _others(model, trained)
-    if not new:
-        return []
-    return [
+    text = (
         f"{enumerate_names(new)} got requires_grad=True after the start, too late for the optimizer: they do not "
         "learn. Leave it on from the start, or go on in a new run with checkpoint.load"
-    ]
+    )
+    return text if new else ""
 
 
-def differing_weights(names: list[str]) -> list[str]:
-    """A notice if ranks hold different values of the weights with these names."""
-    if not names:
-        return []
-    return [
+def differing_weights(names: list[str]) -> str:
+    """A note if ranks hold different values of the weights with these names, else nothing."""
+    text = (
         f"the ranks hold different values of {enumerate_names(names)}: something beside the optimizer writes to them, "
-        "from samples that each rank has its own of. Set them in Task.model, or exchange with torch.distributed what "
-        "is written"
-    ]
+        "with values that each rank computes from its own samples. Set them in Task.model, or average these values "
+        "with torch.distributed first"
+    )
+    return text if names else ""
 
 
 def _others(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
@@ -92,19 +90,18 @@ def _others(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
     return [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
 
 
-def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> list[str]:
-    """A notice if the first backward pass left out some weights of those that are `trained`.
+def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> str:
+    """A note if the first backward pass left out some weights of those that are `trained`, else nothing.
 
     Raises JobError: as `check_weights`.
     """
     check_weights(model, trained)
     unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
-    if not unused:
-        return []
-    return [
+    text = (
         f"no gradient reached {enumerate_names(unused)} in the first step: they do not learn from it. If that is not "
         "meant, look for detach(), no_grad() and checkpoint(..., use_reentrant=True) on the way to the loss"
-    ]
+    )
+    return text if unused else ""
 
 
 def _check(model: Any) -> None:
@@ -188,7 +185,8 @@ def _check_halves(model: nn.Module, job: Job) -> list[str]:
         return []
     name, remedy = str(half).removeprefix("torch."), "Return model.float() from Task.model"
     if job.train.precision == "fp16" and half == torch.float16:
-        raise JobError("train.precision", "fp16", "scales the gradients of float32 weights, these are float16", remedy)
+        problem = "scales the gradients of float32 weights, but these are float16"
+        raise JobError("train.precision", "fp16", problem, remedy)
     if job.train.ema_decay is not None:
         problem = f"the weights are {name}, in which so small a share of an update is lost"
         raise JobError("train.ema_decay", job.train.ema_decay, problem, remedy)
