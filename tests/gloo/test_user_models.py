@@ -103,7 +103,7 @@ def refuse(folder: Path, *keys: str) -> Run:
 
 def test_a_batch_norm_that_would_get_one_sample_is_refused_before_the_first_step(tmp_path: Path) -> None:
     run = refuse(tmp_path / "single", "parallel=single", "task_args.count=97")
-    assert "with 97 samples some batch leaves a device one sample" in run.output()
+    assert "with 97 samples some batch gives a device a single sample" in run.output()
     refuse(tmp_path / "ddp", "devices_per_node=2", "task_args.count=98")
     refuse(tmp_path / "dp", "parallel=dp", "devices_per_node=2", "task_args.count=98")
     done = complete(tmp_path / "short", make_job("task=model_tasks:Narrow", "task_args.count=97", "train.steps=4"))

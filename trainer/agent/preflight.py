@@ -34,7 +34,7 @@ class Problem:
 
 
 def check_node(job: Job, wiring: Wiring) -> list[Problem]:
-    """Look at shared memory, devices, locked memory, compiler and processors of this node."""
+    """Look at shared memory, devices, locked memory, compiler, open files and processors of this node."""
     problems, ranks, wanted = [], job.ranks_per_node, job.devices_per_node
     loaders = job.data.workers * ranks if job.task and SHM.is_dir() else 0
     if loaders and (free := shutil.disk_usage(SHM).free / 2**20) < (needed := loaders * WORKER_SHM_MB):

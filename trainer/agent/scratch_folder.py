@@ -1,4 +1,7 @@
-"""The folder of one agent, with the heartbeats of its ranks, and what is removed after ranks or agents were killed."""
+"""Temporary folders: a short name for a long TMPDIR; the folder of one agent, with the heartbeats of its ranks.
+
+What is left of ranks and agents that were killed is removed here, too.
+"""
 
 import contextlib
 import hashlib

@@ -13,7 +13,7 @@ from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.waiting import is_waiting, waited
 from trainer.records import read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
-from trainer.run.history import last_words, restart_causes, restarts_text, why_ended
+from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail, nobody_reads
 from trainer.run.summary import separate_ranks
 
@@ -57,7 +57,7 @@ def status(run_path: str) -> dict[str, Any]:
     attempts = last_event(events, "attempt", "restart") or {}
     good = now.is_active or now.phase == Phase.DONE
     note = separate_ranks(run) if now.phase == Phase.DONE else ""
-    reason = now.reason or (note if good else why_ended(run, events) or last_words(run, events))
+    reason = now.reason or (note if good else why_ended(run, events) or likely_end(run, events))
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
@@ -81,7 +81,7 @@ def by_events(run: RunFolder) -> JobStatus:
 
 def _by_copy(run: RunFolder, original: RunFolder) -> JobStatus:
     status = by_events(run)
-    reason = f"a copy of {original}, made before that had ended; `muster run` continues the copy by itself"
+    reason = f"a copy of {original}, made before that run had ended; `muster run` continues the copy on its own"
     return JobStatus(Phase.LOST, reason) if status.is_active else status
 
 

@@ -15,7 +15,7 @@ from trainer.launch.platform import JobStatus, Phase
 from trainer.launch.waiting import Waiting
 from trainer.records import parse_lines
 from trainer.run.folder import Event, RunFolder
-from trainer.run.history import last_words, restarts_text, why_ended
+from trainer.run.history import likely_end, restarts_text, why_ended
 from trainer.run.log_tail import Tail
 from trainer.run.summary import plain_table, resume_command, separate_ranks
 
@@ -68,7 +68,7 @@ def end(run: RunFolder, status: JobStatus) -> None:
         note = separate_ranks(run)
         print("\n" + (plain_table(run) or f"done: {run}{restarts}") + (f"\n{note}" if note else ""))
         return
-    reason = why_ended(run, events) or status.reason or last_words(run, events) or status.phase
+    reason = why_ended(run, events) or status.reason or likely_end(run, events) or status.phase
     print(f"{status.phase.upper()}: {reason}{restarts}", file=sys.stderr)
     if status.code != WRONG_JOB:  # that one would only be refused again
         print(f"Continue with: {resume_command(run)}", file=sys.stderr)

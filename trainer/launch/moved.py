@@ -29,7 +29,7 @@ def find_code(run: RunFolder) -> None:
         folder = project / old.relative_to(working) if old.is_relative_to(working) else old
         source |= {"working_directory": str(project), "job_folder": str(folder if folder.is_dir() else project)}
     if before != run.path or project != working:
-        print(f"note: this run was made as {before}; its code is that of {project}", file=sys.stderr)
+        print(f"note: this run was made in {before}; it now uses the code in {project}", file=sys.stderr)
         with suppress(OSError):  # of another user: who may only look needs no record
             write_json(run.source, source | {"run": str(run.path)})
 

@@ -34,7 +34,8 @@ def list_files(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], l
 
 def _left_out(source: Path, names: list[str]) -> str:
     what = f"{len(names)} files, such as {min(names)}, are" if len(names) > 1 else f"{names[0]} is"
-    return f"{what} not copied for the nodes: {source} is not in git, where all is copied that .gitignore does not list"
+    remedy = "In git, everything is copied that .gitignore does not list"
+    return f"{what} not copied for the nodes: {source} is not in git, so what looks like data stays here. {remedy}"
 
 
 def _ask_git(source: Path) -> set[str] | None:

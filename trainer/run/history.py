@@ -1,4 +1,4 @@
-"""What became of all attempts of a run, told from its events: restarts with their causes, time, and why it ended."""
+"""What became of all attempts of a run, from its events and logs: restarts with their causes, time, why it ended."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def why_ended(run: RunFolder, events: Sequence[Event]) -> str:
     return str(known[0]["reason"]) if known else ""
 
 
-def last_words(run: RunFolder, events: Sequence[Event]) -> str:
+def likely_end(run: RunFolder, events: Sequence[Event]) -> str:
     """Why the run may have ended, where nobody could say: an agent that was lost, else the end of a log."""
     recent = _recent(events)
     lost = last_event(recent, "agent_lost")

@@ -44,8 +44,8 @@ def check_smallest_batch(
         others = (size + sign * more * shares for more in range(1, size + 1) for sign in (1, -1))
         better = next((n for n in others if n > 0 and smallest_share(samples, n, shares, replicas) > 1), None)
         problem = (
-            f"with {samples} samples some batch leaves a device one sample, of which a batch norm "
-            f"({concerned[0] or type(model).__name__}) cannot compute statistics"
+            f"with {samples} samples some batch gives a device a single sample, and a batch norm "
+            f"({concerned[0] or type(model).__name__}) cannot compute statistics of one sample"
         )
         remedy = f"Use {better or 'another size'}, leave a sample out, or use a norm that needs no batch: GroupNorm"
         raise JobError(key, size, problem, remedy)

@@ -46,7 +46,7 @@ def test_with_its_project_it_takes_the_code_there(
     monkeypatch.chdir(there)
     find_code(moved)
     assert places(moved) == (str(there), str(there / "jobs"))
-    assert capsys.readouterr().err == f"note: this run was made as {run}; its code is that of {there}\n"
+    assert capsys.readouterr().err == f"note: this run was made in {run}; it now uses the code in {there}\n"
     find_code(moved)
     assert capsys.readouterr().err == ""
 
@@ -81,7 +81,7 @@ def test_alone_it_keeps_its_code(
     monkeypatch.chdir(tmp_path)
     find_code(moved)
     assert places(moved) == (str(tmp_path / "one"), str(tmp_path / "one/jobs"))
-    assert f"was made as {run}; its code is that of {tmp_path / 'one'}" in capsys.readouterr().err
+    assert f"was made in {run}; it now uses the code in {tmp_path / 'one'}" in capsys.readouterr().err
 
 
 def test_without_its_project_it_takes_the_working_directory(
@@ -95,7 +95,7 @@ def test_without_its_project_it_takes_the_working_directory(
     monkeypatch.chdir(tmp_path)
     find_code(moved)
     assert places(moved) == (str(tmp_path), str(tmp_path))
-    assert f"its code is that of {tmp_path}" in capsys.readouterr().err
+    assert f"it now uses the code in {tmp_path}" in capsys.readouterr().err
 
 
 def test_the_handle_of_a_copy_is_that_of_its_original(run: RunFolder, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from trainer.records import write_json
 from trainer.run.folder import RunFolder
-from trainer.run.history import last_words, restarts_text, training_times, why_ended
+from trainer.run.history import likely_end, restarts_text, training_times, why_ended
 from trainer.run.summary import plain_table
 
 
@@ -99,13 +99,13 @@ def test_the_reason_is_the_one_that_explains_the_others(tmp_path: Path) -> None:
 
 def test_where_nobody_said_why_the_end_of_a_log_does(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    assert last_words(run, events("submitted")) == ""
+    assert likely_end(run, events("submitted")) == ""
     log = run.node_log(0)
     log.write_text("ERROR: task='a:B': no module a. Install it\nbye\n\n")
-    assert last_words(run, events("submitted")) == f"task='a:B': no module a. Install it (the end of {log})"
+    assert likely_end(run, events("submitted")) == f"task='a:B': no module a. Install it (the end of {log})"
     log.write_text("Traceback ...\nModuleNotFoundError: No module named 'trainer'\n")
-    assert last_words(run, events("submitted")).startswith("ModuleNotFoundError: No module named 'trainer' (")
+    assert likely_end(run, events("submitted")).startswith("ModuleNotFoundError: No module named 'trainer' (")
     os.utime(log, (50, 50))  # of an earlier launch
-    assert last_words(run, events("submitted")) == ""
+    assert likely_end(run, events("submitted")) == ""
     lost = ("agent_lost", {"node": 1, "code": -9})
-    assert last_words(run, events("submitted", lost)).startswith("the agent of node 1 was lost (ended by signal 9)")
+    assert likely_end(run, events("submitted", lost)).startswith("the agent of node 1 was lost (ended by signal 9)")
