@@ -9,7 +9,7 @@ import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from trainer.agent.fork_server import start_fork_server  # noqa: E402
+from trainer.agent.fork_server import ensure_fork_server, prepare_fork_server  # noqa: E402
 from trainer.agent.health import check_health  # noqa: E402
 from trainer.agent.last_word import judge, leave_for  # noqa: E402
 from trainer.agent.late_files import await_job  # noqa: E402
@@ -26,6 +26,9 @@ JOB.yaml    a job file, or the job.yaml of a run folder, which is continued
 --explain   print how this node would be wired, where each value comes from, and what preflight says; start nothing
 --health    exit 0 when an agent runs in this container and its ranks give signs of life
 """
+
+NAMES_SCRIPT = r"^script(=|:[ \t]*(?!null\b|~|#)\S)"
+"""How a line of a job file, or an override, begins that names a script."""
 
 
 def main(arguments: list[str]) -> int:
@@ -53,20 +56,22 @@ def main(arguments: list[str]) -> int:
 
         return run_external_rank(path, overrides)
     if "--explain" not in options:
-        start_fork_server("script" if _names_script(path, overrides) else "task")  # it imports torch while we go on
+        text = _read(path, overrides)
+        prepare_fork_server("script" if re.search(NAMES_SCRIPT, text, re.MULTILINE) else "task")
+        if "preload" not in text:  # or it starts when the job is loaded, which says what to import
+            ensure_fork_server()  # it imports torch while we go on
     from trainer.agent import node
 
     return (node.explain if "--explain" in options else node.run_node)(path, overrides)
 
 
-def _names_script(path: Path, overrides: list[str]) -> bool:
-    """Whether the job seems to run a script. The job is not loaded yet: this only decides what is imported early."""
+def _read(path: Path, overrides: list[str]) -> str:
+    """The job as it is written. It is not loaded yet: this only decides what is imported early."""
     try:
         text = path.read_text(errors="replace")
     except OSError:  # who loads the job will say so
-        return False
-    says_script = re.search(r"^script:[ \t]*(?!null\b|~|#)\S", text, re.MULTILINE) is not None
-    return says_script or any(override.startswith("script=") for override in overrides)
+        text = ""
+    return "\n".join([text, *overrides])
 
 
 def run() -> None:

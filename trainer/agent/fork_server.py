@@ -11,29 +11,33 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+from trainer.errors import JobError
 from trainer.signals import SIGNALS
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Makes processes that are forked from it."""
 KIND = "MUSTER_FORK_SERVER"
 """The variable that tells the fork server what to import: `task` or `script`, and the agent's process id."""
-
+PRELOAD = "MUSTER_PRELOAD"
+"""The variable that holds the modules of the job's `preload`, with commas between them."""
+REFUSED: list[JobError] = []
+"""In the fork server, and so in each rank: why a module of `preload` cannot be used."""
 
 ROOT = str(Path(__file__).resolve().parents[2])
 """The folder that our package lies in."""
 
 
-def start_fork_server(kind: str) -> None:
-    """Start the fork server; processes with the start method `forkserver` come from it."""
+def prepare_fork_server(kind: str) -> None:
+    """Choose what the fork server will be; processes with the start method `forkserver` come from it."""
     os.environ[KIND] = f"{kind} {os.getpid()}"
     os.environ.setdefault("PYTHONHASHSEED", "0")  # sets have one order, on all ranks and after each restart
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line of ours for a lost peer, not torch's C++ frames
+    os.environ[PRELOAD] = ""
     multiprocessing.set_forkserver_preload(["trainer.agent.fork_server_preload"])
-    ensure_fork_server()
 
 
 def ensure_fork_server() -> None:
-    """Start the fork server again if it has died.
+    """Start the fork server if it does not run yet, or has died.
 
     It looks for modules in its working directory first, then in those of PYTHONPATH, or where we do, by the version of
     Python. Those are the user's, and may hold a `trainer` of their own.

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.agent.agent import NodeAgent, say
+from trainer.agent.fork_server import PRELOAD, ensure_fork_server
 from trainer.agent.last_word import judge, leave
 from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.scratch_folder import own_folder
@@ -47,6 +48,8 @@ def _wire(path: Path, overrides: list[str]) -> tuple[Job, str, Wiring]:
 def run_node(path: Path, overrides: list[str]) -> int:
     """Wire, check, fork, watch and report; return the exit code."""
     job, text, wiring = _wire(path, overrides)
+    os.environ[PRELOAD] = ",".join(job.preload)
+    ensure_fork_server()
     run = run_of(path)
     if run is None:  # a new one; on a scheduler it is named after the job there
         named = RunFolder(Path(job.runs).resolve() / f"{job.name}-{wiring.job_id}")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.agent.fork_server import REFUSED
 from trainer.agent.script import end_script, run_script, watch_process_group
 from trainer.checkpoint.memory import ASK
 from trainer.config.job import Job
@@ -49,6 +50,8 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
     on_failure = functools.partial(_record_failure, run.rank_failure(wiring.attempt, wiring.rank), wiring.rank)
 
     def work() -> int:
+        if REFUSED:
+            raise REFUSED[0]
         import torch
 
         torch.set_num_threads(threads)

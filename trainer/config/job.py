@@ -150,6 +150,8 @@ class Job:
     python_path: list[str] = _key([],
         "more folders to import from, as PYTHONPATH, from the working directory on; `src` is looked into if it exists",
         path=True)
+    preload: list[str] = _key([],
+        "installed modules that each node imports once, not each rank at each start: [transformers.trainer]")
     parallel: str = _key("auto",
         "single, dp (DataParallel: one process on one node) or ddp; auto: ddp for more than one device",
         choices=("auto", "single", "dp", "ddp"))

@@ -13,6 +13,7 @@ from trainer.config.user_code import check_symbol
 from trainer.errors import JobError, wrong_choice
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -36,6 +37,8 @@ WHAT_TO_RUN = (
          "Remove the key from the job"),
     Rule("script_args", lambda job: job.script_args and not job.script, "would be ignored: there is no script",
          "Use task_args for a task"),
+    Rule("preload", lambda job: not all(map(MODULE_NAME.fullmatch, job.preload)), "are not names of modules",
+         "Write them as after `import`, for example [transformers.trainer]"),
     Rule("devices", lambda job: job.devices is not None and (
              not job.devices or min(job.devices) < 0 or len(set(job.devices)) < len(job.devices)),
          "must be different device numbers from 0 up", "For example devices=[2,3,1]: the first one is the primary"),

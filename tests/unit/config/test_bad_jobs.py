@@ -38,6 +38,7 @@ VALUES = [
     (["train.lr=fast"], "train.lr='fast'", "float"),
     (["train.lr=null"], "train.lr=None"),
     (["train.compile=perhaps"], "train.compile='perhaps'", "bool"),
+    (["preload=[os;1]"], "preload=['os;1']", "are not names of modules"),
     (["devices=all"], "devices='all'"),
     (["devices=[a]"], "devices"),
     (["task_args=7"], "task_args=7"),
