@@ -35,10 +35,11 @@ def test_a_killed_run_of_an_odd_model_ends_as_a_calm_one(tmp_path: Path, mode: s
         assert difference(read_state(calm), read_state(killed)) == ""
         assert losses(calm) == losses(killed) and evaluations(calm)[-1] == evaluations(killed)[-1]
     state = read_state(killed)
-    assert int(state["model"]["frozen.num_batches_tracked"]) == 0 and state["numbers"] == {"": {"count": 13}}
+    model, average = state["objects"]["model"], state["objects"]["average"]["state"]["model"]
+    assert int(state["model"]["frozen.num_batches_tracked"]) == 0 and model["numbers"] == {"": {"count": 13}}
     assert int(state["model"]["norm.num_batches_tracked"]) == 13
-    assert float(state["model"]["made"].min()) > 1 and float(state["buffers"]["others"]["calls"]) == 13
-    assert not torch.equal(state["model"]["phase"], state["average"]["model"]["phase"])
+    assert float(state["model"]["made"].min()) > 1 and float(model["buffers"]["others"]["calls"]) == 13
+    assert not torch.equal(state["model"]["phase"], average["phase"])
 
 
 def test_a_model_that_arrives_in_evaluation_mode_trains_from_the_first_step(tmp_path: Path) -> None:

@@ -82,8 +82,8 @@ class BufferNotes:
     def put(self, note: bytes, contents: dict[str, Any]) -> None:
         """Give all models in a checkpoint's `contents` the noted buffers: the average copies the model's."""
         room = torch.frombuffer(bytearray(note), dtype=torch.uint8)
-        average = contents["average"]
-        for weights in (contents["model"], *([average["model"]] if average else [])):
+        average = contents["objects"].get("average")
+        for weights in (contents["model"], *([average["state"]["model"]] if average else [])):
             weights.update({name: self._find(room, name) for name in self.buffers})
 
 

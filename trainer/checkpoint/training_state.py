@@ -5,41 +5,48 @@ import math
 import operator
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from trainer.checkpoint import files as checkpoint
 from trainer.checkpoint.background_writer import Writer
 from trainer.checkpoint.handover import Handover
-from trainer.checkpoint.weights import fit, start_from
+from trainer.checkpoint.tracked import MODEL, TrackedObjects, entries_of
+from trainer.checkpoint.weights import start_from
 from trainer.config.job import Job
 from trainer.config.load import read_sections
 from trainer.data.sampler import Position
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
-from trainer.parallel.module_state import buffers_beside, changed_numbers, numbers, restore_buffers, restore_numbers
 from trainer.reporting.rank_report import Report
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state to go on from."""
+
+    origin: str
+    """The folder's name, or where else it was."""
+    weights: dict[str, Any]
+    state: dict[str, Any]
 
 
 class TrainingState:
     """The objects that training changes, and where they stand on disk."""
 
     def __init__(
-        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
-        average: Any, parallel: Parallel, report: Report,
+        self, job: Job, parallel: Parallel, report: Report,
+        explain: Callable[[str, str, Exception], JobError] | None = None,
     ) -> None:  # fmt: skip
-        """`average`: has the averaged weights in `module` and the number of updates in `n_averaged`; or None."""
-        self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
-        self.average, self.position, self.parallel, self.report = average, Position(), parallel, report
+        """Nothing is tracked yet. `explain`: see `TrackedObjects`."""
+        self.job, self.position, self.parallel, self.report = job, Position(), parallel, report
         self.root = report.run.checkpoints
+        self.tracked = TrackedObjects(explain or self._explain)
         self.config = read_sections(report.run.job) if report.run.job.exists() else {}
         """As it was given: interpolations stay as written, so it holds no secret."""
         self.writer = Writer(job.checkpoint.asynchronous)
-        self.handover = Handover(job, parallel, model, report.attempt, self.contents)
         self.beat = partial(report.phase, "saving", self.position)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
@@ -49,11 +56,16 @@ class TrainingState:
         """Value of the best metric so far, and the name of its checkpoint."""
         self.evaluated = True
         """Whether what was due at the current position has been done."""
-        self.numbers = numbers(model)
-        """What the parts of the model counted when it was new: a checkpoint holds what is another since."""
         self.facts: Callable[[], dict[str, Any]] = dict
         """What else a checkpoint says of its run, and what the one that was restored said."""
         self.restored: dict[str, Any] = {}
+        self.handover: Handover | None = None
+
+    def track(self, **objects: Any) -> None:
+        """Keep these objects from here on; None is none."""
+        for name, item in objects.items():
+            if item is not None:
+                self.tracked.add(name, item)
 
     def save(self, wait: bool = False) -> None:
         """Save the current position: rank 0 writes. With `wait` all ranks go on when it is committed.
@@ -95,14 +107,10 @@ class TrainingState:
 
     def contents(self) -> dict[str, Any]:
         """What a training goes on from."""
-        scaler, average = self.scaler, self.average
+        weights, objects = self.tracked.dump()
         return {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "buffers": buffers_beside(self.model), "numbers": changed_numbers(self.model, self.numbers),
-            "scaler": scaler.state_dict() if scaler else None,
-            "average": {"model": average.module.state_dict(), "updates": average.n_averaged} if average else None,
-            "position": dataclasses.asdict(self.position), "evaluated": self.evaluated, "metrics": self.metrics,
-            "best": self.best, "facts": self.facts(),
+            "model": weights, "objects": objects, "position": dataclasses.asdict(self.position),
+            "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best, "facts": self.facts(),
         }  # fmt: skip
 
     def _choose_best(self) -> None:
@@ -124,23 +132,49 @@ class TrainingState:
         checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
 
     def resume(self) -> None:
-        """Continue from what survivors handed over or the newest whole checkpoint, or start: from weights, or anew."""
-        kept = self.handover.take_over(self.report.run.steps_committed())
+        """Go on from the newest state that there is, with all that is tracked; or start: from weights, or anew."""
+        found = self.find()
+        if found is not None:
+            self.restore(found)
+        elif self.job.checkpoint.load:
+            self.load_weights()
+
+    def load_weights(self) -> None:
+        """Start with the weights that the job names."""
+        objects, options = self.tracked.objects, self.job.checkpoint
+        start_from(objects[MODEL], Path(str(options.load)), options.strict, self.report.say)
+        if "average" in objects:
+            objects["average"].module.load_state_dict(objects[MODEL].state_dict())
+
+    def find(self) -> Found | None:
+        """The newest state to go on from: what survivors handed over, or the newest whole checkpoint; None: neither."""
+        kept = self.handover.take_over(self.report.run.steps_committed()) if self.handover else None
         if kept is not None:
-            self._restore(kept, kept["model"], "the survivors' memory")
             if self.parallel.rank == 0:
                 checkpoint.sweep(self.root)
-            self.report.event("resume", step=self.position.step, folder="memory")
-            return
+            self.report.event("resume", step=kept["position"]["step"], folder="memory")
+            return Found("the survivors' memory", kept["model"], kept)
         found = self.parallel.share(self._find() if self.parallel.rank == 0 else None)
         if isinstance(found, Exception):
             raise found
-        if found is not None:
-            self._load(Path(found))
-        elif self.job.checkpoint.load:
-            start_from(self.model, Path(self.job.checkpoint.load), self.job.checkpoint.strict, self.report.say)
-            if self.average is not None:
-                self.average.module.load_state_dict(self.model.state_dict())
+        return None if found is None else self._load(Path(found))
+
+    def restore(self, found: Found) -> None:
+        """Bring everything where it was. Raises JobError: the job trains something else now."""
+        self.restore_position(found)
+        entries = entries_of(found.state)
+        for name in self.tracked.objects:
+            if name in entries:
+                self.tracked.restore(name, found.weights, entries[name], found.origin)
+
+    def restore_position(self, found: Found) -> None:
+        """All but the tracked objects."""
+        state = found.state
+        for item in dataclasses.fields(Position):
+            setattr(self.position, item.name, state["position"][item.name])
+        self.evaluated, self.metrics = state["evaluated"], state["metrics"]
+        self.restored = state.get("facts", {})
+        self.best = tuple(state["best"]) if state["best"] else None
 
     def _find(self) -> str | Exception | None:
         try:
@@ -156,45 +190,20 @@ class TrainingState:
         self.report.event("resume", step=checkpoint.step_of(saved), folder=saved.name)
         return str(saved)
 
-    def _load(self, folder: Path) -> None:
-        """Restore from a folder; rank 0 reads where some node does not see it: no shared volume, or one that lags."""
+    def _load(self, folder: Path) -> Found:
+        """Read a folder; rank 0 reads where some node does not see it: no shared volume, or one that lags."""
         seen = not self.parallel.any(not (folder / "manifest.json").is_file())
         payload = None
         if seen or self.parallel.rank == 0:
             payload = [checkpoint.load(folder, name) for name in checkpoint.PAYLOAD]
         weights, state = payload if payload and seen else self.parallel.share(payload)
-        self._restore(state, weights, folder.name)
+        return Found(folder.name, weights, state)
 
-    def _restore(self, state: dict[str, Any], weights: dict[str, Any], origin: str) -> None:
-        beside = state.get("buffers", {"saved": [], "others": {}})  # older checkpoints say nothing of them
-        restore_buffers(self.model, weights, beside)
-        restore_numbers(self.model, state.get("numbers", {}))
-        self._load_weights(weights)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            problem = f"does not fit {origin}: {error}"
+    def _explain(self, name: str, origin: str, error: Exception) -> JobError:
+        """The error for what a task made, and a checkpoint does not fit."""
+        text = " ".join(str(error).split())
+        if name == "optimizer":
             remedy = "Resume with the optimizer that the run began with"
-            raise JobError("train.optimizer", self.job.train.optimizer, problem, remedy) from None
-        if self.scaler is not None and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None and state["average"]:
-            restore_buffers(self.average.module, state["average"]["model"], beside)
-            self.average.module.load_state_dict(state["average"]["model"])
-            self.average.n_averaged.copy_(state["average"]["updates"])
-        for item in dataclasses.fields(Position):
-            setattr(self.position, item.name, state["position"][item.name])
-        self.evaluated, self.metrics = state["evaluated"], state["metrics"]
-        self.restored = state.get("facts", {})
-        self.best = tuple(state["best"]) if state["best"] else None
-
-    def _load_weights(self, weights: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
-            fitting, misfits = fit(weights, self.model)  # a wrapper, such as a compiled model's, may have come or gone
-            if misfits:
-                problem = "its model does not fit the checkpoint: " + " ".join(str(error).split())
-                remedy = "Use the task and task_args of that checkpoint"
-                raise JobError("task", self.job.task, problem, remedy) from None
-            self.model.load_state_dict(fitting, strict=False)
+            return JobError("train.optimizer", self.job.train.optimizer, f"does not fit {origin}: {text}", remedy)
+        problem = f"its {name} does not fit the checkpoint: {text}"
+        return JobError("task", self.job.task, problem, "Use the task and task_args of that checkpoint")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint.handover import Handover
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
 from trainer.data.datasets import count_samples
@@ -71,8 +72,10 @@ class Trainer:
         )
         dtype = torch.float64 if train.precision == "float64" else None
         self.mover = DeviceMover(device, dtype, train.channels_last, job.data.prefetch)
-        self.state = TrainingState(job, model, self.optimizer, self.scaler, self.average, parallel, report)
-        self.position, self.handover = self.state.position, self.state.handover
+        self.model, self.state = model, TrainingState(job, parallel, report)
+        self.state.track(model=model, optimizer=self.optimizer, scaler=self.scaler, average=self.average)
+        self.position = self.state.position
+        self.handover = self.state.handover = Handover(job, parallel, model, report.attempt, self.state.contents)
         self.own_generators = find_generators(task, "task") | model_generators(model)
         self.continuation = Continuation(job, self.sampler, self.state, report)
         self.plan()
@@ -153,7 +156,7 @@ class Trainer:
         if not self.parallel.warms_up:
             return
         indices = next(self.sampler.epoch(Position())).indices
-        with unchanged(self.state.model, self.task):
+        with unchanged(self.model, self.task):
             self.parallel.warm_up(self.read(indices), len(indices))
         self.drop_gradients()
         for device in self.parallel.devices:
@@ -192,7 +195,7 @@ class Trainer:
             parallel.backward(losses, weight, self.scaler, self.stop())
         if not self.checked:
             self.checked = True
-            self.tell(check_gradients(self.state.model, self.parameters))
+            self.tell(check_gradients(self.model, self.parameters))
         step_count = micros[0][0].step_count
         after = position.after(step_count, self.sampler.count)
         due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)
@@ -236,7 +239,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if self.average is not None:
-            self.average.update_parameters(self.state.model)
+            self.average.update_parameters(self.model)
 
     def drop_gradients(self) -> None:
         """As `Optimizer.zero_grad`, which records itself for a profiler: 3 % of a step of 3 ms."""
@@ -254,7 +257,7 @@ class Trainer:
                 return
             self.state.metrics, self.state.measured_at = metrics, position.step
             self.report.evaluation(position, metrics)
-            self.tell(unfrozen_weights(self.state.model, self.parameters))
+            self.tell(unfrozen_weights(self.model, self.parameters))
             if not self.compared:  # here, where ranks meet anyway: rank 0 saves without the others
                 self.compared = True
                 self.tell(differing_weights(self.parallel.differing_weights()))

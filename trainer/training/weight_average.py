@@ -2,30 +2,28 @@
 
 import copy
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer.errors import JobError
-from trainer.parallel.module_state import is_dense, put_buffer, saved_buffers
+from trainer.parallel.module_state import buffers_beside, is_dense, put_buffer, restore_buffers, saved_buffers
 
 
-class WeightAverage(nn.Module):
+class WeightAverage:
     """An exponential moving average of the weights; buffers are the newest, so that they fit the newest weights.
 
     As torch's AveragedModel, which however copies a counter to the GPU, for which each step would wait, and knows
     neither buffers that a forward pass makes nor sparse ones.
     """
 
-    n_averaged: Tensor
-
     def __init__(self, model: nn.Module, decay: float) -> None:
         """`decay`: the share of the average that each update keeps; the first update takes the weights as they are.
 
         Raises JobError: the model cannot be copied.
         """
-        super().__init__()
         # What weight_norm and the like computed in the last forward pass cannot be copied; the next one makes it anew.
         computed = {
             id(value): value.detach().clone()
@@ -45,7 +43,7 @@ class WeightAverage(nn.Module):
                 f"the forward of {name or 'the model'} is a function that holds the model: an average would use it"
             )
             raise JobError("train.ema_decay", decay, problem, "Define forward in a class, or remove the key")
-        self.register_buffer("n_averaged", torch.tensor(0))
+        self.n_averaged = torch.tensor(0)
         self.mix = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
@@ -61,6 +59,18 @@ class WeightAverage(nn.Module):
                     average.copy_(weight)
         self._take_buffers(model)
         self.n_averaged += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to keep of it: see `buffers_beside`."""
+        return {
+            "model": self.module.state_dict(), "updates": self.n_averaged, "buffers": buffers_beside(self.module),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what was kept. Raises RuntimeError: of another model."""
+        restore_buffers(self.module, state["model"], state["buffers"])
+        self.module.load_state_dict(state["model"])
+        self.n_averaged.copy_(state["updates"])
 
     def _take_buffers(self, model: nn.Module) -> None:
         own = dict(self.module.named_buffers())

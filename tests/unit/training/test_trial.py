@@ -204,4 +204,4 @@ def test_the_averaged_weights_are_evaluated_and_nothing_is_compiled(tmp_path: Pa
     average, step = trainer.average, trainer.parallel.step
     assert average is not None and not compiled
     assert used == [(True, step.model), (False, average.module), (False, average.module)]
-    assert step.apply_model is compile_in_vain and step.model is trainer.state.model and average.module.training
+    assert step.apply_model is compile_in_vain and step.model is trainer.model and average.module.training

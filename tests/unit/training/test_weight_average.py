@@ -28,8 +28,9 @@ def test_the_average_is_torchs_and_its_buffers_are_the_newest() -> None:
         model(torch.randn(6, 3))
         average.update_parameters(model)
         reference.update_parameters(model)
-    for name, value in average.state_dict().items():
-        assert torch.equal(value, reference.state_dict()[name]), name
+    for name, value in average.module.state_dict().items():
+        assert torch.equal(value, reference.module.state_dict()[name]), name
+    assert average.n_averaged == reference.n_averaged
     assert torch.equal(average.module[1].running_mean, model[1].running_mean)  # type: ignore[index, arg-type]
     assert not torch.equal(average.module[0].weight, model[0].weight)  # type: ignore[index, arg-type]
 
