@@ -15,7 +15,7 @@ from typing import Any
 from trainer.signals import FLAG, StopFlag
 
 LOOK_S, LOOK_EACH_S = 0.2, 0.0005
-"""Seconds between two looks whether another was asked; or for each rank, where that is more. It takes 0.1 % of a CPU."""
+"""Seconds between two looks whether another was asked; or per rank, where that is more. They take 0.1 % of a CPU."""
 JOIN_S = 1.0
 """For a look that is going on; a store that does not answer would keep it for ever."""
 
