@@ -70,7 +70,9 @@ def test_the_moving_average_is_one_and_survives_a_resume(tmp_path: Path) -> None
     average = weights[0]
     for weight in weights[1:]:
         average = 0.8 * average + 0.2 * weight
-    torch.testing.assert_close(read_state(tmp_path / "run")["objects"]["average"]["state"]["model"]["5.weight"], average)
+    torch.testing.assert_close(
+        read_state(tmp_path / "run")["objects"]["average"]["state"]["model"]["5.weight"], average
+    )
 
 
 def test_bf16_trains_nearly_the_same(tmp_path: Path) -> None:

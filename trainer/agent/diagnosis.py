@@ -21,7 +21,7 @@ from trainer.agent.rank_process import STACKS
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
 from trainer.records import read_json
-from trainer.reporting.heartbeat import FIRST_PHASES, PHASES, Heartbeat
+from trainer.reporting.heartbeat import FIRST_PHASES, PHASES, UNSEEN, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail, last_lines, size
 from trainer.wiring.node import Wiring
@@ -124,11 +124,11 @@ class Diagnosis:
         message = f"{record['exception']}: {record['said']}"
         failure = self._of(self.first_rank + index, kind, message, record["code"], record["time"])
         place = place_of(f"{record['traceback']}\n{record['message']}", self.roots)
-        step = 0 if self.job.script else self.heartbeat.read(index).step
-        late = bool(self.job.script) and record["time"] - self.began > BRIEFLY_S  # nobody knows how far it was
+        beat = self.heartbeat.read(index)
+        late = beat.phase in UNSEEN and record["time"] - self.began > BRIEFLY_S  # nobody knows how far it was
         outside = record.get("from_outside", False) or WORKER_LOST in message
         return dataclasses.replace(
-            failure, cause=f"{record['exception']} at {place}" if place else record["exception"], at_step=step,
+            failure, cause=f"{record['exception']} at {place}" if place else record["exception"], at_step=beat.step,
             passing=kind not in CERTAIN or late or outside,
         )  # fmt: skip
 
@@ -155,9 +155,10 @@ class Diagnosis:
         `alarmed`: another node found one that hangs, or its ranks waiting for one that hangs here.
         """
         living = [index for index, process in enumerate(processes) if process.exitcode is None]
-        for index in living:  # of a script no more is known than whether it is stopped
-            if self.job.script and process_state(processes[index].pid) != "T":
-                self.heartbeat.beat(index, 0, "training")
+        for index in living:  # of a script without a session no more is known than whether it is stopped
+            unseen = self.job.script and self.heartbeat.read(index).phase in UNSEEN
+            if unseen and process_state(processes[index].pid) != "T":
+                self.heartbeat.beat(index, 0, "script")
         beats = {index: self.heartbeat.read(index) for index in living}
         silent = {index: CLOCK.since(max(beat.time, spawned)) for index, beat in beats.items()}
         limits = dict.fromkeys(PHASES, self.job.agent.hang_timeout_s)
@@ -178,7 +179,7 @@ class Diagnosis:
         index = min(late, key=lambda index: (index not in stopped, index in waiting, beats[index].step))
         rank, beat = self.first_rank + index, beats[index]
         what = f"no heartbeat for {silent[index]:.0f} s after step {beat.step} while {beat.phase}"
-        if self.job.script:
+        if beat.phase == "script":
             what = f"does nothing for {silent[index]:.0f} s"
         state = " (the process is stopped)" if index in stopped else ""
         message = f"{what}{state}{where(stacks.get(index, []))}; stacks of all ranks: {self.run.stacks('*')}"

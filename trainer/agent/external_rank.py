@@ -1,5 +1,6 @@
 """A rank that another launcher started (torchrun, accelerate, PyTorchJob, srun per GPU): no agent of ours."""
 
+import os
 from pathlib import Path
 
 from trainer.agent.rank_process import end_with, print_error
@@ -8,6 +9,7 @@ from trainer.config.load import merge_job, to_job, to_text
 from trainer.errors import JobError
 from trainer.run.folder import RunFolder, run_of
 from trainer.wiring.rank import rank_wiring
+from trainer.wiring.variables import SESSION
 
 
 def run_external_rank(path: Path, overrides: list[str]) -> int:
@@ -18,6 +20,7 @@ def run_external_rank(path: Path, overrides: list[str]) -> int:
     config = merge_job(path, overrides)
     job, wiring = to_job(config), rank_wiring()
     if job.script:
+        os.environ[SESSION] = str(path)
         return run_script(job, path)
     if job.parallel != "ddp" and wiring.world_size > 1:
         problem = f"uses one process, but the launcher started {wiring.world_size} ranks"

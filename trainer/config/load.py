@@ -8,7 +8,7 @@ import operator
 import os
 import re
 import unicodedata
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,8 +51,22 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     if given.get("parallel") == "single" and "devices" not in given:
         for key in {"nodes", "devices_per_node", "devices"} - given.keys():
             written.pop(key, None)  # one device is what single means: the file's counts step back
+    config = merge_sources({str(path): written, "the command line": given})
+    if not (given.get("name") or written.get("name")):
+        config.name = name_of(path.resolve().parent.name if path.name == "job.yaml" else path.stem)
+    with contextlib.suppress(OmegaConfBaseException):  # an interpolation that `to_job` refuses
+        if not config.script:  # a script's own folder comes first, and only where it runs
+            add_import_paths(path / "job.yaml" if path.is_dir() else path, config.python_path)
+    return config
+
+
+def merge_sources(sources: Mapping[str, dict[str, Any]]) -> DictConfig:
+    """Merge values over the defaults, the later over the earlier; by what an error calls their source.
+
+    Raises JobError: unknown key, wrong type.
+    """
     config = OmegaConf.structured(Job)
-    for source, values in ((str(path), written), ("the command line", given)):
+    for source, values in sources.items():
         leaves = dict(_leaves(values))
         for key, value in leaves.items():
             _check_value(key, value, source)
@@ -67,12 +81,7 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
                 several = isinstance(leaves[key], list)
                 expanded = [expand_path(key, each) for each in (leaves[key] if several else [leaves[key]])]
                 OmegaConf.update(config, key, expanded if several else expanded[0])
-    if not (given.get("name") or written.get("name")):
-        config.name = name_of(path.resolve().parent.name if path.name == "job.yaml" else path.stem)
     assert isinstance(config, DictConfig)
-    with contextlib.suppress(OmegaConfBaseException):  # an interpolation that `to_job` refuses
-        if not config.script:  # a script's own folder comes first, and only where it runs
-            add_import_paths(path / "job.yaml" if path.is_dir() else path, config.python_path)
     return config
 
 

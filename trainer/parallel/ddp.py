@@ -69,7 +69,8 @@ class Distributed(Parallel):
         super().__init__(job, wiring)
         backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
         timeout = SUPERVISED if supervised else timedelta(seconds=job.agent.hang_timeout_s)
-        dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
+        if not dist.is_initialized():  # a script may have joined it
+            dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
         start = timedelta(seconds=job.agent.start_timeout_s)
         self.starting = None if supervised else dist.new_group(timeout=start, backend="gloo")
 

@@ -11,9 +11,11 @@ from trainer.wiring import variables
 
 SLOT = struct.Struct("<dqq")
 """Monotonic seconds, step, phase."""
-PHASES = ("starting", "training", "evaluating", "saving", "finishing", "beginning")
+PHASES = ("starting", "training", "evaluating", "saving", "finishing", "beginning", "script")
 FIRST_PHASES = ("starting", "beginning")
 """Until the first step is done: imports, data and model; then the loop, whose first step may compile."""
+UNSEEN = ("starting", "script")
+"""Of a script that has not begun a session, or has none: its agent beats for it."""
 HEARTBEAT = "heartbeat"
 """The file in an agent's own folder."""
 

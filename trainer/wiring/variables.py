@@ -27,6 +27,7 @@ SETUP = "MUSTER_SETUP"  # a shell script that `slurm/job.sbatch` sources on each
 # Set by the agent for its ranks.
 ATTEMPT = "MUSTER_ATTEMPT"
 HEARTBEAT = "MUSTER_HEARTBEAT"  # the file in which the ranks of a node give signs of life
+SESSION = "MUSTER_SESSION"  # the job file for sessions in a script; of a run it lies in the run folder
 MEMORY = "MUSTER_MEMORY"  # where ranks leave their state for the next attempt
 
 # Set by whoever launches ranks: our agent, torchrun, accelerate, PyTorchJob.
@@ -70,7 +71,7 @@ def read_int(environ: Mapping[str, str], name: str, default: str | None = None) 
 
 
 def read_path(name: str) -> Path | None:
-    """The value of a variable that holds a path: `RUN`, `TERMINATION_LOG` or `HEARTBEAT`. None: it is not set."""
+    """The value of a variable that holds a path, such as `RUN` or `HEARTBEAT`. None: it is not set."""
     path = os.environ.get(name)
     return Path(path) if path else None
 

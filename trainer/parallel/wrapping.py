@@ -1,0 +1,86 @@
+"""Modules of a script under DDP: wrapped, and their gradients weighted so that shares of different sizes count right."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.parallel.base import Parallel
+from trainer.parallel.module_state import evaluation_mode
+
+
+def wrap_module(module: nn.Module, parallel: Parallel, options: dict[str, Any]) -> nn.Module:
+    """The module on this rank's device, under DDP where there are ranks and weights to train; `options` are DDP's."""
+    module = module.to(parallel.device)
+    if parallel.world_size == 1 or not any(weight.requires_grad for weight in module.parameters()):
+        return module
+    devices = [parallel.device] if parallel.cuda else None
+    ddp = DistributedDataParallel(module, device_ids=devices, **{"gradient_as_bucket_view": True, **options})
+    if not options.get("static_graph") and not options.get("find_unused_parameters"):
+        settle_buckets(ddp)
+    return ddp
+
+
+def settle_buckets(ddp: DistributedDataParallel) -> None:
+    """Let DDP choose its gradient buckets now, by a backward pass of zeros through all weights.
+
+    It reorders them once after its first step. With more than two ranks the place of an element in its bucket decides
+    in which order the ranks' values are added, so the last bits of the first step after a restart would differ.
+    """
+    module = ddp.module
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    module.forward = lambda: [weight.reshape(-1)[:1].sum() for weight in weights]
+    try:
+        outputs = ddp()
+    finally:
+        del module.forward
+    torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    for weight in weights:
+        weight.grad = None
+
+
+class Gradients:
+    """Weighs what backward passes add to the gradients of some modules, and says when DDP averages them."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.factor = 1.0
+        self.hooks: list[Any] = []
+
+    def add(self, module: nn.Module) -> None:
+        """Care for a module's gradients, too."""
+        if all(module is not known for known in self.modules):
+            self.modules.append(module)
+
+    def set(self, factor: float, last: bool) -> None:
+        """The next backward pass counts `factor` times; DDP averages after it if it is the `last` of its update."""
+        for module in self.modules:
+            if isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync != last:
+                module.require_backward_grad_sync = last
+        self.factor = factor
+        if factor == 1.0:
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks.clear()
+        elif not self.hooks:
+            weights = {id(weight): weight for module in self.modules for weight in module.parameters()}
+            self.hooks = [each.register_hook(self._weigh) for each in weights.values() if each.requires_grad]
+
+    def _weigh(self, gradient: Tensor) -> Tensor:
+        return gradient * self.factor
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Any:
+    """Evaluation mode without gradients, on each rank alone: DDP shares buffers before each forward pass otherwise."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for module in modules:
+            stack.enter_context(evaluation_mode(module))
+            if isinstance(module, DistributedDataParallel):
+                stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
+                module.require_forward_param_sync = False
+        yield
