@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.task import Task
+    from trainer.training.session import Session
 
-__all__ = ["Task"]
-HOMES = {"Task": "trainer.task", "__version__": "trainer"}
+__all__ = ["Session", "Task"]
+HOMES = {"Session": "trainer.training.session", "Task": "trainer.task", "__version__": "trainer"}
 PROGRAMS = {"agent": "trainer", "supervisor": "trainer.launch.local.supervisor"}
 """What platforms start, by its first word; each is a module that runs."""
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,20 +72,30 @@ class TrainingState:
 
         Raises Exception: it, or the one before, could not be committed; on all ranks.
         """
+        self._choose_best()
+        self._agree([self._submit, *([self._wait] if wait else [])])
+
+    def settle(self) -> None:
+        """Return when everything is committed. Raises Exception: something could not be, on all ranks."""
+        self._agree([self._wait])
+
+    def _agree(self, actions: Sequence[Callable[[], None]]) -> None:
+        """Let rank 0 do something; what goes wrong is raised on all ranks."""
         started = time.perf_counter()
         self.beat()
-        self._choose_best()
         problem: BaseException | None = None
         if self.parallel.rank == 0:
             try:
-                self._submit()
-                if wait:
-                    self.writer.wait(self.beat)
+                for action in actions:
+                    action()
             except Exception as error:
                 problem = error
         if self.parallel.any(problem is not None):
             raise problem or RuntimeError("rank 0 could not save; its log says why")
         self.report.pause(time.perf_counter() - started)
+
+    def _wait(self) -> None:
+        self.writer.wait(self.beat)
 
     def close(self) -> None:
         """Finish what is being written; for an end that has a cause of its own."""
@@ -159,13 +169,21 @@ class TrainingState:
             raise found
         return None if found is None else self._load(Path(found))
 
+    def restore_object(self, found: Found, name: str) -> None:
+        """Bring one object where it was, if the state has it. Raises JobError: it is something else now."""
+        entry = entries_of(found.state).get(name)
+        if entry is not None:
+            self.tracked.restore(name, found.weights, entry, found.origin)
+
+    def untracked(self, found: Found | None) -> list[str]:
+        """Names in a state that nothing is tracked by."""
+        return [] if found is None else [name for name in entries_of(found.state) if name not in self.tracked.objects]
+
     def restore(self, found: Found) -> None:
         """Bring everything where it was. Raises JobError: the job trains something else now."""
         self.restore_position(found)
-        entries = entries_of(found.state)
         for name in self.tracked.objects:
-            if name in entries:
-                self.tracked.restore(name, found.weights, entries[name], found.origin)
+            self.restore_object(found, name)
 
     def restore_position(self, found: Found) -> None:
         """All but the tracked objects."""

@@ -1,7 +1,8 @@
 """Samples to batches: every random number of a sample or a batch is seeded by what it is, not by who reads it when."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,13 +19,42 @@ Keys = tuple[int, Indices]
 """(epoch, indices) of one batch."""
 
 
+class Collating(Protocol):
+    """What makes batches of samples: a task, or whoever answers like one."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make a batch."""
+
+
+class PlainCollate:
+    """Torch's own way."""
+
+    collate = Task.collate
+
+
+class OwnCollate:
+    """A function's way."""
+
+    def __init__(self, function: Callable[[list[Any]], Any]) -> None:
+        self.function = function
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Call the function."""
+        return self.function(samples)
+
+
+def collating(function: Callable[[list[Any]], Any] | None) -> Collating:
+    """What makes batches by a function; None: torch's own way."""
+    return PlainCollate() if function is None else OwnCollate(function)
+
+
 class BatchDataset(Dataset[Any]):
     """A map-style dataset whose index is (epoch, indices), so that a worker reads a whole batch.
 
     A sample depends on (seed, epoch, index) alone. It is read in the cheapest exact way: see `Task.train_dataset`.
     """
 
-    def __init__(self, dataset: Any, task: Task, seed: int, key: str = "dataset") -> None:
+    def __init__(self, dataset: Any, task: Collating, seed: int, key: str = "dataset") -> None:
         """`key`: how an error calls the dataset."""
         self.dataset, self.task, self.seed, self.key = dataset, task, seed, key
         self.own_collate = type(task).collate is not Task.collate

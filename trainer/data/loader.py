@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.config.job import Data
-from trainer.data.batches import BatchDataset, Keys
+from trainer.data.batches import BatchDataset, Collating, Keys
 from trainer.data.nested import map_tensors
 from trainer.data.open_files import take_own_places
 from trainer.errors import JobError
 from trainer.signals import ignore_signals, set_parent_death_signal
-from trainer.task import Task
 from trainer.wiring.variables import HEARTBEAT, read_path
 
 
@@ -49,7 +48,7 @@ class Loader:
     """Batches for given keys, read in order, in worker processes when asked for."""
 
     def __init__(
-        self, dataset: Dataset[Any], task: Task, options: Data, seed: int, pin: bool, key: str = "dataset"
+        self, dataset: Dataset[Any], task: Collating, options: Data, seed: int, pin: bool, key: str = "dataset"
     ) -> None:  # fmt: skip
         """`pin`: batches go to a GPU, so put them into page-locked memory; `key`: what errors call the dataset."""
         self.batches = BatchDataset(dataset, task, seed, key)

@@ -51,6 +51,11 @@ class MicroBatch:
     """Whether the step's update follows."""
 
 
+def share_of(samples: int, part: int, parts: int) -> tuple[int, int]:
+    """Where a part of a global batch begins and ends: contiguous, sizes differ by one at most, and some may be 0."""
+    return part * samples // parts, (part + 1) * samples // parts
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The samples of one rank among `world_size`, in steps of the global batch."""
@@ -61,6 +66,7 @@ class Sampler:
     rank: int
     world_size: int
     seed: int
+    shuffle: bool = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,13 +76,13 @@ class Sampler:
     def epoch(self, position: Position) -> Iterator[MicroBatch]:
         """This rank's micro-batches from `position` to the end of its epoch."""
         epoch = position.epoch
-        order, parts = epoch_order(self.seed, epoch, self.count), self.accumulate * self.world_size
+        parts = self.accumulate * self.world_size
+        order = epoch_order(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count, dtype=np.int64)
         for start in range(position.samples, self.count, self.batch_size):
             stop = min(start + self.batch_size, self.count)
             for micro in range(self.accumulate):
-                part = micro * self.world_size + self.rank  # contiguous; sizes differ by one at most, some may be 0
-                first, last = (start + each * (stop - start) // parts for each in (part, part + 1))
-                indices = order[first:last] if last > first else order[start : start + 1]
+                first, last = share_of(stop - start, micro * self.world_size + self.rank, parts)
+                indices = order[start + first : start + last] if last > first else order[start : start + 1]
                 yield MicroBatch(epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
 
 

@@ -101,7 +101,7 @@ class Lines:
             if time.monotonic() - self.shown <= 5:
                 return
             self.shown = time.monotonic()
-        self.say(f"step {line['step']}/{self.steps}  {numbers(line)}")
+        self.say(f"step {line['step']}/{self.steps or '?'}  {numbers(line)}")
 
 
 class Bar(Lines):
@@ -119,7 +119,7 @@ class Bar(Lines):
 
     def event(self, event: Event) -> None:
         if event["event"] == "training":
-            self.bar.update(self.task, total=event["steps"], completed=event["step"])
+            self.bar.update(self.task, total=event["steps"] or None, completed=event["step"])
         super().event(event)
 
     def metrics(self, line: dict[str, Any]) -> None:
@@ -139,9 +139,11 @@ def values(line: dict[str, Any]) -> dict[str, Any]:
 
 def numbers(line: dict[str, Any]) -> str:
     """What a line of `metrics.jsonl` measured, in words."""
-    if line["kind"] == "evaluation":
-        return "  ".join(f"{name} {value:.4f}" for name, value in values(line).items())
-    return f"loss {line['mean_loss']:.4f}  {line['samples_per_s']:,.0f} samples/s"
+    found = values(line)
+    speed = f"{found.pop('samples_per_s'):,.0f} samples/s" if "samples_per_s" in found else ""
+    if "mean_loss" in found:  # of a task
+        found = {"loss": found["mean_loss"]}
+    return "  ".join([*(f"{name} {value:.4f}" for name, value in found.items()), *filter(None, [speed])])
 
 
 TEXTS = {

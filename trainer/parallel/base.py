@@ -3,6 +3,7 @@
 The modes themselves are in `trainer.parallel.modes` (single, dp) and `trainer.parallel.ddp`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,8 +132,8 @@ class Parallel:
         """Do what the mode does after an update; return whether all ranks hold the same weights now."""
         return True
 
-    def share_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0's model, such as batch statistics: a checkpoint holds those."""
+    def share_buffers(self, modules: Sequence[nn.Module]) -> None:
+        """Give all ranks the buffers of rank 0's modules, such as batch statistics: a checkpoint holds those."""
 
     def meet(self) -> None:
         """Wait until all ranks have come here."""
@@ -144,6 +145,10 @@ class Parallel:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The means over the ranks of named numbers, of each name over those that have it."""
+        return values
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks."""

@@ -67,22 +67,24 @@ def mean_loss(total: Tensor, count: int) -> float:
     return float(total[0] / total[1]) if total.dim() else float(total) / count
 
 
-def read_metrics(values: Any, count: int | None, device: torch.device) -> dict[str, Tensor]:
-    """Per-sample values, of `count` samples where that is known.
+def read_metrics(
+    values: Any, count: int | None, device: torch.device, key: str = "task.metrics"
+) -> dict[str, Tensor]:  # fmt: skip
+    """Per-sample values, of `count` samples where that is known; `key`: how an error calls them.
 
     Raises JobError: no dictionary, or a value of another shape.
     """
     found = {}
-    for name, value in _read_names("task.metrics", values).items():
+    for name, value in _read_names(key, values).items():
         tensor = value
         if not isinstance(value, Tensor):
             try:
                 tensor = torch.as_tensor(value, device=device)
             except (TypeError, ValueError, RuntimeError):
                 shown = {name: value if value is None else type(value).__name__}
-                raise JobError("task.metrics", shown, "is not numbers", "Return a tensor for each name") from None
+                raise JobError(key, shown, "is not numbers", "Return a tensor for each name") from None
         if not tensor.dim() or count not in (None, len(tensor)):
-            raise wrong_metric(name, tensor, count)
+            raise wrong_metric(name, tensor, count, key)
         found[name] = tensor.detach()
     return found
 
@@ -96,11 +98,11 @@ def check_values(values: Mapping[str, Tensor], count: int) -> None:
             raise wrong_metric(name, value, count)
 
 
-def wrong_metric(name: str, value: Tensor, count: int | None) -> JobError:
+def wrong_metric(name: str, value: Tensor, count: int | None, key: str = "task.metrics") -> JobError:
     """The error for a metric that is not one value per sample."""
     many = "each sample, shape (batch, ...)" if count is None else f"each of the {count} samples, shape ({count}, ...)"
     remedy = "Leave sums and means to the trainer and to Task.summary"
-    return JobError("task.metrics", {name: tuple(value.shape)}, f"must have a value for {many}", remedy)
+    return JobError(key, {name: tuple(value.shape)}, f"must have a value for {many}", remedy)
 
 
 def check_count(losses: Tensor, count: int) -> None:
@@ -111,19 +113,19 @@ def check_count(losses: Tensor, count: int) -> None:
         raise JobError("task.loss", f"shape {tuple(losses.shape)}", problem, remedy)
 
 
-def read_summary(values: Any) -> dict[str, float]:
+def read_summary(values: Any, key: str = "task.summary") -> dict[str, float]:
     """The metrics to report: a number for each name. Raises JobError: something else, or a name that is ours."""
-    return {name: _read_number(name, value) for name, value in _read_names("task.summary", values).items()}
+    return {name: _read_number(name, value, key) for name, value in _read_names(key, values).items()}
 
 
-def _read_number(name: str, value: Any) -> float:
+def _read_number(name: str, value: Any, key: str) -> float:
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and np.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, Real):
         return float(value)
     shown = {name: value if value is None else f"{type(value).__name__} {value}"}
     remedy = f"Give each of several numbers a name, such as {name}_0; return float('nan') for what is not known"
-    raise JobError("task.summary", shown, "must be one number", remedy)
+    raise JobError(key, shown, "must be one number", remedy)
 
 
 def _read_names(key: str, values: Any) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def _read_names(key: str, values: Any) -> dict[str, Any]:
         raise JobError(key, values, "must be a dictionary of names and values", "Return {} for none")
     named = {str(name): value for name, value in values.items()}
     for name in RESERVED:
-        if name in named:
+        if name in named and (name != "loss" or key.startswith("task.")):  # a task's loss is known
             remedy = f"Choose another name, such as my_{name}"
             raise JobError(key, name, "is a name that every line of metrics.jsonl has already", remedy)
     return named

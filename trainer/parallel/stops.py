@@ -32,7 +32,7 @@ class Stops:
     ) -> None:  # fmt: skip
         """Several ranks must be in a process group, or have a `store`. `beat` is called while others are waited for."""
         self.rank, self.world_size, self.beat, self.flag = rank, world_size, beat, flag
-        self.passed = 0
+        self.passed = self.told = 0
         """Ticks that this rank has passed."""
         self.frozen = False
         """Whether it may pass no further one before `last` is known."""
@@ -67,6 +67,19 @@ class Stops:
             raise RuntimeError(f"the ranks could not agree on where to stop: {self.error}") from self.error
         self.passed += 1
         return self.passed >= self.last
+
+    def tell(self, key: str, value: str, limit_s: float, beat: Callable[[], None]) -> dict[int, str]:
+        """Tell all ranks a value, beside any collective; what they told, within a limit, by their ranks."""
+        self.told += 1
+        store, end, found = self.store, time.monotonic() + limit_s, {self.rank: value}
+        store.set(f"{key}-{self.told}-{self.rank}", value)
+        while len(found) < self.world_size and time.monotonic() < end:
+            for rank in set(range(self.world_size)) - found.keys():
+                if store.check([f"{key}-{self.told}-{rank}"]):
+                    found[rank] = store.get(f"{key}-{self.told}-{rank}").decode()
+            beat()
+            time.sleep(0.01)
+        return found
 
     def close(self) -> None:
         """End the thread. All ranks must have passed their last tick: the others may wait for this one's answer."""

@@ -1,4 +1,4 @@
-"""Modules of a script under DDP: wrapped, and their gradients weighted so that shares of different sizes count right."""
+"""Modules of a script under DDP: wrapped, and their gradients weighted, so that uneven shares count right."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager

@@ -39,6 +39,9 @@ class Report:
         self.losses: list[DeferredScalars | float] = []
         """Of the steps since metrics were last written, which had so many samples:"""
         self.samples_since = 0
+        self.first_step, self.steps, self.steps_per_epoch = 1, 0, 1
+        self.started = self.written = time.perf_counter()
+        self.position = Position()
 
     def start(self, position: Position, steps: int, steps_per_epoch: int) -> None:
         """The loop begins at `position` and is to do `steps` in all."""
@@ -55,26 +58,32 @@ class Report:
 
     def step(self, position: Position, loss: DeferredScalars | float, rate: float, samples: int) -> None:
         """A step is done; `loss` is the mean over its global batch."""
-        step = position.step
-        self.pulse.beat(step, "training")
-        self.samples_done += samples
-        self.profile.step(step)
+        self.done(position, samples)
         if not self.is_first:
             return
-        if step == self.first_step:
-            self.event("first_step", step=step)
         self.losses.append(loss)
-        self.samples_since += samples
-        if step % self.job.log.every_steps and step != self.steps:
+        if position.step % self.job.log.every_steps and position.step != self.steps:
             return
-        now = time.perf_counter()
         losses = [float(loss) for loss in self.losses]
-        speed = self.samples_since / max(now - self.written, 1e-9)
-        self._write(step, "train", {
-            "loss": losses[-1], "mean_loss": sum(losses) / len(losses), "lr": rate, "samples_per_s": speed,
-        })  # fmt: skip
+        self.log(position, {"loss": losses[-1], "mean_loss": sum(losses) / len(losses), "lr": rate})
         self.losses.clear()
+
+    def done(self, position: Position, samples: int) -> None:
+        """A step of so many samples is done, whatever came of it."""
+        self.pulse.beat(position.step, "training")
+        self.samples_done += samples
+        self.samples_since += samples
+        self.profile.step(position.step)
+        if position.step == self.first_step:
+            self.event("first_step", step=position.step)
+
+    def log(self, position: Position, values: Mapping[str, float]) -> None:
+        """Write values of the training, and its speed since they were last written."""
+        now = time.perf_counter()
+        speed = self.samples_since / max(now - self.written, 1e-9)
         self.written, self.samples_since = now, 0
+        if self.is_first:
+            self._write(position.step, "train", {**values, "samples_per_s": speed})
 
     def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         if not self.sinks:
@@ -83,8 +92,11 @@ class Report:
             sink.write(step, kind, values)
 
     def evaluation(self, position: Position, values: Mapping[str, float]) -> None:
+        """Write what an evaluation found, and say it; of a script `muster run` shows both, and would twice."""
         if self.is_first:
             self._write(position.step, "evaluation", values)
+        if self.job.script and self.pulse.heartbeat is not None:
+            return
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         epoch = -(-position.step // self.steps_per_epoch)
         self.say(f"step {position.step}/{self.steps}  epoch {epoch}  {shown}")

@@ -40,7 +40,7 @@ def evaluate(
     sums: list[tuple[int, dict[str, Tensor]]] = []
     step, own = parallel.step, parallel.step.model
     step.model = model
-    parallel.share_buffers()
+    parallel.share_buffers([step.model])
     try:
         with evaluation_mode(model), any_kernels():
             for turn in range(rounds):

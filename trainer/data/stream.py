@@ -1,0 +1,88 @@
+"""Batches of a stream: samples that can only be iterated over, such as those of an `IterableDataset`.
+
+Every rank reads the whole stream and takes its share of each global batch, so the order is the same at any number of
+ranks. A training goes on at its place in the stream: by the stream's own `state_dict` where it has one (the convention
+of torchdata and of Hugging Face's datasets), else by reading again what was used, and dropping it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from trainer.data.device_mover import DeviceMover
+from trainer.data.rng import derive_seed, seed_generators
+from trainer.data.sampler import MicroBatch, Position, share_of
+
+MARK = 50
+"""Batches between two states of the stream that are kept: what was read since is read again."""
+
+
+class Stream:
+    """The batches of one rank."""
+
+    def __init__(
+        self, dataset: Any, batch_size: int, accumulate: int, collate: Callable[[list[Any]], Any], seed: int,
+        rank: int, world_size: int, mover: DeviceMover,
+    ) -> None:  # fmt: skip
+        self.dataset, self.batch_size, self.accumulate, self.collate = dataset, batch_size, accumulate, collate
+        self.seed, self.rank, self.world_size, self.mover = seed, rank, world_size, mover
+        self.has_state = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        self.mark: dict[str, Any] = {}
+        """The newest state of the stream that is kept, and how many samples of the epoch were read before it."""
+        self.last = False
+        """Whether the batch that was given last ends the epoch."""
+
+    def place(self) -> dict[str, Any]:
+        """What to keep, to go on from here."""
+        return self.mark
+
+    def read(self, position: Position, kept: dict[str, Any]) -> Iterator[tuple[MicroBatch, Any]]:
+        """This rank's micro-batches from `position` to the end of its epoch; `kept`: the place of an earlier start."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(position.epoch)
+        self.mark = {}
+        done = 0
+        if self.has_state and kept:
+            self.dataset.load_state_dict(kept["state"])
+            self.mark, done = kept, kept["samples"]
+        seed_generators(derive_seed(self.seed, position.epoch, 0))
+        samples = iter(self.dataset)
+        for _ in itertools.islice(samples, position.samples - done):
+            pass
+        yield from self._batches(samples, position)
+
+    def _batches(self, samples: Iterator[Any], start: Position) -> Iterator[tuple[MicroBatch, Any]]:
+        done, epoch = start.samples, start.epoch
+        batch = self._next(samples, epoch, done)
+        for number in itertools.count(1):
+            if not batch:
+                return
+            mark = self.mark
+            if number % MARK == 0:
+                self._keep(done + len(batch))
+            kept, self.mark = self.mark, mark  # it counts when this batch is done
+            following = self._next(samples, epoch, done + len(batch))
+            self.last = not following
+            yield from self._cut(batch, epoch, done)
+            self.mark, done, batch = kept, done + len(batch), following
+
+    def _keep(self, samples: int) -> None:
+        if self.has_state:
+            self.mark = {"state": self.dataset.state_dict(), "samples": samples}
+
+    def _next(self, samples: Iterator[Any], epoch: int, done: int) -> list[Any]:
+        """The samples of the next global batch, drawn as on all ranks."""
+        seed_generators(derive_seed(self.seed, epoch, done))
+        return list(itertools.islice(samples, self.batch_size))
+
+    def _cut(self, batch: list[Any], epoch: int, done: int) -> Iterator[tuple[MicroBatch, Any]]:
+        parts = self.accumulate * self.world_size
+        for micro in range(self.accumulate):
+            first, last = share_of(len(batch), micro * self.world_size + self.rank, parts)
+            place = slice(first, last) if last > first else slice(0, 1)
+            indices = np.arange(done + place.start, done + place.stop, dtype=np.int64)
+            [moved] = self.mover.move(iter([self.collate(batch[place])]))
+            end = micro == self.accumulate - 1
+            yield MicroBatch(epoch, indices, last - first, len(batch), end), moved

@@ -1,0 +1,216 @@
+"""A training's way from one batch to the next: what a session does between them, and which batch comes next.
+
+The boundary between two batches is where ranks agree on stops, checkpoints are committed and signs of life given.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trainer.checkpoint.training_state import TrainingState
+from trainer.data.generators import Generators, seed_own
+from trainer.data.rng import STEPS, derive_seed, seed_generators
+from trainer.data.sampler import MicroBatch
+from trainer.errors import JobError, Stopped
+from trainer.parallel.stops import Stops
+from trainer.parallel.wrapping import Gradients
+from trainer.training.batch_source import BatchSource, open_batches
+from trainer.training.finite_loss import LossCheck
+from trainer.training.misuse import agree_left, explain
+from trainer.training.place import Place
+
+
+class Course:
+    """Where a training of a script stands, and how it goes on."""
+
+    def __init__(self, place: Place) -> None:
+        """Find what the training goes on from."""
+        self.job, self.parallel, self.report, self.pulse = place.job, place.parallel, place.report, place.pulse
+        self.state = TrainingState(self.job, self.parallel, self.report, explain)
+        self.state.facts = self._facts
+        self.position = self.state.position
+        self.stops = Stops(
+            self.parallel.rank, self.parallel.world_size, lambda: self.report.phase("saving", self.position)
+        )
+        self.gradients = Gradients()
+        self.own_generators: Generators = {}
+        self.loss_check = LossCheck(self.job.train.on_nan, self.report)
+        self.logged: dict[str, Any] = {}
+        self.source: BatchSource | None = None
+        self.micro: MicroBatch | None = None
+        self.updates, self.epoch_ends = True, False
+        self.begun = self.in_epochs = self.left = False
+        self.epochs_before = self.last_epoch = 0
+        """Of the loops that have begun, and of this one; counted from the beginning of the training."""
+        self.saved = self.place
+        self.found = self.state.find()
+        if self.found is not None:
+            self.state.restore_position(self.found)
+            self.saved = self.place
+        self._seed(0)  # models and data that are made now are the same on all ranks
+
+    @property
+    def step(self) -> int:
+        """Updates done, those of earlier starts of the run included."""
+        return self.position.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.position.epoch
+
+    def batches(
+        self, dataset: Any, batch_size: int, epochs: int | None = None, steps: int | None = None, *,
+        shuffle: bool = True, accumulate: int = 1, collate: Callable[[list[Any]], Any] | None = None, workers: int = 0,
+    ) -> Iterator[Any]:  # fmt: skip
+        """This rank's share of one global batch after another, on its device, from where the training stands.
+
+        `batch_size`: samples in each update, over all ranks. `epochs` and `steps` bound the training, whichever ends
+        first; inside of `epochs()` neither is given. `accumulate`: micro-batches of an update. `workers`: processes
+        that load. The order of samples is the same at any number of ranks.
+        """
+        if self.source is not None:
+            raise JobError("session.batches", "a second loop", "runs inside of another", "End the first loop before")
+        if self.in_epochs and (epochs or steps):
+            problem, remedy = "is inside of session.epochs, which counts them", "Leave it out of session.batches"
+            raise JobError("session.batches", f"epochs={epochs}, steps={steps}", problem, remedy)
+        options = dataclasses.replace(self.job.data, workers=workers or self.job.data.workers)
+        seed = self.job.seed
+        source = open_batches(dataset, batch_size, accumulate, shuffle, collate, options, seed, self.parallel)
+        try:
+            if self.in_epochs:
+                yield from self._pass(source, math.inf)
+                return
+            end = math.inf if steps is None else steps
+            for _ in self.epochs(epochs if epochs is not None else 1 if steps is None else sys.maxsize):
+                if self.step < end:
+                    yield from self._pass(source, end)
+                if self.step >= end:
+                    return
+        finally:
+            source.close()
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The numbers of the epochs to do, from 0 to `count - 1`; those that are done are left out."""
+        first, self.epochs_before = self.epochs_before, min(sys.maxsize, self.epochs_before + count)
+        for number in range(max(0, self.position.epoch - first), count):
+            self.in_epochs, self.last_epoch = True, first + count
+            try:
+                yield number
+            finally:
+                self.in_epochs = False
+            self.position.epoch, self.position.samples = first + number + 1, 0
+            self._save(wait=False)
+
+    def steps(self, count: int) -> Iterator[int]:
+        """The numbers of the updates to do, from 0 to `count - 1`, for a training without a dataset."""
+        self._begin(count, count)
+        for number in range(self.step, count):
+            self._prepare(1.0, True)
+            yield number
+            self._pass_boundary(0)
+
+    def _pass(self, source: BatchSource, end: float) -> Iterator[Any]:
+        """The rest of an epoch, or what is left until so many updates are done."""
+        self._check_data(source)
+        self._begin(*self._count_steps(source, end))
+        self.source, complete = source, False
+        kept = self.state.restored.pop("stream", {})
+        try:
+            for micro, batch in source.read(self.position, kept):
+                self.micro = micro
+                self.updates = micro.last
+                self.epoch_ends = micro.last and source.ends_after(self.position, micro.step_count)
+                self._prepare(micro.count * self.parallel.world_size / micro.step_count, micro.last)
+                yield batch
+                self.report.samples(self.position, [(micro, None)])
+                if micro.last:
+                    self.position.samples += micro.step_count
+                    self._pass_boundary(micro.step_count)
+                    if self.step >= end:
+                        break
+            complete = True
+        finally:
+            self.left = not complete
+            self.source, self.micro, self.updates, self.epoch_ends = None, None, True, False
+
+    def _begin(self, steps: int, steps_per_epoch: int) -> None:
+        """The first batch of a loop comes next."""
+        self._check_left()
+        if self.begun:
+            return
+        self.begun = True
+        missing = self.state.untracked(self.found)
+        if missing:
+            problem = "is in the checkpoint, and the script does not track it"
+            raise JobError("session.track", missing[0], problem, "Track what the run began with")
+        self.found = None
+        self.report.start(self.position, steps, steps_per_epoch)
+
+    def _prepare(self, share: float, last: bool) -> None:
+        """Get ready for what the script computes next; `share`: how much its mean counts in the global mean."""
+        self.gradients.set(share, last)
+        self._seed(self.parallel.rank)
+
+    def _seed(self, rank: int) -> None:
+        value = derive_seed(self.job.seed, self.step, rank, STEPS)
+        seed_generators(value, self.parallel.devices)
+        if self.own_generators:
+            seed_own(self.own_generators, value)
+
+    def _pass_boundary(self, samples: int) -> None:
+        """An update is done. Raises Stopped: all ranks agreed to stop here, and the checkpoint is committed."""
+        self.position.step += 1
+        self._write_log()
+        self.report.done(self.position, samples)
+        if self.stops.tick():
+            self._save(wait=True)
+            self.report.event("stopped", step=self.step)
+            raise Stopped
+        every = self.job.checkpoint.every_steps
+        if every and self.step % every == 0:
+            self._save(wait=False)
+
+    def _write_log(self) -> None:
+        if self.step % self.job.log.every_steps == 0:
+            values = self.parallel.mean({name: float(value) for name, value in self.logged.items()})
+            self.report.log(self.position, values)
+        self.logged.clear()
+
+    def _save(self, wait: bool) -> None:
+        self.loss_check.read_deferred()
+        self.state.save(wait)
+        self.saved = self.place
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where the training stands."""
+        return dataclasses.astuple(self.position)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside the position."""
+        source = self.source
+        return {} if source is None else {"samples": source.count, "stream": source.place()}
+
+    def _check_data(self, source: BatchSource) -> None:
+        """Raises JobError: the data changed in the middle of an epoch."""
+        before, now = self.state.restored.pop("samples", None), source.count
+        if self.position.samples and before != now and before is not None and now is not None:
+            problem = f"had {before} when the run stopped in the middle of epoch {self.epoch + 1}"
+            raise JobError("session.batches", f"{now} samples", problem, "Restore the data, or begin a new run")
+
+    def _count_steps(self, source: BatchSource, end: float) -> tuple[int, int]:
+        """Updates in all, and of an epoch; 0 where nobody knows."""
+        if source.count is None:
+            return (0 if math.isinf(end) else int(end)), 1
+        of_epoch = -(-source.count // source.batch_size)
+        left = -(-(source.count - self.position.samples) // source.batch_size)
+        return int(min(end, self.step + left + of_epoch * (self.last_epoch - self.epoch - 1))), of_epoch
+
+    def _check_left(self) -> None:
+        """Raises JobError: this rank left a loop, and others did not."""
+        if self.left:
+            self.left = False
+            agree_left(self.stops, self.parallel, self.step, self.state.beat)
