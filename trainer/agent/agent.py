@@ -64,6 +64,7 @@ class NodeAgent:
             if value.strip("=") != LOOPBACK:  # nothing to know where all is on one machine; `--explain` says it
                 say(f"{name}={value}: {why}")
         self.environment[variables.HEARTBEAT] = str(folder / HEARTBEAT)
+        self.environment[variables.SESSION] = str(run.job)
         self.environment |= self.memory.environment() if self.memory else {}
         self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat)
         # Of a shared run folder the log of rank 0 is shown; logs that go with the node are all shown.

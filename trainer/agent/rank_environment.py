@@ -51,7 +51,6 @@ def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str
         "TORCH_FR_DUMP_TEMP_FILE": str(run.logs / "flight-recorder-"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "OMP_NUM_THREADS": str(threads),
-        names.SESSION: str(run.job),
         # torch 2.13 restarts read a dead attempt's addresses from a shared store; ours is fresh, this makes sure.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }

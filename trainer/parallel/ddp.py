@@ -1,6 +1,5 @@
 """DistributedDataParallel: how the ranks of a process group compute one step together, and agree."""
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,14 +16,13 @@ from trainer.config.job import Ddp, Job
 from trainer.errors import JobError
 from trainer.parallel.base import DeferredScalars, Parallel
 from trainer.parallel.fast_path import run_backward
+from trainer.parallel.means import mean_over_ranks
 from trainer.parallel.module_state import is_dense
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
 
 SUPERVISED = timedelta(days=7)
 """For collectives that an agent watches over: as good as no limit."""
-NAMES = 16
-"""That `Distributed.mean` tells in one collective."""
 HALF = ("bf16", "fp16")
 """These exchange gradients in 16 bits."""
 
@@ -219,8 +217,7 @@ class Distributed(Parallel):
 
     def share_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Give all ranks rank 0's buffers. DDP does that before a forward pass of training only."""
-        every = (buffer for module in modules for buffer in module.buffers())
-        buffers = filter(is_dense, every)
+        buffers = (buffer for module in modules for buffer in module.buffers() if is_dense(buffer))
         coalesced(broadcast, list(buffers))
 
     def differing_weights(self) -> list[str]:
@@ -241,21 +238,7 @@ class Distributed(Parallel):
         return bool(tensor.item())
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """One small collective where all ranks have the same names, which a checksum of them tells."""
-        sums = torch.zeros(NAMES + 3, dtype=torch.float64, device="cpu")
-        check = zlib.crc32(",".join(values).encode()) % 2**20  # whose square is exact
-        fits = len(values) <= NAMES
-        sums[:3] = torch.tensor([check, check**2, not fits], dtype=torch.float64)
-        if fits:
-            sums[3 : 3 + len(values)] = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(sums)
-        total, squares, unfit, *means = sums.tolist()
-        if not unfit and total**2 == squares * self.world_size:
-            return {name: mean / self.world_size for name, mean in zip(values, means, strict=False)}
-        every = self.gather_objects(values)
-        names = dict.fromkeys(name for each in every for name in each)
-        found = {name: [each[name] for each in every if name in each] for name in names}
-        return {name: sum(some) / len(some) for name, some in found.items()}
+        return mean_over_ranks(values, self.world_size)
 
     def gather_objects(self, value: Any) -> list[Any]:
         parts: list[Any] = [None] * self.world_size

@@ -84,10 +84,10 @@ def test_notes_of_the_last_steps_are_read(memory: Memory) -> None:
     notes = write_notes(memory, nn.BatchNorm1d(3), 7, 8, 9, 10)
     found = memory.read_notes()
     assert set(found) == {(3, 8), (3, 9), (3, 10)}
-    contents = {"model": {"weight": 1, "running_mean": None}, "average": {"model": {}}}
+    contents = {"model": {"weight": 1, "running_mean": None}, "objects": {"average": {"state": {"model": {}}}}}
     notes.put(found[3, 9], contents)
     assert contents["model"]["weight"] == 1  # type: ignore[index]
-    for weights in (contents["model"], contents["average"]["model"]):  # type: ignore[index]
+    for weights in (contents["model"], contents["objects"]["average"]["state"]["model"]):  # type: ignore[index]
         assert torch.equal(weights["running_mean"], torch.full((3,), 9.0))  # type: ignore[index, call-overload]
         assert torch.equal(weights["num_batches_tracked"], torch.tensor(0))  # type: ignore[index, call-overload]
 
