@@ -102,20 +102,20 @@ class Course:
             finally:
                 self.in_epochs = False
             self.position.epoch, self.position.samples = first + number + 1, 0
-            self._save(wait=False)
+            self.save(wait=False)
 
     def steps(self, count: int) -> Iterator[int]:
         """The numbers of the updates to do, from 0 to `count - 1`, for a training without a dataset."""
-        self._begin(count, count)
+        self.begin(count, count)
         for number in range(self.step, count):
-            self._prepare(1.0, True)
+            self.prepare(1.0, True)
             yield number
-            self._pass_boundary(0)
+            self.end_step(0)
 
     def _pass(self, source: BatchSource, end: float) -> Iterator[Any]:
         """The rest of an epoch, or what is left until so many updates are done."""
         self._check_data(source)
-        self._begin(*self._count_steps(source, end))
+        self.begin(*self._count_steps(source, end))
         self.source, complete = source, False
         kept = self.state.restored.pop("stream", {})
         try:
@@ -123,12 +123,12 @@ class Course:
                 self.micro = micro
                 self.updates = micro.last
                 self.epoch_ends = micro.last and source.ends_after(self.position, micro.step_count)
-                self._prepare(micro.count * self.parallel.world_size / micro.step_count, micro.last)
+                self.prepare(micro.count * self.parallel.world_size / micro.step_count, micro.last)
                 yield batch
                 self.report.samples(self.position, [(micro, None)])
                 if micro.last:
                     self.position.samples += micro.step_count
-                    self._pass_boundary(micro.step_count)
+                    self.end_step(micro.step_count)
                     if self.step >= end:
                         break
             complete = True
@@ -136,7 +136,7 @@ class Course:
             self.left = not complete
             self.source, self.micro, self.updates, self.epoch_ends = None, None, True, False
 
-    def _begin(self, steps: int, steps_per_epoch: int) -> None:
+    def begin(self, steps: int, steps_per_epoch: int) -> None:
         """The first batch of a loop comes next."""
         self._check_left()
         if self.begun:
@@ -149,7 +149,7 @@ class Course:
         self.found = None
         self.report.start(self.position, steps, steps_per_epoch)
 
-    def _prepare(self, share: float, last: bool) -> None:
+    def prepare(self, share: float, last: bool) -> None:
         """Get ready for what the script computes next; `share`: how much its mean counts in the global mean."""
         self.gradients.set(share, last)
         self._seed(self.parallel.rank)
@@ -160,18 +160,18 @@ class Course:
         if self.own_generators:
             seed_own(self.own_generators, value)
 
-    def _pass_boundary(self, samples: int) -> None:
+    def end_step(self, samples: int) -> None:
         """An update is done. Raises Stopped: all ranks agreed to stop here, and the checkpoint is committed."""
         self.position.step += 1
         self._write_log()
         self.report.done(self.position, samples)
         if self.stops.tick():
-            self._save(wait=True)
+            self.save(wait=True)
             self.report.event("stopped", step=self.step)
             raise Stopped
         every = self.job.checkpoint.every_steps
         if every and self.step % every == 0:
-            self._save(wait=False)
+            self.save(wait=False)
 
     def _write_log(self) -> None:
         if self.step % self.job.log.every_steps == 0:
@@ -179,7 +179,7 @@ class Course:
             self.report.log(self.position, values)
         self.logged.clear()
 
-    def _save(self, wait: bool) -> None:
+    def save(self, wait: bool) -> None:
         self.loss_check.read_deferred()
         self.state.save(wait)
         self.saved = self.place
