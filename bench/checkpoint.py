@@ -23,8 +23,14 @@ import measure
 import torch
 from measure import show, spread, table
 
-from trainer.checkpoint import files as checkpoint
-from trainer.checkpoint.background_writer import Writer
+from trainer.agent.checkpoint_writer import CheckpointWriter
+from trainer.agent.fork_server import ensure_fork_server, prepare_fork_server
+from trainer.checkpoint.keeper import Keeper
+from trainer.checkpoint.memory import Memory
+from trainer.checkpoint.writer import Order
+from trainer.config.job import Checkpoints, Job
+from trainer.parallel.base import Parallel
+from trainer.wiring.rank import rank_wiring
 
 STEP_S = 0.02
 TENSORS = 40
@@ -40,8 +46,9 @@ def nothing() -> None:
 class Ways:
     """The ways of saving; each keeps what it would keep from one save to the next."""
 
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.writer = Writer(asynchronous=True)
+    def __init__(self, state: dict[str, Any], agent: CheckpointWriter) -> None:
+        self.agent = agent
+        self.keepers = {asynchronous: make_keeper(asynchronous) for asynchronous in (True, False)}
         self.copies = {name: torch.empty_like(tensor) for name, tensor in tensors(state).items()}
 
     def copy(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
@@ -51,14 +58,19 @@ class Ways:
         return nothing
 
     def ours(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
-        """A copy, and a thread that hashes, writes and commits it."""
-        self.writer.submit(state, lambda taken: commit(taken, folder), nothing)
-        return lambda: self.writer.wait(nothing)
+        """A copy, and a process that hashes, writes and commits it."""
+        return self._save(True, state, folder)
+
+    def _save(self, asynchronous: bool, state: dict[str, Any], folder: Path) -> Callable[[], None]:
+        folder.mkdir()
+        keeper, order = self.keepers[asynchronous], Order(str(folder), 1, 0, {}, 1, None)
+        keeper.save(order, 2, {"model": state["model.pt"], "state": state["state.pt"]}, nothing)
+        self.agent.look()
+        return lambda: keeper.wait(nothing)
 
     def ours_waiting(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
         """`checkpoint.asynchronous=false`."""
-        Writer(asynchronous=False).submit(state, lambda taken: commit(taken, folder), nothing)
-        return nothing
+        return self._save(False, state, folder)
 
     def torch_save(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
         """What most scripts do; neither verified nor, but for the fsync that we add, surely on disk."""
@@ -77,8 +89,9 @@ class Ways:
         return lambda: (future.result(), None)[1]
 
 
+BESIDE = "muster, while another is written"
 WAYS: dict[str, Callable[[Ways], Save]] = {
-    "memory copy": lambda ways: ways.copy, "muster": lambda ways: ways.ours,
+    "memory copy": lambda ways: ways.copy, "muster": lambda ways: ways.ours, BESIDE: lambda ways: ways.ours,
     "muster, asynchronous=false": lambda ways: ways.ours_waiting, "torch.save": lambda ways: ways.torch_save,
     "torch async_save": lambda ways: ways.torch_async_save,
 }  # fmt: skip
@@ -97,9 +110,10 @@ def make_state(megabytes: int) -> dict[str, Any]:
             "state.pt": {f"moment{n}": values[n] for n in range(TENSORS // 3, TENSORS)}}  # fmt: skip
 
 
-def commit(state: dict[str, Any], folder: Path) -> None:
-    """As the trainer does it."""
-    checkpoint.commit(folder / "checkpoints", 1, state, {}, 0)
+def make_keeper(asynchronous: bool) -> Keeper:
+    """As the only rank of an agent makes it."""
+    job = Job(device="cpu", parallel="single", checkpoint=Checkpoints(asynchronous=asynchronous))
+    return Keeper(job, Parallel(job, rank_wiring()), 0, lambda: False, print)
 
 
 def make_step() -> Callable[[], float]:
@@ -118,22 +132,25 @@ def make_step() -> Callable[[], float]:
     return lambda: run(count)
 
 
-def compare(megabytes: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+def compare(megabytes: int, rounds: int, folder: Path, agent: CheckpointWriter) -> list[dict[str, Any]]:
     """Stalls, slow-down while writing, seconds until all is on disk; of each way over all rounds."""
     state, step = make_state(megabytes), make_step()
-    ways = Ways(state)
+    ways = Ways(state, agent)
     found: dict[str, dict[str, list[float]]] = {name: {"stall": [], "slower": [], "whole": []} for name in WAYS}
     for number in range(rounds + 1):  # the first allocates, and does not count
         for name, way in WAYS.items():
             alone = statistics.median(step() for _ in range(20))
             target = folder / f"{number}-{name.replace(' ', '-')}"
+            before = ways.ours(state, folder / "before") if name == BESIDE else nothing
             began = time.perf_counter()
             wait = way(ways)(state, target)
             stall = time.perf_counter() - began
             beside = [step() for _ in range(20)]
             wait()
+            before()
             whole = time.perf_counter() - began
-            shutil.rmtree(target, ignore_errors=True)
+            for done in (target, folder / "before"):
+                shutil.rmtree(done, ignore_errors=True)
             os.sync()
             if number:
                 for key, value in (("stall", stall), ("slower", statistics.median(beside) / alone), ("whole", whole)):
@@ -161,9 +178,15 @@ def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     rows = []
+    prepare_fork_server("task")
+    ensure_fork_server()
+    memory = Memory.make()  # the agent's part
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        agent = CheckpointWriter(Path(folder), memory)
+        os.environ |= memory.environment() | agent.environment()
         for megabytes in options.megabytes:
-            rows += compare(megabytes, options.rounds, Path(folder))
+            rows += compare(megabytes, options.rounds, Path(folder), agent)
+        agent.close(0)
     torch.distributed.destroy_process_group()
     head = ["way of saving", "state, MB", "stall, s", "stall / memory copy", "step beside it", "until on disk, s"]
     print(table([head, *(
@@ -171,7 +194,7 @@ def main() -> None:
         for row in rows
     )]))  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of all ways together: {peak:,.0f} MiB; muster's own share is one copy of the state")
+    print(f"peak memory of all ways together: {peak:,.0f} MiB; muster's own share is two copies of the state")
     measure.write_results(options.output, rows=rows)
 
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gpu_training import Training, make_trainer, synchronize
 from measure import spread
 from torch import Tensor
 
-from trainer.checkpoint.background_writer import Writer
+from trainer.checkpoint.keeper import Keeper
 from trainer.config.job import Job
 from trainer.tasks.bytelm import ByteLM
 from trainer.training.loop import Trainer
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 def ways_to_save(trainer: Trainer, folder: Path) -> dict[str, Callable[[], Callable[[], None]]]:
     """Each saves what the trainer holds, and returns what waits until all is on disk."""
     state, moments = trainer.state, [value for each in trainer.optimizer.state.values() for value in each.values()]
-    tensors = [value for value in (*state.model.state_dict().values(), *moments) if isinstance(value, Tensor)]
+    tensors = [value for value in (*trainer.model.state_dict().values(), *moments) if isinstance(value, Tensor)]
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
 
     def copy() -> Callable[[], None]:
@@ -36,18 +37,23 @@ def ways_to_save(trainer: Trainer, folder: Path) -> dict[str, Callable[[], Calla
         synchronize()
         return lambda: None
 
-    def ours(writer: Writer) -> Callable[[], None]:
-        state.writer = writer
+    def ours(keeper: Keeper) -> Callable[[], None]:
+        state.keeper = keeper
         state.save()
-        return lambda: writer.wait(lambda: None)
+        return lambda: keeper.wait(lambda: None)
 
     def torch_save() -> Callable[[], None]:
         with (folder / "state.pt").open("wb", buffering=0) as file:
-            torch.save({"model": state.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}, file)
+            torch.save({"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}, file)
             os.fsync(file.fileno())
         return lambda: None
 
-    waiting, beside = Writer(asynchronous=False), Writer(asynchronous=True)
+    def make_keeper(asynchronous: bool) -> Keeper:
+        options = replace(trainer.job.checkpoint, asynchronous=asynchronous)
+        job = replace(trainer.job, checkpoint=options)
+        return Keeper(job, trainer.parallel, 0, state.tracked.has_buffers, print)
+
+    waiting, beside = make_keeper(False), make_keeper(True)
     return {"copy to the CPU": copy, "muster": partial(ours, beside),
             "muster, asynchronous=false": partial(ours, waiting), "torch.save": torch_save}  # fmt: skip
 

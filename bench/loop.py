@@ -105,7 +105,7 @@ def measure_ranks(world_size: int, plan: Plan, names: list[str], rounds: int) ->
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        memory = Memory.make(world_size)  # the agent's part
+        memory = Memory.make()  # the agent's part
         os.environ |= {**memory.environment(), "MUSTER_HEARTBEAT": str(folder / "heartbeat")}
         ranks, answers = [], []
         for rank in range(world_size):

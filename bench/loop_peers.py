@@ -119,8 +119,8 @@ def make_job(world_size: int, batch_size: int) -> Job:
 
 
 def muster(case: Case) -> Iterator[None]:
-    """Ours: metrics, TensorBoard, heartbeat, vote, schedule, what the ranks note for a recovery from memory;
-    evaluation and checkpoint at the end of each epoch.
+    """Ours: metrics, TensorBoard, heartbeat, vote, schedule, copies of the state in case of a failure; evaluation and
+    checkpoint at the end of each epoch.
     """
     job = make_job(case.world_size, case.batch_size)
     parallel, model = copy.copy(case.parallel), case.make_model()
@@ -132,7 +132,7 @@ def muster(case: Case) -> Iterator[None]:
     )  # fmt: skip
     for _ in trainer.train():
         if not trainer.position.samples:  # a checkpoint is being written: that CPU time is ours
-            trainer.state.writer.wait(lambda: None)
+            trainer.state.keeper.wait(lambda: None)
         yield
 
 

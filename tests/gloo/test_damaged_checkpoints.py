@@ -91,7 +91,7 @@ def test_a_stale_attempt_neither_starts_nor_saves(tmp_path: Path, asynchronous: 
     assert run.code == 1
     assert "attempt 0 of" in run.output() and "replaced by attempt 1" in run.output()
     saved = steps_saved(tmp_path)
-    assert saved == [6, 7] or (asynchronous == "true" and saved == [5, 6])  # step 7 was still being written
+    assert saved == [6, 7] or (asynchronous == "true" and saved in ([5, 6], [4, 5]))  # two were still being written
     again = train(tmp_path, job, attempt=0)
     assert again.code == 1 and steps_saved(tmp_path) == saved
     assert complete(tmp_path, job).attempt == 2
@@ -111,7 +111,7 @@ def test_a_full_disk_ends_the_attempt_and_costs_nothing_else(
     assert "No space left on device" in run.output(0)
     saved = steps_saved(folder)
     beside = "checkpoint.asynchronous=true" in keys
-    assert saved == [8, 9] or (beside and saved == [7, 8])  # step 9 was still being written
+    assert saved == [8, 9] or (beside and saved in ([7, 8], [6, 7]))  # steps 8 and 9 were still being written
     (folder / "ballast").unlink()
     complete(folder, job)
     complete(tmp_path / "uninterrupted", make_job(*keys))

@@ -14,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.diagnosis import STACKS_S, Diagnosis, process_state
+from trainer.agent.checkpoint_writer import CheckpointWriter
+from trainer.agent.diagnosis import STACKS_S, Diagnosis
 from trainer.agent.failure import Failure, paragraph
 from trainer.agent.fork_server import PROCESSES, ensure_fork_server
 from trainer.agent.health import LIMIT
@@ -27,7 +28,7 @@ from trainer.agent.rendezvous import NodeRendezvous
 from trainer.agent.restarts import RestartPolicy
 from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
-from trainer.checkpoint.memory import Memory, keeps_state
+from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED, WRONG_JOB
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
@@ -49,7 +50,8 @@ class NodeAgent:
     def __init__(self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, folder: Path) -> None:
         """`folder`: of this agent alone."""
         self.job, self.job_file, self.run, self.wiring, self.folder = job, job_file, run, wiring, folder
-        self.memory = Memory.make(job.ranks_per_node) if keeps_state(job) else None
+        self.memory = Memory.make()
+        self.writer = CheckpointWriter(folder, self.memory)
         self.restarts = RestartPolicy(job, run, say, self.memory)
         self.rendezvous = NodeRendezvous(
             wiring, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
@@ -65,7 +67,7 @@ class NodeAgent:
                 say(f"{name}={value}: {why}")
         self.environment[variables.HEARTBEAT] = str(folder / HEARTBEAT)
         self.environment[variables.SESSION] = str(run.job)
-        self.environment |= self.memory.environment() if self.memory else {}
+        self.environment |= self.memory.environment() | self.writer.environment()
         self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat)
         # Of a shared run folder the log of rank 0 is shown; logs that go with the node are all shown.
         shown = int(wiring.node_rank == 0) if variables.run_is_shared() else job.ranks_per_node
@@ -93,6 +95,7 @@ class NodeAgent:
             return code, reason
         finally:
             self._end_ranks()
+            self.writer.close(self.job.agent.grace_s)
             self.rendezvous.shutdown()
 
     def _run_rounds(self) -> int:
@@ -112,7 +115,6 @@ class NodeAgent:
                 meanwhile = f"meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands"
                 raise Ended(f"stopped on request; {meanwhile}", STOPPED)
             self.rendezvous.failure = failure or self.rendezvous.failure
-            self._save_state()
             self._end_ranks()
             self._copy_logs()  # before the last word on it
 
@@ -157,14 +159,6 @@ class NodeAgent:
     def _stop_requested(self) -> bool:
         return self.stop_began is not None or FLAG.requested is not None
 
-    def _save_state(self) -> None:
-        """Let ranks that live hand over what the next attempt goes on from; one that starts, or is stopped, cannot."""
-        if self.memory is not None:
-            self.memory.ask([
-                (rank, process) for rank, process in self._living()
-                if self.heartbeat.read(rank).phase != "starting" and process_state(process.pid or 0) != "T"
-            ])  # fmt: skip
-
     def _copy_logs(self) -> None:
         with contextlib.suppress(OSError):  # nobody reads our output any more, or its disk is full: the logs have it
             for tail in self.tails:
@@ -173,7 +167,8 @@ class NodeAgent:
     def _watch(self) -> Failure | None:
         """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None)."""
         while True:
-            connection.wait([process.sentinel for _, process in self._living()], 0.1)
+            connection.wait([self.writer.wakes(), *(process.sentinel for _, process in self._living())], 0.1)
+            self.writer.look()
             living = self._living()  # first: a rank that ends from here on is looked at, with its last lines, next time
             self._copy_logs()
             if self.diagnosis.failed(self.processes):

@@ -64,7 +64,7 @@ kind, _, agent = os.environ[KIND].partition(" ")
 set_parent_death_signal(int(agent), signal.SIGKILL)  # also in the middle of an import
 
 load("torch", "torch.distributed.elastic.multiprocessing.errors")
-load("trainer.agent.rank_process", "trainer.agent.rank_store")
+load("trainer.agent.rank_process", "trainer.agent.rank_store", "trainer.checkpoint.writer")
 load(*filter(None, os.environ[PRELOAD].split(",")), users=True)
 # DDP and the first optimizer step import torch's compiler, which takes 1 s. The steps of a task wait for it. A script
 # may communicate long before it trains, so its ranks start at once, and the compiler is imported here a moment later,

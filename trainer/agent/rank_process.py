@@ -19,7 +19,6 @@ from typing import NoReturn
 
 from trainer.agent.fork_server import REFUSED
 from trainer.agent.script import end_script, run_script, watch_process_group
-from trainer.checkpoint.memory import ASK
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.records import write_json
@@ -58,7 +57,6 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
         if job.script:
             watch_process_group(run, wiring)
             return run_script(job, job_file)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {ASK})  # a thread waits for it
         from trainer.training.rank import train
 
         return train(job, run.path, job_file, on_failure)

@@ -15,8 +15,8 @@ from trainer.run.folder import RunFolder
 class RestartPolicy:
     """Counts restarts, in all and without progress, and numbers the attempts."""
 
-    def __init__(self, job: Job, run: RunFolder, say: Callable[[str], None], memory: Memory | None = None) -> None:
-        """`say` prints a line; `memory`: of this node, where survivors leave their state."""
+    def __init__(self, job: Job, run: RunFolder, say: Callable[[str], None], memory: Memory) -> None:
+        """`say` prints a line; `memory`: of this node."""
         self.job, self.run, self.say, self.memory = job, run, say, memory
         self.failures: list[Failure] = []  # the first failure of each attempt of this launch
         self.restarts_without_progress = 0
@@ -35,6 +35,7 @@ class RestartPolicy:
             newest = attempts.newest(self.run)
             if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
                 raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
+            self.memory.attempt = newest + 1  # before anyone can see it: what is being saved stays ours
             attempts.claim(self.run, newest + 1)
         except attempts.StaleAttempt as error:  # it came between the two looks
             raise Ended(f"{error}: another launch of this run goes on", FAILED) from None
@@ -48,7 +49,7 @@ class RestartPolicy:
     def _spend_restart(self, cause: Failure) -> None:
         """Count a restart, record why, and end the job if a restart cannot help."""
         self.failures.append(cause)
-        step = max(self.run.steps_committed(), self.memory.step if self.memory else -1)
+        step = max(self.run.steps_committed(), self.memory.step if self.job.checkpoint.in_memory else -1)
         self.restarts_without_progress = 1 if step > self.last_step else self.restarts_without_progress + 1
         self.last_step = step
         left = self.job.agent.restarts - self.restarts_without_progress

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,10 +38,14 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int) -> Path:
+def commit(
+    root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any], attempt: int,
+    owner: Callable[[], int] | None = None,
+) -> Path:  # fmt: skip
     """Write `payload` (file name to object) and its manifest; return `root/step-<step>`, which is visible now.
 
-    Raises OSError, StaleAttempt (a later one owns the run): nothing became visible, what was there is untouched.
+    `owner`: tells, in the end, which attempt must own the run; default: `attempt`. Raises OSError, StaleAttempt (a
+    later one owns it): nothing became visible, what was there is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     pending = root / f".pending-step-{step:09d}-{os.getpid()}"
@@ -56,7 +60,7 @@ def commit(root: Path, step: int, payload: dict[str, Any], facts: dict[str, Any]
         with _new_file(pending / "manifest.json") as file:
             file.write((json.dumps(manifest, indent=1) + "\n").encode())
         _sync_folder(pending)
-        check_current(RunFolder(root.parent), attempt)
+        check_current(RunFolder(root.parent), owner() if owner else attempt)
         target = root / f"step-{step:09d}"
         if target.exists():  # the same step again, after a resume from before it
             target.rename(root / f".replaced-{target.name}-{time.time_ns()}")

@@ -10,7 +10,14 @@ from torch import nn
 
 from trainer.checkpoint.weights import fit
 from trainer.errors import JobError
-from trainer.parallel.module_state import buffers_beside, changed_numbers, numbers, restore_buffers, restore_numbers
+from trainer.parallel.module_state import (
+    buffers_beside,
+    changed_numbers,
+    is_dense,
+    numbers,
+    restore_buffers,
+    restore_numbers,
+)
 
 Entry = dict[str, Any]
 """What a checkpoint holds of one object."""
@@ -43,6 +50,11 @@ class TrackedObjects:
         self.objects[name] = item
         if isinstance(item, nn.Module):
             self.numbers[name] = numbers(item)
+
+    def has_buffers(self) -> bool:
+        """Whether there is a buffer of which each rank has its own, such as batch statistics; sparse ones are alike."""
+        modules = (item for item in self.objects.values() if isinstance(item, nn.Module))
+        return any(is_dense(buffer) for module in modules for buffer in module.buffers())
 
     def dump(self) -> tuple[dict[str, Any], dict[str, Entry]]:
         """The contents of `model.pt`, and an entry for each object."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import files as checkpoint
-from trainer.checkpoint.background_writer import Writer
-from trainer.checkpoint.handover import Handover
+from trainer.checkpoint.keeper import Keeper
+from trainer.checkpoint.memory import MOMENTS
 from trainer.checkpoint.tracked import MODEL, TrackedObjects, entries_of
 from trainer.checkpoint.weights import start_from
+from trainer.checkpoint.writer import Order
 from trainer.config.job import Job
 from trainer.config.load import read_sections
 from trainer.data.sampler import Position
@@ -46,7 +47,7 @@ class TrainingState:
         self.tracked = TrackedObjects(explain or self._explain)
         self.config = read_sections(report.run.job) if report.run.job.exists() else {}
         """As it was given: interpolations stay as written, so it holds no secret."""
-        self.writer = Writer(job.checkpoint.asynchronous)
+        self.keeper = Keeper(job, parallel, report.attempt, self.tracked.has_buffers, report.notice)
         self.beat = partial(report.phase, "saving", self.position)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
@@ -59,7 +60,6 @@ class TrainingState:
         self.facts: Callable[[], dict[str, Any]] = dict
         """What else a checkpoint says of its run, and what the one that was restored said."""
         self.restored: dict[str, Any] = {}
-        self.handover: Handover | None = None
 
     def track(self, **objects: Any) -> None:
         """Keep these objects from here on; None is none."""
@@ -95,25 +95,33 @@ class TrainingState:
         self.report.pause(time.perf_counter() - started)
 
     def _wait(self) -> None:
-        self.writer.wait(self.beat)
+        self.keeper.wait(self.beat)
 
     def close(self) -> None:
         """Finish what is being written; for an end that has a cause of its own."""
         try:
-            self.writer.wait(self.beat)
+            self.keeper.close(self.beat)
         except Exception as error:
             self.report.warn(f"the last checkpoint was not saved: {error}", "checkpoint_failed", problem=str(error))
 
     def _submit(self) -> None:
-        position = self.position
+        position, job = self.position, self.job
         facts_of_run = {
-            "job": self.job.name, "epoch": position.epoch, "samples": position.samples, "seed": self.job.seed,
-            "world_size": self.parallel.world_size, "parallel": self.job.parallel, "metrics": self.metrics,
+            "job": job.name, "epoch": position.epoch, "samples": position.samples, "seed": job.seed,
+            "world_size": self.parallel.world_size, "parallel": job.parallel, "metrics": self.metrics,
             "config": self.config,
         }  # fmt: skip
-        contents = self.contents()
-        payload = {"model.pt": contents.pop("model"), "state.pt": contents}
-        self.writer.submit(payload, partial(self._commit, position.step, facts_of_run, self.best), self.beat)
+        run, best = str(self.report.run), self.best[1] if self.best else None
+        order = Order(run, position.step, self.report.attempt, facts_of_run, job.checkpoint.keep_last, best)
+        self.keeper.save(order, self._moment(), self.contents(), self.beat)
+
+    def boundary(self) -> None:
+        """A step is done, with all that was due after it, and ranks are alike: copy the state if it is time to."""
+        self.keeper.boundary(self._moment(), self.contents)
+
+    def _moment(self) -> int:
+        """See `Seal`. Of a session, an epoch ends some time after its last step."""
+        return MOMENTS * self.position.step + 2 * (self.position.samples == 0) + self.evaluated
 
     def contents(self) -> dict[str, Any]:
         """What a training goes on from."""
@@ -136,11 +144,6 @@ class TrainingState:
         if self.measured_at == step and not math.isnan(value) and (best is None or better(value, best[0])):
             self.best = value, f"step-{step:09d}"
 
-    def _commit(self, step: int, facts: dict[str, Any], best: tuple[float, str] | None, payload: Any) -> None:
-        folder = checkpoint.commit(self.root, step, payload, facts, self.report.attempt)
-        self.report.event("checkpoint", step=step, folder=str(folder.relative_to(self.report.run.path)))
-        checkpoint.prune(self.root, self.job.checkpoint.keep_last, best[1] if best else None)
-
     def resume(self) -> None:
         """Go on from the newest state that there is, with all that is tracked; or start: from weights, or anew."""
         found = self.find()
@@ -157,13 +160,12 @@ class TrainingState:
             objects["average"].module.load_state_dict(objects[MODEL].state_dict())
 
     def find(self) -> Found | None:
-        """The newest state to go on from: what survivors handed over, or the newest whole checkpoint; None: neither."""
-        kept = self.handover.take_over(self.report.run.steps_committed()) if self.handover else None
+        """The newest state to go on from: in the memory of the nodes, or a whole checkpoint; None: neither."""
+        kept = self.keeper.recover(self.report.run.steps_committed())
         if kept is not None:
-            if self.parallel.rank == 0:
-                checkpoint.sweep(self.root)
             self.report.event("resume", step=kept["position"]["step"], folder="memory")
-            return Found("the survivors' memory", kept["model"], kept)
+            return Found("the copy in memory", kept["model"], kept)
+        self.keeper.await_others(self.beat)
         found = self.parallel.share(self._find() if self.parallel.rank == 0 else None)
         if isinstance(found, Exception):
             raise found

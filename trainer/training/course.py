@@ -172,6 +172,7 @@ class Course:
         every = self.job.checkpoint.every_steps
         if every and self.step % every == 0:
             self.save(wait=False)
+        self.state.boundary()
 
     def _write_log(self) -> None:
         if self.step % self.job.log.every_steps == 0:

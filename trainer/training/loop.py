@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.handover import Handover
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
 from trainer.data.datasets import count_samples
@@ -27,7 +26,7 @@ from trainer.training.cadence import Cadence
 from trainer.training.continuation import Continuation
 from trainer.training.determinism import missing_kernels_named
 from trainer.training.evaluation import evaluate, summarize
-from trainer.training.finite_loss import LossCheck, NonFiniteLoss
+from trainer.training.finite_loss import LossCheck
 from trainer.training.optimizer import OPTIMIZERS, Rates, make_optimizer, make_scaler
 from trainer.training.schedule import make_schedule
 from trainer.training.smallest_batch import check_smallest_batch
@@ -75,7 +74,6 @@ class Trainer:
         self.model, self.state = model, TrainingState(job, parallel, report)
         self.state.track(model=model, optimizer=self.optimizer, scaler=self.scaler, average=self.average)
         self.position = self.state.position
-        self.handover = self.state.handover = Handover(job, parallel, model, report.attempt, self.state.contents)
         self.own_generators = find_generators(task, "task") | model_generators(model)
         self.continuation = Continuation(job, self.sampler, self.state, report)
         self.plan()
@@ -98,8 +96,6 @@ class Trainer:
                     pass
         except BaseException as error:  # such as that of a collective whose peer is gone
             on_failure(error)
-            if not isinstance(error, (JobError, NonFiniteLoss, Stopped)):
-                self.handover.hand_over()
             raise
         finally:
             self.loader.close()
@@ -117,15 +113,16 @@ class Trainer:
         self.continuation.announce(self.rate, self.steps)
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.sampler.steps_per_epoch)
-        self.handover.start(self.position.step, self.state.evaluated)
         if self.position.step and not self.state.evaluated:
             self.finish_step()
         while self.position.step < self.steps:
             for micros in self.epoch():
-                self.train_step(micros)
+                whole = self.train_step(micros)
                 if tried:  # the optimizer has a state now
                     check_savable(self.state.contents())
                     tried = False
+                if whole:
+                    self.state.boundary()
                 yield
                 if self.position.step >= self.steps:
                     break
@@ -179,8 +176,8 @@ class Trainer:
                 yield group
                 group = []
 
-    def train_step(self, micros: list[tuple[MicroBatch, Any]]) -> None:
-        """One update from one global batch; afterwards whatever is due."""
+    def train_step(self, micros: list[tuple[MicroBatch, Any]]) -> bool:
+        """One update from one global batch; afterwards whatever is due. Whether all ranks hold the same weights now."""
         position, parallel = self.position, self.parallel
         self.seed_generators(parallel.rank, STEPS)
         rate = self.rates.set(self.rate(position.step))
@@ -191,7 +188,6 @@ class Trainer:
             weight = parallel.world_size * bool(micro.count) / micro.step_count
             if micro.last:
                 self.report.samples(position, micros)
-                self.handover.note_buffers()
             parallel.backward(losses, weight, self.scaler, self.stop())
         if not self.checked:
             self.checked = True
@@ -200,19 +196,18 @@ class Trainer:
         after = position.after(step_count, self.sampler.count)
         due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)
         loss, stop = parallel.agree(due)
-        self.handover.begin_update()
         if self.loss_check.allows_update(loss, after.step, [micro for micro, _ in micros]):
             self.update()
         self.drop_gradients()
         position.step, position.epoch, position.samples = after.step, after.epoch, after.samples
         whole = parallel.finish_step(self.optimizer, due)
         self.state.evaluated = not due
-        self.handover.end_update(position.step)
         self.report.step(position, loss, rate, step_count)
         if whole and stop and position.step < self.steps:
             self.save_and_stop()
         if due:
             self.finish_step()
+        return whole
 
     def tell(self, note: str) -> None:
         """Tell the user, each thing once; an empty note is none."""
@@ -264,7 +259,6 @@ class Trainer:
         self.state.evaluated = True
         if self.cadence.checkpoint(position):
             self.state.save(wait=position.step >= self.steps)
-        self.handover.finish_step()
 
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""

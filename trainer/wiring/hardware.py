@@ -1,4 +1,4 @@
-"""What a process may use of this machine: processors (its affinity, and a cgroup's limit), shared memory, files."""
+"""What a process may use of this machine: processors and memory (within cgroups' limits), shared memory, files."""
 
 import contextlib
 import math
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMORY = Path("/proc/meminfo")
 OPEN_FILES = 1 << 16
 """More than any job needs; programs that look at each number up to the limit are still quick."""
 WORKER_SHM_MB = 64
@@ -58,6 +59,27 @@ def _limit(folder: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError):
         quota_us = int((folder / "cpu.cfs_quota_us").read_text())
         return quota_us / int((folder / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
+    return None
+
+
+def free_memory(root: Path = CGROUPS, own: Path = OWN_CGROUP, machine: Path = MEMORY) -> int:
+    """Bytes that this process may still use, by its cgroup, those around it, and the machine."""
+    limits = [limit for folder in cgroup_folders("memory", root, own) if (limit := _unused(folder)) is not None]
+    lines = (line.split() for line in machine.read_text().splitlines())
+    available = next(int(number) * 1024 for name, number, *_ in lines if name == "MemAvailable:")
+    return max(0, min([available, *limits]))
+
+
+def _unused(folder: Path) -> int | None:
+    """What is left of the limit of one cgroup of v2 or v1; files that are only cached go when memory is needed."""
+    for limit, used, file, shared in (
+        ("memory.max", "memory.current", "file", "shmem"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(facts[file]) - int(facts.get(shared, 0))
+            return int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
     return None
 
 

@@ -28,7 +28,8 @@ SETUP = "MUSTER_SETUP"  # a shell script that `slurm/job.sbatch` sources on each
 ATTEMPT = "MUSTER_ATTEMPT"
 HEARTBEAT = "MUSTER_HEARTBEAT"  # the file in which the ranks of a node give signs of life
 SESSION = "MUSTER_SESSION"  # the job file for sessions in a script; of a run it lies in the run folder
-MEMORY = "MUSTER_MEMORY"  # where ranks leave their state for the next attempt
+MEMORY = "MUSTER_MEMORY"  # the files in memory where the states of a node's ranks are kept
+WRITER = "MUSTER_WRITER"  # the socket of whoever starts the process that writes checkpoints
 
 # Set by whoever launches ranks: our agent, torchrun, accelerate, PyTorchJob.
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
@@ -74,6 +75,11 @@ def read_path(name: str) -> Path | None:
     """The value of a variable that holds a path, such as `RUN` or `HEARTBEAT`. None: it is not set."""
     path = os.environ.get(name)
     return Path(path) if path else None
+
+
+def read_words(name: str) -> list[str]:
+    """The value of a variable that holds several paths: `MEMORY`. Empty: it is not set."""
+    return os.environ.get(name, "").split()
 
 
 def run_is_shared() -> bool:

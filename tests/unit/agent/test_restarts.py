@@ -10,6 +10,7 @@ import pytest
 from trainer.agent.failure import Failure
 from trainer.agent.restarts import RestartPolicy
 from trainer.agent.rounds import Ended
+from trainer.checkpoint.memory import Memory
 from trainer.config.job import Agent, Job
 from trainer.errors import FAILED, JobError
 from trainer.run import attempts
@@ -24,7 +25,7 @@ class Policy(RestartPolicy):
 
     def __init__(self, folder: Path, **options: int) -> None:
         self.said: list[str] = []
-        super().__init__(Job(task="a:B", agent=Agent(**options)), RunFolder(folder), self.said.append)
+        super().__init__(Job(task="a:B", agent=Agent(**options)), RunFolder(folder), self.said.append, Memory.make())
         self.round = 0
         self.fail()
 

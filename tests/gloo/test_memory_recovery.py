@@ -1,24 +1,29 @@
-"""A rank is killed: the others hand over what they hold, and no more than the step that was going on is done again."""
+"""Ranks are killed: the next attempt goes on from a copy in the memory of an agent, and repeats a few steps at most."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import random
+import re
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from muster_runs import FULL, HERE, Run, kill, result, submitted, wait_for
+from muster_runs import FULL, HERE, Run, alive, kill, result, submitted, wait_for
 from ranks import complete, make_job, order_of_samples
 from states import difference, read_state
 
-from trainer.checkpoint.memory import STATE
 from trainer.records import read_lines
 
 ONE_NODE, TWO_NODES = ["devices_per_node=2"], ["nodes=2"]
+ALONE = ["devices_per_node=1"]
 RARELY = ["checkpoint.every_steps=1000000", "train.steps=1000000"]
 """Whoever goes on has not read a checkpoint."""
+REPEATED_S = 1.0
+"""What a failure costs at most in steps that are done again: 100 times a copy of the state, on a busy machine."""
+STEP_S = 0.004
 KILLS = 12 if FULL else 4
 TOPOLOGIES = [ONE_NODE, TWO_NODES, ["nodes=2", "devices_per_node=2"]]
 KINDS = [
@@ -33,7 +38,7 @@ def kill_at_any_moment(run: Run, chance: random.Random, ranks: list[int]) -> dic
     """Kill ranks while the training goes on; return the resume that follows, with the steps that were lost."""
     count = len(run.events("first_step"))
     time.sleep(chance.uniform(0.05, 0.3))
-    for process in [run.ranks()[rank] for rank in ranks]:  # found first: no survivor shall have time to hand over
+    for process in [run.ranks()[rank] for rank in ranks]:
         kill(process)
     run.wait("first_step", count + 1)
     resume = run.events("resume")[-1] if run.events("resume") else {"step": 0, "folder": None, "attempt": None}
@@ -44,32 +49,26 @@ def kill_at_any_moment(run: Run, chance: random.Random, ranks: list[int]) -> dic
 
 
 @pytest.mark.parametrize("topology, kind", list(itertools.product(TOPOLOGIES, KINDS)) if FULL else TRIED)
-def test_no_step_is_lost(tmp_path: Path, topology: list[str], kind: list[str]) -> None:
+def test_the_training_is_the_same(tmp_path: Path, topology: list[str], kind: list[str]) -> None:
     """Weights bit by bit, and every sample once; also where ranks differ in buffers and in any generator."""
     keys = [*topology, *kind, f"train.steps={KILLS * 50 + 50}", "evaluation.every_steps=12", "log.samples=true",
             "checkpoint.best=loss", "checkpoint.best_mode=min", "agent.restarts=3"]  # fmt: skip
     expected = complete(tmp_path / "calm", make_job(*keys, file=HERE / "faulty.yaml")).folder
     chance = random.Random(str(keys))
-    with submitted(tmp_path / "killed", *keys, "task_args.step_s=0.004") as run:
+    with submitted(tmp_path / "killed", *keys, f"task_args.step_s={STEP_S}") as run:
         run.wait("first_step")
         ranks = len(run.ranks())
-        resumes = [kill_at_any_moment(run, chance, [chance.randrange(ranks)]) for _ in range(KILLS)]
+        victims = [[chance.randrange(ranks)] if number % 2 else list(range(ranks)) for number in range(KILLS)]
+        resumes = [kill_at_any_moment(run, chance, each) for each in victims]
         assert result(run, 120) == 0, run.log("node-0.log")
     assert difference(read_state(expected), read_state(run.folder)) == ""
     assert order_of_samples(run.folder) == order_of_samples(expected)
     assert [resume["folder"] for resume in resumes] == ["memory"] * KILLS
-    assert max(resume["lost"] for resume in resumes) <= 1, resumes
-
-
-def test_what_no_survivor_holds_comes_from_the_disk(tmp_path: Path) -> None:
-    keys = [*ONE_NODE, "task_args.step_s=0.01", "train.steps=1000000"]
-    with submitted(tmp_path, *keys) as run:
-        run.wait("checkpoint", 3)
-        assert kill_at_any_moment(run, random.Random(0), [0, 1])["folder"] != "memory"
+    assert max(resume["lost"] for resume in resumes) * STEP_S <= REPEATED_S, resumes
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    keys = [*ONE_NODE, "task_args.step_s=0.01", "train.steps=1000000", "checkpoint.in_memory=false"]
+    keys = [*ONE_NODE, f"task_args.step_s={STEP_S}", "train.steps=1000000", "checkpoint.in_memory=false"]
     with submitted(tmp_path, *keys) as run:
         run.wait("checkpoint", 3)
         assert kill_at_any_moment(run, random.Random(0), [1])["folder"].startswith("step-")
@@ -77,7 +76,7 @@ def test_it_can_be_switched_off(tmp_path: Path) -> None:
 
 def test_progress_in_memory_is_progress(tmp_path: Path) -> None:
     """Without a checkpoint in between: more failures than restarts that may be used without progress."""
-    with submitted(tmp_path, *ONE_NODE, *RARELY, "task_args.step_s=0.004", "agent.restarts=1") as run:
+    with submitted(tmp_path, *ONE_NODE, *RARELY, f"task_args.step_s={STEP_S}", "agent.restarts=1") as run:
         run.wait("first_step")
         steps = [kill_at_any_moment(run, random.Random(n), [n % 2])["step"] for n in range(4)]
         assert steps == sorted(set(steps))
@@ -85,16 +84,15 @@ def test_progress_in_memory_is_progress(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["raise", "exit 3", "memory"])
 def test_a_rank_that_fails_by_itself(tmp_path: Path, order: str) -> None:
-    with submitted(tmp_path, *TWO_NODES, *RARELY, "task_args.step_s=0.004") as run:
+    with submitted(tmp_path, *TWO_NODES, *RARELY, f"task_args.step_s={STEP_S}") as run:
         run.wait("first_step")
         run.order(1, order)
         resume = run.wait("resume")
         assert resume["folder"] == "memory" and resume["step"] > 0
 
 
-def test_a_hung_rank_costs_no_step(tmp_path: Path) -> None:
-    """The others wait in a collective, deep in C++: a thread of theirs answers."""
-    keys = [*ONE_NODE, *RARELY, "task_args.step_s=0.004", "agent.hang_timeout_s=3"]
+def test_a_hung_rank(tmp_path: Path) -> None:
+    keys = [*ONE_NODE, *RARELY, f"task_args.step_s={STEP_S}", "agent.hang_timeout_s=3"]
     with submitted(tmp_path, *keys) as run:
         run.wait("first_step")
         run.order(1, "hang")
@@ -102,30 +100,24 @@ def test_a_hung_rank_costs_no_step(tmp_path: Path) -> None:
         assert resume["folder"] == "memory" and resume["step"] > 0
 
 
-def state_file(run: Run) -> str:
-    """What survivors leave, in the memory of the only agent."""
-    files = Path("/proc", str(run.agents()[0]), "fd")
-    [found] = [path for path in files.iterdir() if "muster-state" in os.readlink(path)]
-    return str(found)
+def buffers(run: Run) -> list[str]:
+    """The memory of the only agent."""
+    files = Path("/proc", str(run.agents()[0]), "fd").iterdir()
+    return [str(path) for path in files if re.search("muster-[0-9]", os.readlink(path))]
 
 
 def test_memory_that_changed_is_refused(tmp_path: Path) -> None:
-    """A flipped bit between the two attempts: the checkpoint on disk is taken."""
+    """A flipped bit in both copies between two attempts: the checkpoint on disk is taken."""
     with submitted(tmp_path, *ONE_NODE, "task_args.step_s=0.01", "train.steps=1000000") as run:
         run.wait("checkpoint", 3)
-        state = state_file(run)
+        os.kill(run.template(0), signal.SIGSTOP)  # no rank is started meanwhile
+        kill(run.ranks()[0])
         kill(run.ranks()[1])
-        wait_for("a state", lambda: os.stat(state).st_size > STATE.size)
-        with open(state, "r+b") as file:
-            file.seek(STATE.size + 1000)
-            byte = file.read(1)[0]
-            file.seek(STATE.size + 1000)
-            file.write(bytes([byte ^ 1]))
+        wait_for("the end of the ranks", lambda: not any(alive(pid) for pid in run.ranks().values()))
+        for path in buffers(run):
+            data = bytearray(Path(path).read_bytes())
+            data[data.rindex(b"position")] ^= 1
+            with open(path, "r+b") as file:
+                file.write(data)
+        os.kill(run.template(0), signal.SIGCONT)
         assert run.wait("resume")["folder"].startswith("step-")
-
-
-def test_the_memory_is_given_back(tmp_path: Path) -> None:
-    with submitted(tmp_path, *ONE_NODE, *RARELY, "task_args.step_s=0.004") as run:
-        run.wait("first_step")
-        kill_at_any_moment(run, random.Random(0), [0])
-        assert os.stat(state_file(run)).st_size == 0

@@ -1,0 +1,73 @@
+"""The process that writes checkpoints, so that neither a rank's end nor its work is in the way of one.
+
+It comes from the fork server when a rank has something to save, and serves that rank to the end of its orders: see
+`trainer.checkpoint.writer`. The rank of the next attempt waits for it, and then gets one of its own.
+"""
+
+import os
+import signal
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from trainer.agent.fork_server import PROCESSES
+from trainer.checkpoint.memory import Memory
+from trainer.signals import ignore_signals, set_parent_death_signal
+from trainer.wiring.variables import WRITER
+
+
+class CheckpointWriter:
+    """The agent's side."""
+
+    def __init__(self, folder: Path, memory: Memory) -> None:
+        """`folder`: of this agent alone."""
+        self.memory = memory
+        self.process: BaseProcess | None = None
+        self.folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)  # a name through it is short enough for a socket
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(f"/proc/self/fd/{self.folder}/writer")
+        self.listener.listen()
+        self.listener.setblocking(False)
+
+    def environment(self) -> dict[str, str]:
+        """What lets ranks find it."""
+        return {WRITER: f"/proc/{os.getpid()}/fd/{self.folder}/writer"}
+
+    def wakes(self) -> Any:
+        """What is ready when `look` has something to do."""
+        return self.process.sentinel if self.process else self.listener
+
+    def look(self) -> None:
+        """Start a process if a rank asks for one, and the one before has ended."""
+        if self.process is not None and self.process.exitcode is None:
+            return
+        self.process = None
+        try:
+            connection, _ = self.listener.accept()
+        except BlockingIOError:
+            return
+        with connection:
+            self.process = PROCESSES.Process(target=write, args=(connection, self.memory.paths), name="muster-writer")
+            self.process.start()
+
+    def close(self, patience_s: float) -> None:
+        """Let it finish, within a bound."""
+        self.listener.close()
+        os.close(self.folder)
+        if self.process is not None:
+            self.process.join(patience_s)
+            self.process.kill()
+            self.process.join()
+
+
+def write(connection: socket.socket, paths: tuple[str, ...]) -> None:
+    """The body of the process."""
+    set_parent_death_signal(os.getppid(), signal.SIGKILL)  # the fork server's end is the agent's
+    ignore_signals()
+    import torch
+
+    from trainer.checkpoint.writer import serve
+
+    torch.set_num_threads(1)
+    serve(connection, Memory(*paths))

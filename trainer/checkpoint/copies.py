@@ -1,0 +1,164 @@
+"""Copies of a state in the buffers of a node, made by one rank; and how often to make them.
+
+On a GPU the copies are queued behind the step, and the process does not wait for them. A stream of their own would gain
+nothing, because the next step may not change what is still being copied.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.memory import BUFFERS, Memory, Seal
+from trainer.checkpoint.snapshot import Buffer, Layout, put_together, read, take_apart
+from trainer.wiring.hardware import free_memory
+
+SHARE = 0.01
+"""Of the time, that copies may take which are made in case of a failure."""
+Contents = dict[str, Any]
+
+
+class Pace:
+    """After which steps to copy the state; always powers of two, so that nodes which measure alike copy together."""
+
+    def __init__(self) -> None:
+        self.every = 1
+        self.step, self.ended = 0, 0.0
+        """Of the last copy."""
+
+    def took(self, step: int, began: float, seconds: float) -> None:
+        """The state after `step` was copied from `began` on, which delayed the training by so much."""
+        if 0 < self.step < step:
+            each = (began - self.ended) / (step - self.step)
+            self.every = 1 << math.ceil(math.log2(max(1.0, seconds / (SHARE * max(each, 1e-6)))))
+        self.step, self.ended = step, time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A copy that may still go on, on GPUs."""
+
+    index: int
+    seal: Seal
+    head: bytes
+    began: float
+    called_s: float
+    """How long it was to queue it."""
+    marks: list[tuple[torch.cuda.Event, torch.cuda.Event]]
+    """Before and after it, on each device."""
+
+
+class Copies:
+    """Those of one rank, which fills the buffers by turns."""
+
+    def __init__(
+        self, memory: Memory, attempt: int, devices: list[torch.device], both: bool, tell: Callable[[str], None]
+    ) -> None:
+        """`both`: one is kept while the other is filled; else a second is used only if the first is being written."""
+        self.memory, self.attempt, self.both, self.tell = memory, attempt, both, tell
+        self.devices = [device for device in devices if device.type == "cuda"]
+        self.pace = Pace()
+        sealed = memory.sealed()
+        self.moments = [sealed[index].moment if index in sealed else -1 for index in range(BUFFERS)]
+        self.locks: list[int | None] = [None] * BUFFERS
+        """Of the buffers that this rank may fill: a descriptor with the lock."""
+        self.buffers = [Buffer(bool(self.devices)) for _ in range(BUFFERS)]
+        self.layout = Layout([])
+        self.filling: Filling | None = None
+        os.register_at_fork(after_in_child=self.let_go)
+
+    def let_go(self) -> None:
+        """Give the locks back; also in a process that is forked from this one, or they would outlive it there."""
+        for handle in self.locks:
+            if handle is not None:
+                os.close(handle)
+        self.locks = [None] * BUFFERS
+
+    def choose(self) -> int | None:
+        """The buffer to fill next; None while all are being written to the disk."""
+        for index, handle in enumerate(self.locks):
+            if handle is None:
+                self.locks[index] = self.memory.lock(index)
+        free = [index for index, handle in enumerate(self.locks) if handle is not None]
+        if self.both:
+            return min(free, key=lambda index: self.moments[index], default=None)
+        return min(free, key=lambda index: not self.buffers[index].size, default=None)
+
+    def fill(self, index: int, moment: int, contents: Contents) -> bool:
+        """Begin to copy a state into a buffer that `choose` chose; False: it has no place there, and never will."""
+        handle, began = self.locks[index], time.perf_counter()
+        assert handle is not None
+        tree, tensors = take_apart(contents)
+        if not self.layout.fits(tensors):
+            self.layout = Layout(tensors)
+        missing = self.layout.size * (BUFFERS if self.both else 1) - sum(buffer.size for buffer in self.buffers)
+        free = free_memory() if missing > 0 else math.inf
+        try:
+            if missing > free:
+                raise MemoryError(f"{missing >> 20} MiB are missing, {int(free) >> 20} MiB are free")
+            self.memory.unseal(index)
+            self.moments[index] = -1
+            begins = [self._mark(device) for device in self.devices]
+            head = self.buffers[index].write(handle, self.layout, tensors, tree)
+        except (MemoryError, OSError) as error:
+            self.tell(f"no copy of the state is kept in memory, because it does not fit: {error}")
+            return False
+        marks = list(zip(begins, map(self._mark, self.devices), strict=True))
+        seal = Seal(moment, self.attempt, self.layout.size, len(head))
+        self.filling = Filling(index, seal, head, began, time.perf_counter() - began, marks)
+        return True
+
+    def _mark(self, device: torch.device) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def settle(self, wait: bool) -> None:
+        """Seal what is copied; on a GPU that may take until the next boundary, unless this shall `wait`."""
+        filling = self.filling
+        if filling is None:
+            return
+        for _, end in filling.marks:
+            if wait:
+                end.synchronize()
+            elif not end.query():
+                return
+        self.memory.seal(filling.index, filling.seal, filling.head)
+        self.moments[filling.index], self.filling = filling.seal.moment, None
+        copied_s = max((begin.elapsed_time(end) / 1000 for begin, end in filling.marks), default=0.0)
+        self.pace.took(filling.seal.step, filling.began, max(filling.called_s, copied_s))
+
+    def hand_on(self) -> tuple[Seal, int]:
+        """The seal of what was copied last, and a descriptor of the buffer, with the lock that was this rank's."""
+        filling = self.filling
+        assert filling is not None
+        self.settle(True)
+        handle, self.locks[filling.index] = self.locks[filling.index], None
+        assert handle is not None
+        return filling.seal, handle
+
+    def forget(self) -> None:
+        """Let nobody read what the buffers hold."""
+        for index in range(BUFFERS):
+            self.memory.unseal(index)
+        self.moments = [-1] * BUFFERS
+
+    def close(self) -> None:
+        """Leave the buffers to others."""
+        self.let_go()
+        for buffer in self.buffers:
+            buffer.close()
+
+
+def read_copy(memory: Memory, index: int, seal: Seal) -> Contents:
+    """The state in a sealed buffer, copied: it will be filled again."""
+    with open(memory.buffers[index], "r+b") as file:
+        tree, tensors = read(file.fileno(), seal)
+    copies: list[Tensor] = [tensor.clone() for tensor in tensors]
+    contents: Contents = put_together(tree, copies)
+    return contents

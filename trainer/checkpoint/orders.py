@@ -1,0 +1,81 @@
+"""What rank 0 orders from whoever writes its checkpoints: a process of the agent, or, without one, a thread."""
+
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from trainer.checkpoint.memory import Memory, Seal
+from trainer.checkpoint.writer import Order, rebuild, receive, send, serve
+
+
+class Orders:
+    """Those that were not answered yet."""
+
+    def __init__(self, memory: Memory, writer: Path | None) -> None:
+        """`writer`: the socket where the agent starts a process; None: it does not."""
+        self.memory, self.writer = memory, writer
+        self.connection: socket.socket | None = None
+        self.thread: threading.Thread | None = None
+        self.count = 0
+
+    def send(self, order: Order, seal: Seal, handle: int) -> None:
+        """Order a checkpoint of what lies behind a descriptor, and hand its lock on."""
+        try:
+            if self.connection is None:
+                self.connection = self._connect()
+            send(self.connection, {"order": asdict(order), "seal": asdict(seal)}, [handle])
+        finally:
+            os.close(handle)
+        self.count += 1
+
+    def _connect(self) -> socket.socket:
+        if self.writer is not None:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(str(self.writer))
+            return connection
+        connection, other = socket.socketpair()
+        self.thread = threading.Thread(target=serve, args=(other, self.memory), name="checkpoint")
+        self.thread.start()
+        return connection
+
+    def hear(self, timeout_s: float) -> bool:
+        """Wait for an answer, and return whether one came. Raises Exception: it says what went wrong."""
+        if self.connection is None or not self.count:
+            return False
+        if not select.select([self.connection], [], [], timeout_s)[0]:
+            return False
+        received = receive(self.connection)
+        if received is None:
+            self.connection, self.count = None, 0
+            raise RuntimeError("the process that writes checkpoints was killed, perhaps for want of memory")
+        self.count -= 1
+        if received[0] is not None:
+            raise rebuild(received[0])
+        return True
+
+    def wait(self, beat: Callable[[], None]) -> None:
+        """Return when all are done, with signs of life by `beat`. Raises Exception: what went wrong."""
+        while self.count:
+            self.hear(0.5)
+            beat()
+
+    def close(self, beat: Callable[[], None]) -> None:
+        """Order no more. A process goes on with what is not done, a thread is waited for.
+
+        Raises Exception: what went wrong with it.
+        """
+        try:
+            if self.thread is not None:
+                self.wait(beat)
+            while self.hear(0):
+                pass
+        finally:
+            if self.connection is not None:
+                self.connection.close()
+            if self.thread is not None:
+                self.thread.join()
+            self.connection = self.thread = None

@@ -1,0 +1,115 @@
+"""Writing checkpoints beside the training: what whoever does that is told, by a socket, and does.
+
+With an order comes the locked buffer that the state is in (`trainer.checkpoint.memory`), as a descriptor. It is on its
+way, or here, until the checkpoint is committed; whether the rank that sent it still lives does not matter.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import files
+from trainer.checkpoint.memory import Memory, Seal
+from trainer.checkpoint.snapshot import put_together, read
+from trainer.run.attempts import StaleAttempt
+from trainer.run.folder import RunFolder
+
+NICE = 15
+"""Beside a training that uses all cores, writing gets 3 % of one."""
+LENGTH = struct.Struct("<q")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checkpoint to commit."""
+
+    run: str
+    step: int
+    attempt: int
+    facts: dict[str, Any]
+    """What the manifest says of the run."""
+    keep_last: int
+    best: str | None
+    """The name of the checkpoint that is kept in any case."""
+
+
+def commit(order: Order, contents: dict[str, Any], owner: Callable[[], int] | None = None) -> None:
+    """Commit a checkpoint, record it, and remove those that are not kept any more. `owner`: see `files.commit`."""
+    run = RunFolder(Path(order.run))
+    payload = {"model.pt": contents.pop("model"), "state.pt": contents}
+    folder = files.commit(run.checkpoints, order.step, payload, order.facts, order.attempt, owner)
+    run.record("checkpoint", attempt=order.attempt, step=order.step, folder=str(folder.relative_to(run.path)))
+    files.prune(run.checkpoints, order.keep_last, order.best)
+
+
+def serve(connection: socket.socket, memory: Memory) -> None:
+    """Commit what one rank orders, one after the other, until it has gone and all is done."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread alone, on Linux
+    swept = False
+    while (received := receive(connection)) is not None:
+        message, [handle] = received
+        order, problem = Order(**message["order"]), None
+        try:
+            if not swept:  # nobody else writes now; another may have been killed before
+                files.sweep(RunFolder(Path(order.run)).checkpoints)
+                swept = True
+            commit(order, put_together(*read(handle, Seal(**message["seal"]))), lambda: memory.attempt)
+        except Exception as error:
+            traceback.print_exc()
+            problem = describe(error)
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+        with contextlib.suppress(OSError):  # the rank was killed meanwhile
+            send(connection, problem)
+    connection.close()
+
+
+def send(connection: socket.socket, message: Any, handles: Sequence[int] = ()) -> None:
+    """Send what JSON can say, and descriptors."""
+    data = json.dumps(message).encode()
+    if handles:
+        socket.send_fds(connection, [LENGTH.pack(len(data))], handles)
+        connection.sendall(data)
+    else:
+        connection.sendall(LENGTH.pack(len(data)) + data)
+
+
+def receive(connection: socket.socket) -> tuple[Any, list[int]] | None:
+    """What the other side sent; None: it has gone."""
+    data: bytes = b""
+    handles: list[int] = []
+    with contextlib.suppress(ConnectionResetError):
+        data, handles, _, _ = socket.recv_fds(connection, LENGTH.size, 1, socket.MSG_CMSG_CLOEXEC)
+        if len(data) == LENGTH.size:
+            size = LENGTH.unpack(data)[0]
+            data = connection.recv(size, socket.MSG_WAITALL)
+            if len(data) == size:
+                return json.loads(data), handles
+    for handle in handles:  # of an order that was cut short
+        os.close(handle)
+    return None
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """An exception, as JSON can say it."""
+    known = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else None
+    return {"type": type(error).__name__, "message": str(error), "system": known}
+
+
+def rebuild(problem: dict[str, Any]) -> Exception:
+    """The exception that was described, as far as it matters."""
+    if problem["system"]:
+        return OSError(*problem["system"])
+    if problem["type"] == StaleAttempt.__name__:
+        return StaleAttempt(problem["message"])
+    return RuntimeError(f"{problem['type']}: {problem['message']}")
