@@ -99,9 +99,10 @@ class Checkpoints:
 
     every_steps: int | None = _key(None, "save every this many steps, and always at the end of an epoch", minimum=1)
     asynchronous: bool = _key(True,
-        "write checkpoints in the background; rank 0 needs memory for one extra copy of the state")
+        "write checkpoints in the background, from a copy of the state in memory, which the first node needs room for")
     in_memory: bool = _key(True,
-        "after a failure, continue from the state in memory, so that no step is lost (ddp on CPUs)")
+        "keep two copies of the state in the memory of each node, and continue from them after a failure; a few steps "
+        "are repeated: as many as take 100 times as long as a copy")
     keep_last: int = _key(2, "how many of the newest checkpoints to keep", minimum=1)
     best: str | None = _key(None, "also keep the checkpoint that is best by this metric")
     best_mode: str = _key("max", "whether a larger or a smaller value of that metric is better", choices=("max", "min"))
