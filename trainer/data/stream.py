@@ -15,7 +15,7 @@ from trainer.data.device_mover import DeviceMover
 from trainer.data.rng import derive_seed, seed_generators
 from trainer.data.sampler import MicroBatch, Position, share_of
 
-MARK = 50
+MARK = 10
 """Batches between two states of the stream that are kept: what was read since is read again."""
 
 
@@ -30,7 +30,7 @@ class Stream:
         self.seed, self.rank, self.world_size, self.mover = seed, rank, world_size, mover
         self.has_state = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         self.mark: dict[str, Any] = {}
-        """The newest state of the stream that is kept, and how many samples of the epoch were read before it."""
+        """The newest state of the stream that is kept, and how many samples of the epoch come before it."""
         self.last = False
         """Whether the batch that was given last ends the epoch."""
 
@@ -38,13 +38,25 @@ class Stream:
         """What to keep, to go on from here."""
         return self.mark
 
+    def explain_start(self, position: Position, kept: dict[str, Any]) -> str:
+        """How the stream gets to the place where a training goes on; nothing at the beginning of an epoch."""
+        again = position.samples - (kept["samples"] if kept else 0)
+        if not position.samples:
+            return ""
+        kind = type(self.dataset).__name__
+        if kept:
+            return f"{kind} goes on by its state_dict, and skips {again} samples that were used since"
+        if self.has_state:
+            return f"{kind} reads again the {again} samples that were used: its state is kept every {MARK} batches"
+        return f"{kind} reads again the {again} samples that were used: it has no state_dict to go on by"
+
     def read(self, position: Position, kept: dict[str, Any]) -> Iterator[tuple[MicroBatch, Any]]:
         """This rank's micro-batches from `position` to the end of its epoch; `kept`: the place of an earlier start."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(position.epoch)
         self.mark = {}
         done = 0
-        if self.has_state and kept:
+        if kept:
             self.dataset.load_state_dict(kept["state"])
             self.mark, done = kept, kept["samples"]
         seed_generators(derive_seed(self.seed, position.epoch, 0))
@@ -56,21 +68,14 @@ class Stream:
     def _batches(self, samples: Iterator[Any], start: Position) -> Iterator[tuple[MicroBatch, Any]]:
         done, epoch = start.samples, start.epoch
         batch = self._next(samples, epoch, done)
-        for number in itertools.count(1):
-            if not batch:
-                return
-            mark = self.mark
-            if number % MARK == 0:
-                self._keep(done + len(batch))
-            kept, self.mark = self.mark, mark  # it counts when this batch is done
-            following = self._next(samples, epoch, done + len(batch))
+        while batch:
+            end, mark = done + len(batch), self.mark
+            if self.has_state and end // self.batch_size % MARK == 0:
+                mark = {"state": self.dataset.state_dict(), "samples": end}
+            following = self._next(samples, epoch, end)
             self.last = not following
             yield from self._cut(batch, epoch, done)
-            self.mark, done, batch = kept, done + len(batch), following
-
-    def _keep(self, samples: int) -> None:
-        if self.has_state:
-            self.mark = {"state": self.dataset.state_dict(), "samples": samples}
+            self.mark, done, batch = mark, end, following
 
     def _next(self, samples: Iterator[Any], epoch: int, done: int) -> list[Any]:
         """The samples of the next global batch, drawn as on all ranks."""

@@ -147,7 +147,7 @@ def numbers(line: dict[str, Any]) -> str:
 
 
 TEXTS = {
-    "training": "training {begun}to {steps}: {parallel}, {world_size} rank(s) on {device}",
+    "training": "training{begun}{end}: {parallel}, {world_size} rank(s) on {device}",
     "failure": "{who}node {node} failed [{kind}]: {message:.300}{place}",
     "restart": "restarting: attempt {attempt}", "resume": "resumed from {folder}", "requeued": "requeued",
     "checkpoint_refused": "checkpoint refused: {problem}", "pending": "pending: {reason}",
@@ -161,7 +161,9 @@ def describe(event: Event) -> str:
     """An event in words, empty for those that only machines read, and for a refusal: the end of the run is about it."""
     if event["event"] == "failure" and event.get("code") == WRONG_JOB:
         return ""
-    begun = f"from step {event['step']} " if event.get("step") else ""
+    begun = f" from step {event['step']}" if event.get("step") else ""
+    end = f" to {event['steps']}" if event.get("steps") else ""  # scripts need not tell
     who = "" if event.get("rank") is None else f"rank {event['rank']} on "
     place = f" (at {where})" if (where := event.get("cause", "").partition(" at ")[2]) else ""
-    return TEXTS.get(event["event"], "").format_map({**event, "begun": begun, "who": who, "place": place})
+    words = {"begun": begun, "end": end, "who": who, "place": place}
+    return TEXTS.get(event["event"], "").format_map({**event, **words})

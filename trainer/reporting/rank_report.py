@@ -28,10 +28,13 @@ class Report:
     def __init__(self, job: Job, run: RunFolder, attempt: int, parallel: Parallel, pulse: Pulse) -> None:
         self.job, self.run, self.attempt, self.parallel, self.pulse = job, run, attempt, parallel, pulse
         self.is_first = parallel.rank == 0
+        self.shown = bool(job.script) and pulse.heartbeat is not None
+        """Whether `muster run` shows what this rank prints."""
         self.sinks: list[Sink] = []
         """Made when there is something to write: the first step need not wait for the import of TensorBoard."""
         self.profile = Profile(job.log.profile_steps, run.profile / f"rank{parallel.rank}.json")
         self.samples_file: TextIO | None = None
+        self.trained = False
         self.samples_done = 0
         """In this attempt."""
         self.paused_s = 0.0
@@ -71,6 +74,7 @@ class Report:
     def done(self, position: Position, samples: int) -> None:
         """A step of so many samples is done, whatever came of it."""
         self.pulse.beat(position.step, "training")
+        self.trained = True
         self.samples_done += samples
         self.samples_since += samples
         self.profile.step(position.step)
@@ -95,7 +99,7 @@ class Report:
         """Write what an evaluation found, and say it; of a script `muster run` shows both, and would twice."""
         if self.is_first:
             self._write(position.step, "evaluation", values)
-        if self.job.script and self.pulse.heartbeat is not None:
+        if self.shown:
             return
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         epoch = -(-position.step // self.steps_per_epoch)
@@ -115,7 +119,7 @@ class Report:
             sink.flush()
         self.written += seconds
         self.paused_s += seconds
-        self.phase("training" if self.samples_done else "beginning", self.position)
+        self.phase("training" if self.trained else "beginning", self.position)
 
     def samples(self, position: Position, micros: Sequence[tuple[MicroBatch, Any]]) -> None:
         """Record which samples this rank's part of the step consumed."""
@@ -142,7 +146,7 @@ class Report:
     def note(self, text: str) -> None:
         """Tell the user what Muster made of something; each launch of a run says it once."""
         self.say(f"NOTE: {text}")
-        if not self.parallel.restarts:
+        if not self.parallel.restarts and not self.shown:
             self.event("note", message=text)
 
     def was_training(self) -> bool:
@@ -163,11 +167,11 @@ class Report:
         elapsed = time.perf_counter() - self.started
         speed = self.samples_done / max(elapsed - self.paused_s, 1e-9)
         write_json(self.run.result, {
-            "metrics": dict(metrics), "steps": self.steps, "samples_per_s": speed, "train_s": elapsed,
+            "metrics": dict(metrics), "steps": self.position.step, "samples_per_s": speed, "train_s": elapsed,
             "device": self.parallel.device.type, "world_size": self.parallel.world_size,
             "parallel": self.job.parallel, "peak_memory_mb": memory,
         })  # fmt: skip
-        self.event("done", step=self.steps, **metrics)
+        self.event("done", step=self.position.step, **metrics)
 
     def _memory(self) -> list[dict[str, Any]]:
         """The peak memory, in MiB, of each device that this rank used."""

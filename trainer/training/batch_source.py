@@ -30,6 +30,9 @@ class BatchSource(Protocol):
     def read(self, position: Position, kept: dict[str, Any]) -> Iterator[tuple[MicroBatch, Any]]:
         """This rank's micro-batches from `position` to the end of its epoch; `kept`: what `place` said there."""
 
+    def explain_start(self, position: Position, kept: dict[str, Any]) -> str:
+        """How it finds its place, where that is not plain; else nothing."""
+
     def ends_after(self, position: Position, samples: int) -> bool:
         """Whether so many samples after `position` end the epoch."""
 
@@ -54,6 +57,10 @@ class Numbered:
         plan, read = itertools.tee(self.sampler.epoch(Position(0, position.epoch, position.samples)))
         batches = self.mover.move(self.loader.read((micro.epoch, micro.indices) for micro in read))
         return zip(plan, batches, strict=True)
+
+    def explain_start(self, position: Position, kept: dict[str, Any]) -> str:
+        """See `BatchSource`."""
+        return ""
 
     def ends_after(self, position: Position, samples: int) -> bool:
         """See `BatchSource`."""

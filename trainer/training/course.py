@@ -118,14 +118,16 @@ class Course:
         self.begin(*self._count_steps(source, end))
         self.source, complete = source, False
         kept = self.state.restored.pop("stream", {})
+        if note := source.explain_start(self.position, kept):
+            self.report.note(note)
         try:
             for micro, batch in source.read(self.position, kept):
                 self.micro = micro
                 self.updates = micro.last
                 self.epoch_ends = micro.last and source.ends_after(self.position, micro.step_count)
                 self.prepare(micro.count * self.parallel.world_size / micro.step_count, micro.last)
+                self.report.samples(self.position, [(micro, None)])  # before a rank may die of the step
                 yield batch
-                self.report.samples(self.position, [(micro, None)])
                 if micro.last:
                     self.position.samples += micro.step_count
                     self.end_step(micro.step_count)
