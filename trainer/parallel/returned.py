@@ -101,7 +101,7 @@ def check_values(values: Mapping[str, Tensor], count: int) -> None:
 def wrong_metric(name: str, value: Tensor, count: int | None, key: str = "task.metrics") -> JobError:
     """The error for a metric that is not one value per sample."""
     many = "each sample, shape (batch, ...)" if count is None else f"each of the {count} samples, shape ({count}, ...)"
-    remedy = "Leave sums and means to the trainer and to Task.summary"
+    remedy = "Return the values themselves: sums and means are made of them"
     return JobError(key, {name: tuple(value.shape)}, f"must have a value for {many}", remedy)
 
 

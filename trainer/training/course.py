@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer.checkpoint.savable import check_savable
 from trainer.checkpoint.training_state import TrainingState
 from trainer.data.generators import Generators, seed_own
 from trainer.data.rng import STEPS, derive_seed, seed_generators
@@ -46,6 +47,8 @@ class Course:
         """Of the loops that have begun, and of this one; counted from the beginning of the training."""
         self.saved = self.place
         self.found = self.state.find()
+        self.tried = self.found is not None
+        """Whether it is known that a checkpoint can hold all that is tracked."""
         if self.found is not None:
             self.state.restore_position(self.found)
             self.saved = self.place
@@ -167,6 +170,9 @@ class Course:
         self.position.step += 1
         self._write_log()
         self.report.done(self.position, samples)
+        if not self.tried:  # the optimizers have a state now
+            check_savable(self.state.contents(), script=True)
+            self.tried = True
         if self.stops.tick():
             self.save(wait=True)
             self.report.event("stopped", step=self.step)

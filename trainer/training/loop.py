@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint.savable import check_savable
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
 from trainer.data.datasets import count_samples
@@ -30,7 +31,7 @@ from trainer.training.finite_loss import LossCheck
 from trainer.training.optimizer import OPTIMIZERS, Rates, make_optimizer, make_scaler
 from trainer.training.schedule import make_schedule
 from trainer.training.smallest_batch import check_smallest_batch
-from trainer.training.trial import Trial, check_savable
+from trainer.training.trial import Trial
 from trainer.training.unchanged import unchanged
 from trainer.training.user_model import check_gradients, differing_weights, unfrozen_weights
 from trainer.training.weight_average import WeightAverage

@@ -4,7 +4,6 @@ Nothing of it counts: no weight, buffer, generator or place in the data changes.
 without it.
 """
 
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.files import dump
+from trainer.checkpoint.savable import check_savable
 from trainer.config.job import Job
 from trainer.data.device_mover import DeviceMover
 from trainer.data.loader import Loader
-from trainer.data.nested import INSIDE, leaves, walk
+from trainer.data.nested import leaves
 from trainer.data.sampler import Indices, Position, Sampler
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
@@ -207,28 +206,3 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     return bool(one == other) or (one != one and other != other)
-
-
-def check_savable(contents: dict[str, Any]) -> None:
-    """Refuse what a checkpoint could not hold. Raises JobError: it cannot be written, or not read again safely."""
-    path = find_unsavable(walk(contents, lambda part: torch.empty(0) if isinstance(part, Tensor) else INSIDE))
-    if path:
-        key = "train.optimizer" if path[0] == "optimizer" else "task"
-        problem = "cannot be saved and read again by torch.load(weights_only=True)"
-        remedy = "Keep tensors, numbers, texts, lists and dictionaries in state_dict() and in groups of parameters"
-        raise JobError(key, ".".join(path), problem, remedy)
-
-
-def find_unsavable(value: Any) -> list[str]:
-    """The way to the smallest part that cannot be saved; empty when all can."""
-    file = io.BytesIO()
-    try:
-        dump(value, file)
-        file.seek(0)
-        torch.load(file, map_location="cpu", weights_only=True)
-        return []
-    except Exception:
-        pairs: Any = value.items() if isinstance(value, dict) else ()
-        pairs = enumerate(value) if isinstance(value, (list, tuple)) else pairs
-        ways = ([str(name), *way] for name, part in pairs if (way := find_unsavable(part)))
-        return next(ways, [type(value).__name__])
