@@ -74,7 +74,7 @@ def make_trainer(job: Job, task: ByteLM, run: Path) -> Trainer:
     model = task.model().to(parallel.device)
     parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
     report = Report(job, RunFolder(run), 0, parallel, Pulse(0))
-    return Trainer(job, task, parallel, report, model, lambda: False, task.train_dataset(), task.eval_dataset())
+    return Trainer(job, task, parallel, report, model, task.train_dataset(), task.eval_dataset())
 
 
 def trainer_steps(make: Callable[[], Trainer]) -> Iterator[None]:

@@ -29,7 +29,6 @@ from trainer.parallel.step import Step
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
 from trainer.run.folder import RunFolder
-from trainer.signals import FLAG
 from trainer.tasks.digits import Digits
 from trainer.training.loop import Trainer
 from trainer.training.optimizer import autocast
@@ -127,8 +126,7 @@ def muster(case: Case) -> Iterator[None]:
     parallel.wrap(Step(model, case.task, autocast(job.train.precision, parallel.device)))
     report = Report(job, RunFolder(case.folder), 0, parallel, Pulse(parallel.local_rank))
     trainer = Trainer(
-        job, case.task, parallel, report, model, lambda: FLAG.requested is not None, case.data,
-        case.task.eval_dataset(),
+        job, case.task, parallel, report, model, case.data, case.task.eval_dataset()
     )  # fmt: skip
     for _ in trainer.train():
         if not trainer.position.samples:  # a checkpoint is being written: that CPU time is ours

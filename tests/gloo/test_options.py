@@ -163,10 +163,8 @@ def test_a_loss_that_is_not_finite_is_skipped_on_all_ranks(tmp_path: Path, mode:
 
 @pytest.mark.parametrize("mode", ["single", "ddp"])
 def test_a_stop_in_the_step_of_a_nan_saves_nothing_of_it(tmp_path: Path, mode: str) -> None:
-    job = make_job(*POISON, "task_args={first: 6, last: 10}", "evaluation.every_epochs=9", *MODES[mode])
-    train(tmp_path / "halted", job)
-    step = events(tmp_path / "halted", "nonfinite_loss")[0]["step"]
-    run = train(tmp_path / "stopped", job, Fault(step - 1, number=signal.SIGTERM))
+    keys = "task_args={first: 6, last: 10, stops: true}", "evaluation.every_epochs=9"
+    run = train(tmp_path, make_job(*POISON, *keys, *MODES[mode]))
     assert run.code == 1
-    assert [event["step"] for event in events(run.folder, "nonfinite_loss")] == [step] * len(run.codes)
-    assert steps_saved(run.folder) == [5]
+    assert len(events(tmp_path, "nonfinite_loss")) == len(run.codes)
+    assert steps_saved(tmp_path) == [5]

@@ -177,9 +177,10 @@ class Branched(Small):
 class Poisoned(Small):
     """One training image makes the loss NaN, or infinite, for some steps."""
 
-    def __init__(self, index: int, first: int, last: int, value: str = "nan") -> None:
-        """`index` of the image; from which training step of a process to which."""
+    def __init__(self, index: int, first: int, last: int, value: str = "nan", stops: bool = False) -> None:
+        """`index` of the image; from which training step of a process to which. `stops`: a signal comes just then."""
         super().__init__()
+        self.stops = stops
         self.index, self.first, self.last, self.value, self.step = index, first, last, float(value), 0
 
     def train_dataset(self) -> TensorDataset:
@@ -194,7 +195,10 @@ class Poisoned(Small):
         self.step += torch.is_grad_enabled()
         if not self.first <= self.step <= self.last:
             return losses
-        return torch.where(batch[0][:, 0, 0, 0] == 0.75, self.value, losses)
+        marked = batch[0][:, 0, 0, 0] == 0.75
+        if self.stops and marked.any():
+            signal.raise_signal(signal.SIGTERM)
+        return torch.where(marked, self.value, losses)
 
 
 class Large(Small):

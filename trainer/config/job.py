@@ -133,7 +133,7 @@ class Agent:
     start_timeout_s: float = _key(600.0,
         "the same limit until the first step is done: imports, downloads, data, compilation", above=0)
     grace_s: float = _key(30.0,
-        "seconds from a stop signal until the ranks are killed; one step (on GPUs two) and one save must fit", above=0)
+        "seconds from a stop signal until the ranks are killed; two steps and one save must fit", above=0)
     rejoin_timeout_s: float = _key(120.0, "seconds to wait for the replacement of a lost node", above=0)
 
 

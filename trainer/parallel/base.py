@@ -16,24 +16,21 @@ from trainer.wiring.devices import rank_gpus, use_cuda
 from trainer.wiring.rank import RankWiring
 
 
-class DeferredScalars:
-    """Numbers that a GPU is still computing, shape (n,), the first of them a loss; a copy to the CPU is queued.
+class DeferredScalar:
+    """A number that a GPU is still computing, such as a loss; a copy to the CPU is queued.
 
-    Reading them waits only for the work that was queued before the copy. `Tensor.item()` would wait for everything
-    that is queued, which one step later includes the next forward and backward pass.
+    Reading it waits only for the work that was queued before the copy. `Tensor.item()` would wait for everything that
+    is queued, which one step later includes the next forward and backward pass.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values.to("cpu", non_blocking=True)  # torch uses page-locked memory for such a copy
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.to("cpu", non_blocking=True)  # torch uses page-locked memory for such a copy
         self.copied = torch.cuda.Event()
         self.copied.record()
 
-    def read(self) -> list[float]:
-        self.copied.synchronize()
-        return list(self.values.tolist())
-
     def __float__(self) -> float:
-        return self.read()[0]
+        self.copied.synchronize()
+        return self.value.item()
 
 
 class Parallel:
@@ -50,8 +47,6 @@ class Parallel:
     """This rank's part of the global mean loss of the current step, so far."""
     _count: Tensor | None = None
     """Of losses that come as sums and counts, this rank's part of the mean count per sample."""
-    _stop = False
-    """Whether this rank was asked to stop."""
 
     def __init__(self, job: Job, wiring: RankWiring) -> None:
         self.job = job
@@ -84,8 +79,8 @@ class Parallel:
         losses: Tensor = self.compute(batch, count)
         return losses
 
-    def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None, stop: bool) -> None:
-        """Add the gradients of a micro-batch, and remember its loss and `stop` for `agree`.
+    def backward(self, losses: Tensor, weight: float, scaler: torch.amp.GradScaler | None) -> None:
+        """Add the gradients of a micro-batch, and remember its loss for `agree`.
 
         The sum of the losses times `weight` is this rank's part of the global mean loss; `scaler` multiplies it (fp16).
         Of sums and counts it is the same, until `agree` knows the global count.
@@ -101,24 +96,22 @@ class Parallel:
             gradient[:, 1] = 0
             self._count = count if self._count is None else self._count + count
         self._loss = loss if self._loss is None else self._loss + loss
-        self._stop = self._stop or stop
         self._backward(losses, gradient if scaler is None else scaler.scale(gradient))
 
     def _backward(self, losses: Tensor, gradient: Tensor) -> None:
         run_backward((losses,), (gradient,))
 
-    def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
-        """End a step's backward passes: its global mean loss, and whether any rank was asked to stop.
+    def agree(self, due: bool) -> DeferredScalar | float:
+        """End a step's backward passes: its global mean loss.
 
-        Ranks on GPUs learn of a stop one step late, because no rank waits for its GPU. `due`: the step ends an epoch,
-        or an evaluation or a checkpoint follows it.
+        `due`: the step ends an epoch, or an evaluation or a checkpoint follows it.
         """
-        loss, stop = self._loss, self._stop
+        loss = self._loss
         assert loss is not None
         if self._count is not None:
             loss = self._divide(loss, self._count)
-        self._loss, self._count, self._stop = None, None, False
-        return DeferredScalars(loss.view(1)) if self.cuda else loss.item(), stop
+        self._loss, self._count = None, None
+        return DeferredScalar(loss) if self.cuda else loss.item()
 
     def _divide(self, loss: Tensor, count: Tensor) -> Tensor:
         """Divide the loss, and all gradients, by the mean count per sample; where nothing counted both are zero."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config.job import Ddp, Job
 from trainer.errors import JobError
-from trainer.parallel.base import DeferredScalars, Parallel
+from trainer.parallel.base import DeferredScalar, Parallel
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.means import mean_over_ranks
 from trainer.parallel.module_state import is_dense
@@ -33,10 +33,10 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class VotingStep(Step):
-    """A step with a parameter of three elements, whose gradient carries what the ranks tell each other.
+    """A step with a parameter of two elements, whose gradient carries what the ranks tell each other.
 
-    DDP averages it in a bucket with other gradients: the agreement on (loss, stop, count) needs no collective of its
-    own, which would cost 0.3 ms of CPU time a step with gloo.
+    DDP averages it in a bucket with other gradients: the mean of (loss, count) needs no collective of its own, which
+    would cost 0.3 ms of CPU time a step with gloo.
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class VotingStep(Step):
         self.apply_model = step.apply_model
         # All gradients of a bucket have the same type; but 16 bits would lose a loss's digits.
         exact = any(value.dtype == torch.float64 for value in step.parameters() if value.requires_grad)
-        self.vote = nn.Parameter(torch.zeros(3, device=device, dtype=torch.float64 if exact else torch.float32))
+        self.vote = nn.Parameter(torch.zeros(2, device=device, dtype=torch.float64 if exact else torch.float32))
 
     def forward(self, batch: Any, evaluate: bool = False) -> tuple[Any, Tensor]:
         """Losses and the vote. DDP must find it among the outputs to know that it is used."""
@@ -87,7 +87,7 @@ class Distributed(Parallel):
         super().wrap(step)
         voting = VotingStep(step, self.device)
         self.vote = voting.vote
-        self._answers = torch.tensor([0.0, 1.0], device=self.device, dtype=torch.float32).unbind()
+        self._no_count = torch.zeros((), device=self.device, dtype=torch.float32)
         self.ddp = DistributedDataParallel(
             voting, device_ids=[self.device] if self.cuda else None, bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True, static_graph=options.static_graph,
@@ -95,8 +95,6 @@ class Distributed(Parallel):
         )  # fmt: skip
         add_comm_hook(self.ddp, options)
         self.warms_up = self.world_size > 2 or options.compression != "none"
-        self._before: DeferredScalars | None = None
-        """What the ranks agreed on one step ago."""
 
     def warm_up(self, batch: Any, count: int) -> None:
         """Let DDP choose its gradient buckets.
@@ -104,7 +102,7 @@ class Distributed(Parallel):
         It reorders them after its first step. With more than two ranks the place of an element in its bucket decides
         in which order the ranks' values are added, so the last bits of the first step after a resume would differ.
         """
-        self.backward(self.losses(batch, count), 0.0, None, False)
+        self.backward(self.losses(batch, count), 0.0, None)
         self._check_unused()
         self._forget()
 
@@ -136,38 +134,29 @@ class Distributed(Parallel):
             super()._backward(losses, gradient)
 
     def _ballot(self) -> Tensor:
-        """What this rank tells the others, shape (3,): its part of the loss, 1 if it was asked to stop, its count."""
+        """What this rank tells the others, shape (2,): its part of the loss, and its count."""
         assert self._loss is not None
-        count = self._answers[0] if self._count is None else self._count
-        return torch.stack((self._loss, self._answers[self._stop], count))
+        return torch.stack((self._loss, self._no_count if self._count is None else self._count))
 
     def _forget(self) -> None:
         """Begin a new step."""
-        self._loss, self._count, self._stop, self.vote.grad = None, None, False, None
+        self._loss, self._count, self.vote.grad = None, None, None
 
-    def agree(self, due: bool) -> tuple[DeferredScalars | float, bool]:
-        """The means over ranks of loss and stop requests. Without a vote in the gradients this is a collective.
+    def agree(self, due: bool) -> DeferredScalar | float:
+        """The mean loss over ranks. Without a vote in the gradients this is a collective.
 
-        A step of post-local SGD after which ranks may differ tells this rank's own loss and request.
+        A step of post-local SGD after which ranks may differ tells this rank's own loss.
         """
-        local, averages = self._local(), self._averages(due)
-        if not local:
+        if not self._local():
             self._check_unused()
         ballot = self.vote.grad
         if ballot is None or self.job.ddp.compression in HALF:  # 16 bits would lose its digits, or overflow
             ballot = self._ballot()
-            if averages:
+            if self._averages(due):
                 self._average(ballot)
-        if self._count is not None:
-            ballot = torch.cat((self._divide(ballot[0], ballot[2]).view(1), ballot[1:]))
+        loss = ballot[0] if self._count is None else self._divide(*ballot)
         self._forget()
-        if not self.cuda:
-            loss, votes, _ = ballot.tolist()
-            return loss, votes > 0
-        deferred = DeferredScalars(ballot)
-        # The averages of post-local SGD are rare, so its ranks wait for the votes of that step itself.
-        asked, self._before = deferred if local else self._before, deferred
-        return deferred, averages and asked is not None and asked.read()[1] > 0
+        return DeferredScalar(loss) if self.cuda else loss.item()
 
     def _check_unused(self) -> None:
         """Name the parameters that DDP waits for in vain: their bucket, and all after it, were not averaged.

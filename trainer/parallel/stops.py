@@ -32,20 +32,20 @@ class Stops:
     ) -> None:  # fmt: skip
         """Several ranks must be in a process group, or have a `store`. `beat` is called while others are waited for."""
         self.rank, self.world_size, self.beat, self.flag = rank, world_size, beat, flag
-        self.passed = self.told = 0
+        self.passed = 0
         """Ticks that this rank has passed."""
+        self.told = 0
         self.frozen = False
         """Whether it may pass no further one before `last` is known."""
         self.last = 1
         """The tick to stop at, once it is known."""
         self.error: Exception | None = None
-        self.lock, self.known, self.wake, self.closed = threading.Lock(), threading.Event(), threading.Event(), False
+        self.lock, self.closed = threading.Lock(), False
+        self.connected, self.known, self.wake = threading.Event(), threading.Event(), threading.Event()
         self.thread: threading.Thread | None = None
         if world_size > 1:
-            from torch.distributed import PrefixStore
-
-            self.store = PrefixStore(f"stops-{next(_numbers)}", store or _clone_default_store())
-            self.thread = threading.Thread(target=self._watch, name="stops", daemon=True)
+            arguments = f"stops-{next(_numbers)}", store
+            self.thread = threading.Thread(target=self._watch, args=arguments, name="stops", daemon=True)
             self.thread.start()
 
     def tick(self) -> bool:
@@ -71,7 +71,10 @@ class Stops:
     def tell(self, key: str, value: str, limit_s: float, beat: Callable[[], None]) -> dict[int, str]:
         """Tell all ranks a value, beside any collective; what they told, within a limit, by their ranks."""
         self.told += 1
-        store, end, found = self.store, time.monotonic() + limit_s, {self.rank: value}
+        end, found = time.monotonic() + limit_s, {self.rank: value}
+        if not self.connected.wait(limit_s):
+            return found
+        store = self.store
         store.set(f"{key}-{self.told}-{self.rank}", value)
         while len(found) < self.world_size and time.monotonic() < end:
             for rank in set(range(self.world_size)) - found.keys():
@@ -88,8 +91,12 @@ class Stops:
         if self.thread is not None:
             self.thread.join(JOIN_S)
 
-    def _watch(self) -> None:
+    def _watch(self, name: str, store: Any) -> None:
+        from torch.distributed import PrefixStore
+
         try:
+            self.store = PrefixStore(name, store or _clone_default_store())
+            self.connected.set()
             pause = max(LOOK_S, LOOK_EACH_S * self.world_size)
             while not (self.frozen or self.flag.requested is not None or self.store.check(["frozen"])):
                 self.wake.wait(pause)
@@ -118,7 +125,7 @@ class Stops:
 
 
 def _clone_default_store() -> Any:
-    """The store of the process group, by a connection of its own.
+    """The store of the process group, by a connection of its own, which can take seconds: torch asks a name server.
 
     The main thread uses the group's own, for a new group even while it waits for the others; they share it before torch
     2.8, which cannot clone it. The name is private because no public one is in all versions of torch.

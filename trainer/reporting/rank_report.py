@@ -15,7 +15,7 @@ import torch
 
 from trainer.config.job import Job
 from trainer.data.sampler import MicroBatch, Position
-from trainer.parallel.base import DeferredScalars, Parallel
+from trainer.parallel.base import DeferredScalar, Parallel
 from trainer.records import write_json
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.metrics import Sink, make_sinks
@@ -39,7 +39,7 @@ class Report:
         """In this attempt."""
         self.paused_s = 0.0
         """Spent on evaluations and saves."""
-        self.losses: list[DeferredScalars | float] = []
+        self.losses: list[DeferredScalar | float] = []
         """Of the steps since metrics were last written, which had so many samples:"""
         self.samples_since = 0
         self.first_step, self.steps, self.steps_per_epoch = 1, 0, 1
@@ -59,7 +59,7 @@ class Report:
         self.started = self.written = time.perf_counter()
         self.phase("beginning", position)
 
-    def step(self, position: Position, loss: DeferredScalars | float, rate: float, samples: int) -> None:
+    def step(self, position: Position, loss: DeferredScalar | float, rate: float, samples: int) -> None:
         """A step is done; `loss` is the mean over its global batch."""
         self.done(position, samples)
         if not self.is_first:

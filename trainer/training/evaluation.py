@@ -44,7 +44,7 @@ def evaluate(
     try:
         with evaluation_mode(model), any_kernels():
             for turn in range(rounds):
-                if parallel.any(stop()):
+                if stop():
                     return None
                 if turn < len(plan):
                     number, indices = plan[turn]

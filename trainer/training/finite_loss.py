@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from trainer.data.sampler import MicroBatch
-from trainer.parallel.base import DeferredScalars
+from trainer.parallel.base import DeferredScalar
 from trainer.reporting.rank_report import Report
 
 
@@ -18,14 +18,14 @@ class LossCheck:
     def __init__(self, on_nan: str, report: Report) -> None:
         """`on_nan`: of the job, "halt" or "skip"."""
         self.halts, self.report = on_nan == "halt", report
-        self.deferred: tuple[DeferredScalars, int, list[MicroBatch]] | None = None
+        self.deferred: tuple[DeferredScalar, int, list[MicroBatch]] | None = None
 
-    def allows_update(self, loss: DeferredScalars | float, step: int, micros: Sequence[MicroBatch]) -> bool:
+    def allows_update(self, loss: DeferredScalar | float, step: int, micros: Sequence[MicroBatch]) -> bool:
         """Whether the gradients of `step` may be applied; `micros`: what this rank computed.
 
         Raises NonFiniteLoss: this loss, or the deferred one before it, and the job says halt.
         """
-        if isinstance(loss, DeferredScalars) and self.halts:
+        if isinstance(loss, DeferredScalar) and self.halts:
             self.read_deferred()
             self.deferred = loss, step, list(micros)
             return True
@@ -37,7 +37,7 @@ class LossCheck:
         if deferred is not None:
             self._is_finite(*deferred)
 
-    def _is_finite(self, deferred: DeferredScalars | float, step: int, micros: Sequence[MicroBatch]) -> bool:
+    def _is_finite(self, deferred: DeferredScalar | float, step: int, micros: Sequence[MicroBatch]) -> bool:
         loss = float(deferred)
         if math.isfinite(loss):
             return True

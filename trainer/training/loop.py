@@ -21,6 +21,7 @@ from trainer.errors import JobError, Stopped
 from trainer.parallel.base import Parallel
 from trainer.parallel.fast_path import make_step
 from trainer.parallel.returned import check_count
+from trainer.parallel.stops import Stops
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.cadence import Cadence
@@ -45,10 +46,10 @@ class Trainer:
 
     def __init__(
         self, job: Job, task: Task, parallel: Parallel, report: Report, model: torch.nn.Module,
-        stop: Callable[[], bool], train_data: Any, eval_data: Any,
+        train_data: Any, eval_data: Any,
     ) -> None:  # fmt: skip
-        """Put everything together; `model` is on its device already. `stop` says whether this rank was asked to."""
-        self.job, self.task, self.parallel, self.report, self.stop = job, task, parallel, report, stop
+        """Put everything together; `model` is on its device already."""
+        self.job, self.task, self.parallel, self.report = job, task, parallel, report
         train, device = job.train, parallel.device
         count, self.eval_count = (count_samples(*each) for each in zip(DATASETS, (train_data, eval_data), strict=True))
         self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed)
@@ -75,6 +76,7 @@ class Trainer:
         self.model, self.state = model, TrainingState(job, parallel, report)
         self.state.track(model=model, optimizer=self.optimizer, scaler=self.scaler, average=self.average)
         self.position = self.state.position
+        self.stops = Stops(parallel.rank, parallel.world_size, partial(report.phase, "saving", self.position))
         self.own_generators = find_generators(task, "task") | model_generators(model)
         self.continuation = Continuation(job, self.sampler, self.state, report)
         self.plan()
@@ -189,14 +191,14 @@ class Trainer:
             weight = parallel.world_size * bool(micro.count) / micro.step_count
             if micro.last:
                 self.report.samples(position, micros)
-            parallel.backward(losses, weight, self.scaler, self.stop())
+            parallel.backward(losses, weight, self.scaler)
         if not self.checked:
             self.checked = True
             self.tell(check_gradients(self.model, self.parameters))
         step_count = micros[0][0].step_count
         after = position.after(step_count, self.sampler.count)
         due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)
-        loss, stop = parallel.agree(due)
+        loss = parallel.agree(due)
         if self.loss_check.allows_update(loss, after.step, [micro for micro, _ in micros]):
             self.update()
         self.drop_gradients()
@@ -204,7 +206,7 @@ class Trainer:
         whole = parallel.finish_step(self.optimizer, due)
         self.state.evaluated = not due
         self.report.step(position, loss, rate, step_count)
-        if whole and stop and position.step < self.steps:
+        if whole and position.step < self.steps and self.stops.tick():
             self.save_and_stop()
         if due:
             self.finish_step()
@@ -281,9 +283,9 @@ class Trainer:
             self.report.pause(time.perf_counter() - started)
 
     def stop_early(self) -> bool:
-        """Whether to leave an evaluation: not the last one, which ends the run anyway."""
+        """Whether to leave an evaluation; the last one, too: what was trained before it may not be saved yet."""
         self.report.phase("evaluating", self.position)
-        return self.stop()
+        return self.stops.tick()
 
     def save_and_stop(self) -> None:
         """Commit a checkpoint and end with the exit code that asks for a requeue."""

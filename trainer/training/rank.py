@@ -61,12 +61,13 @@ def train(
         for note in notes:
             report.note(note)
         parallel.wrap(Step(model, task, autocast(job.train.precision, parallel.device), job.train.compile))
-        trainer = Trainer(job, task, parallel, report, parallel.step.model, lambda: FLAG.requested is not None, *data)
+        trainer = Trainer(job, task, parallel, report, parallel.step.model, *data)
         metrics = trainer.fit(on_failure)
         report.finish(metrics)
         report.say("\n" + plain_table(folder))
         pulse.beat(trainer.position.step, "finishing")
         parallel.close()
+        trainer.stops.close()
     except BaseException as error:
         on_failure(error)
         raise

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.data.generators import model_generators
 from trainer.errors import JobError, Stopped
-from trainer.parallel.base import DeferredScalars
+from trainer.parallel.base import DeferredScalar
 from trainer.parallel.wrapping import evaluating, wrap_module
 from trainer.signals import FLAG, SIGNALS
 from trainer.training.course import Course
@@ -125,7 +125,7 @@ class Session(Course):
             self.logged[name] = value.detach() if isinstance(value, Tensor) else value
             if "loss" in name:
                 deferred = isinstance(value, Tensor) and value.is_cuda
-                number = DeferredScalars(value.detach().view(1)) if deferred else float(self.logged[name])
+                number = DeferredScalar(value.detach()) if deferred else float(self.logged[name])
                 self.loss_check.allows_update(number, self.step + 1, [self.micro] if self.micro else [])
 
     def evaluate(
@@ -167,10 +167,11 @@ class Session(Course):
             if error is None:
                 self._finish()
             elif isinstance(error, Stopped):
-                self._leave()
+                self.parallel.close()
         except JobError as problem:
             raise refusal(problem) from None
         finally:
+            self.stops.close()  # after the group: until all ranks are here, one may wait for an answer
             self.state.close()
             self.report.close()
             for number, handler in self.handlers.items():
@@ -186,8 +187,4 @@ class Session(Course):
             self.save(wait=False)
         self.state.settle()
         self.report.finish(self.state.metrics)
-        self._leave()
-
-    def _leave(self) -> None:
-        self.stops.close()
         self.parallel.close()

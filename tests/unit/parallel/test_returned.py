@@ -110,12 +110,12 @@ def test_gradients_of_sums_and_counts_are_those_of_their_quotient() -> None:
     for part in (slice(0, 2), slice(2, 6)):
         losses = torch.where(counted[part], model(inputs[part]).square(), 0)
         pair = losses.sum(1), counted[part].sum(1)
-        parallel.backward(read_losses(pair if part.start else (pair[0].sum(), pair[1].sum())), 1 / 6, None, False)
-    loss, _ = parallel.agree(False)
+        parallel.backward(read_losses(pair if part.start else (pair[0].sum(), pair[1].sum())), 1 / 6, None)
+    loss = parallel.agree(False)
     assert float(loss) == pytest.approx(float(total.detach()), rel=1e-14)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-13, atol=1e-15)
         parameter.grad = None
-    parallel.backward(read_losses((model(inputs).sum() * 0, 0)), 1 / 6, None, False)
-    assert parallel.agree(False)[0] == 0
+    parallel.backward(read_losses((model(inputs).sum() * 0, 0)), 1 / 6, None)
+    assert parallel.agree(False) == 0
     assert all(not parameter.grad.any() for parameter in model.parameters())  # type: ignore[union-attr]

@@ -42,7 +42,7 @@ def try_it(folder: Path, task: Small, data: Any = None, seen: Callable[[Trainer]
     parallel.wrap(Step(model, task, nullcontext, False))
     report = Report(job, run, 0, parallel, Pulse(0))
     data = task.train_dataset() if data is None else data
-    trainer = Trainer(job, task, parallel, report, model, lambda: False, data, task.eval_dataset())
+    trainer = Trainer(job, task, parallel, report, model, data, task.eval_dataset())
     seen(trainer)
     trainer.try_everything()
     return [event["message"] for event in run.read_events() if event["event"] == "notice"]
