@@ -21,8 +21,10 @@ def find_clash(module: str) -> Path | None:
     waiting, seen = [(module, folders)], set[Path]()
     while waiting:
         name, places = waiting.pop()
-        if name.partition(".")[0] == OWN.name and places is folders and not _is_ours(name):
-            return theirs
+        if name.partition(".")[0] == OWN.name and places is folders:
+            if not _is_ours(name):
+                return theirs
+            continue  # what it imports itself is ours, too
         stems = [place.joinpath(*name.split(".")) for place in places]
         for file in {path for stem in stems for path in (stem.with_suffix(".py"), stem / "__init__.py")} - seen:
             if file.is_file():
