@@ -5,6 +5,7 @@ Commands that need Slurm, an engine or a cluster are run by those tiers; here th
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import signal
@@ -168,3 +169,11 @@ def test_job_files_are_valid(tmp_path: Path, page: Path, monkeypatch: pytest.Mon
 def test_the_script_of_the_page_is_the_one_that_is_linked() -> None:
     text, *_ = documents.code(documents.ROOT / "docs/your-script.md", "yaml")
     assert text in (documents.ROOT / "docs/tutorial/line.yaml").read_text()
+
+
+def test_ten_lines_make_a_script_go_on() -> None:
+    """The page shows how the session's script differs from the plain one."""
+    plain, session = ((documents.ROOT / path).read_text().splitlines() for path in documents.SCRIPTS)
+    shown = [*difflib.unified_diff(plain, session, *documents.SCRIPTS, n=1, lineterm="")]
+    assert documents.code(documents.ROOT / "docs/your-script.md", "diff") == ["\n".join([*shown, ""])]
+    assert len([line for line in shown if re.match(r"\+[^+\n]", line)]) <= 10 and len(session) <= 60

@@ -16,6 +16,8 @@ from muster_runs import environment
 from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ("tests/support/plain_digits.py", "jobs/digits_script.py")
+"""The same training without a session and with one."""
 SHORT = ("device=cpu", "train.steps=12")
 TIERS = {
     "slurm": re.compile(r"(sbatch|srun|squeue|scancel) |make slurm-|muster (?!render)\S+ .*--on slurm"),

@@ -150,7 +150,15 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def order_of_samples(folder: Path) -> dict[int, list[int]]:
-    """The samples of each epoch in the order in which the run, all its attempts together, learned from them.
+    """The samples of each epoch in the order in which the run, all its attempts together, learned from them."""
+    epochs: dict[int, list[int]] = {}
+    for (epoch, _), samples in samples_of_steps(folder).items():
+        epochs.setdefault(epoch, []).extend(samples)
+    return epochs
+
+
+def samples_of_steps(folder: Path) -> dict[tuple[int, int], list[int]]:
+    """The samples of each step, rank after rank, by epoch and step, in order.
 
     What an attempt did after the checkpoint that the next one resumed from never happened to the weights.
     """
@@ -160,11 +168,11 @@ def order_of_samples(folder: Path) -> dict[int, list[int]]:
         for line in path.read_text().splitlines()
     ]
     began = {event["attempt"]: event["step"] for event in events(folder, "training")}
-    epochs: dict[int, list[int]] = {}
+    steps: dict[tuple[int, int], list[int]] = {}
     for line in sorted(lines, key=lambda line: line["step"]):  # stable: in a step, rank after rank
         if all(line["step"] < step for attempt, step in began.items() if attempt > line["attempt"]):
-            epochs.setdefault(line["epoch"], []).extend(line["samples"])
-    return epochs
+            steps.setdefault((line["epoch"], line["step"]), []).extend(line["samples"])
+    return steps
 
 
 def _train_rank(job: Job, folder: Path, environment: dict[str, str], fault: Fault | None) -> None:

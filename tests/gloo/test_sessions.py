@@ -1,0 +1,133 @@
+"""Scripts on a session: killed after every step, stopped and resumed at another world size, as if nothing happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from muster_runs import FULL, HERE, Run, environment
+from paths import ROOT
+from ranks import events, order_of_samples, samples_of_steps
+from states import difference, read_state
+
+from trainer.errors import DONE, FAILED, STOPPED
+from trainer.records import read_lines
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+EPOCHS, STEPS_PER_EPOCH = 2, 6
+STEPS = EPOCHS * STEPS_PER_EPOCH
+
+
+class Script(NamedTuple):
+    """A training of two epochs with six steps each, the last of them smaller."""
+
+    path: Path
+    words: tuple[str, ...]
+    samples: int
+    moments: int = 2
+    """Before or after the update of an optimizer, in each step."""
+
+
+SCRIPTS = {
+    "digits": Script(ROOT / "jobs/digits_script.py", ("--epochs=2", "--batch-size=240"), 1438),
+    "gan": Script(ROOT / "jobs/gan_script.py", ("--steps=12", "--batch-size=300"), 1797, 4),
+    "tutorial": Script(HERE / "tutorial_script.py", ("--epochs=2", "--samples=203", "--batch-size=36"), 203),
+    "gpt": Script(HERE / "gpt_script.py", ("--steps=12", "--samples=101", "--batch-size=18", "--accumulate=2"), 101),
+}
+PRELOAD = "preload=[sklearn.datasets]"
+FEW = [("digits", 4)] if not FULL else [(name, 4) for name in SCRIPTS]
+
+
+def train(folder: Path, name: str, ranks: int, plan: str = "calm", *keys: str, code: int = DONE) -> str:
+    """Train in `folder`, or go on there, as the agent of one node; return what it printed."""
+    script = SCRIPTS[name]
+    words = [str(folder / "strikes"), plan, str(script.path), *script.words]
+    folder.mkdir(exist_ok=True)
+    command = [
+        sys.executable, "-m", "trainer", str(HERE / "sessions.yaml"), f"script_args={json.dumps(words)}",
+        f"devices_per_node={ranks}", PRELOAD, *keys,
+    ]  # fmt: skip
+    variables = {"MUSTER_RUN": str(folder), "MUSTER_JOB_ID": Run(folder).job_id}
+    done = subprocess.run(
+        command, cwd=HERE, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-5000:]
+    return done.stdout
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    """What the script logged of each step; what a later attempt did again counts."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "train"]
+    return {line["step"]: {key: value for key, value in line.items() if "loss" in key} for line in lines}
+
+
+def assert_as_if_nothing_had_happened(run: Path, calm: Path, name: str) -> None:
+    """Same weights, optimizers, losses and order; each sample once in each epoch."""
+    assert difference(read_state(calm), read_state(run)) == ""
+    assert logged(run) == logged(calm) and len(logged(run)) == STEPS
+    assert_order(run, calm, name)
+
+
+def assert_order(run: Path, calm: Path, name: str) -> None:
+    """The same samples in each step; which rank and micro-batch has which depends on their number."""
+    steps, calm_steps = (
+        {at: sorted(samples) for at, samples in samples_of_steps(each).items()} for each in (run, calm)
+    )
+    assert steps == calm_steps and len(steps) == STEPS
+    order = order_of_samples(run)
+    assert all(sorted(order[epoch]) == list(range(SCRIPTS[name].samples)) for epoch in range(EPOCHS))
+
+
+@pytest.mark.parametrize("name, ranks", [(name, ranks) for name in SCRIPTS for ranks in (1, 2)] + FEW)
+def test_kill_after_each_step(tmp_path: Path, name: str, ranks: int) -> None:
+    """One rank after the other, now and then all at once; before or after an update, or FULL: at every such moment."""
+    script = SCRIPTS[name]
+    train(tmp_path / "calm", name, ranks)
+    train(tmp_path / "run", name, ranks, "kill:all" if FULL else f"kill:{script.moments}")
+    struck = {int(path.name.partition("-")[0]) for path in (tmp_path / "run/strikes").iterdir()}
+    assert struck == set(range(STEPS)), "some step was never struck"
+    assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "calm", name)
+
+
+@pytest.mark.parametrize("name", SCRIPTS if FULL else ["digits", "gpt"])
+def test_stop_and_resume_at_another_world_size(tmp_path: Path, name: str) -> None:
+    train(tmp_path / "calm", name, 1)
+    for ranks, step in ((2, 2), (1, 4), (4, 8))[:: 1 if FULL else 2]:
+        train(tmp_path / "run", name, ranks, f"stop-in:{step}", code=STOPPED)
+        assert events(tmp_path / "run", "stopped")[-1]["step"] >= step
+    train(tmp_path / "run", name, 1 if FULL else 2)
+    assert_order(tmp_path / "run", tmp_path / "calm", name)
+    if name == "digits":  # no random numbers of a rank's own
+        pairs = zip(logged(tmp_path / "run").items(), logged(tmp_path / "calm").items(), strict=True)
+        assert all(one == (step, pytest.approx(values, rel=1e-3)) for one, (step, values) in pairs)
+
+
+def start(folder: Path, code: int, plan: str, *command: str | Path) -> str:
+    """Train the digits without an agent in `folder`, or go on there; return what was printed."""
+    script = SCRIPTS["digits"]
+    words = [folder / "strikes", plan, script.path, *script.words, f"--folder={folder}"]
+    # Or the ranks that torchrun starts again would find in its store what those before them wrote (torch 2.13).
+    variables = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(
+        list(map(str, [*command, HERE / "struck.py", *words])), env=variables, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=120, cwd=folder.parent,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def test_the_same_script_as_a_plain_program(tmp_path: Path) -> None:
+    """Of Python, and of torchrun, which starts it again."""
+    torchrun = [TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    start(tmp_path / "calm", DONE, "calm", sys.executable)
+    start(tmp_path / "run", STOPPED, "stop-in:2", sys.executable)
+    said = start(tmp_path / "run", FAILED, "kill-in:4,stop-in:9", *torchrun)
+    assert said.count(f"exitcode  : {STOPPED} ") > 0 and said.count("(exitcode: -9)") == 1, said
+    start(tmp_path / "run", DONE, "calm", sys.executable)
+    assert_order(tmp_path / "run", tmp_path / "calm", "digits")
+    assert [event["world_size"] for event in events(tmp_path / "run", "training")] == [1, 2, 2, 1]

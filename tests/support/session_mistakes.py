@@ -1,0 +1,146 @@
+"""Small scripts on a session, each with one mistake, and processes that run them as python or torchrun would."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import Run, free_port, start, wait
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import muster
+from trainer.training import misuse
+
+
+class Parts:
+    """A session with a model and an optimizer on it."""
+
+    def __init__(self, session: muster.Session) -> None:
+        self.session = session
+        self.model = session.wrap(nn.Linear(1, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        session.track(model=self.model, optimizer=self.optimizer)
+
+    def step(self, batch: tuple[Tensor]) -> None:
+        """Forward, backward, update."""
+        self.optimizer.zero_grad()
+        self.model(batch[0]).square().mean().backward()
+        self.optimizer.step()
+
+
+def numbers(count: int = 12) -> TensorDataset:
+    """So many samples of one number."""
+    return TensorDataset(torch.arange(count, dtype=torch.float32).unsqueeze(1))
+
+
+@contextmanager
+def parts(folder: Path, **settings: Any) -> Iterator[Parts]:
+    """As a script begins."""
+    with muster.Session(run=folder / "run", log={"tensorboard": False, "samples": True}, **settings) as session:
+        yield Parts(session)
+
+
+def calm(folder: Path) -> None:
+    """No mistake."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+
+
+def stops(folder: Path, count: int = 12) -> None:
+    """No mistake: it is asked to."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(count), 4, epochs=2):
+            made.step(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tracks_late(folder: Path) -> None:
+    """After the first batch."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+            made.session.track(more=nn.Linear(1, 1))
+
+
+def tracks_a_number(folder: Path) -> None:
+    """Which has no `state_dict`."""
+    with parts(folder) as made:
+        made.session.track(count=3)
+
+
+def updates_too_often(folder: Path) -> None:
+    """For every micro-batch."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2, accumulate=2):
+            made.step(batch)
+
+
+def leaves_early(folder: Path) -> None:
+    """The last rank, while the others go on."""
+    misuse.LEFT_S = 1.0  # instead of half a minute
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+            if made.session.step == 1 and made.session.rank == made.session.world_size - 1:
+                break
+
+
+def skips_a_batch(folder: Path) -> None:
+    """The last rank does not learn from it."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            if made.session.step == 1 and made.session.rank == made.session.world_size - 1:
+                continue
+            made.step(batch)
+
+
+def loops_in_a_loop(folder: Path) -> None:
+    """Two at once."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+            for other in made.session.batches(numbers(), 4, epochs=2):
+                made.step(other)
+
+
+def misspells(folder: Path) -> None:
+    """A setting."""
+    with parts(folder, checkpoint={"every_step": 3}):
+        pass
+
+
+def misspells_a_section(folder: Path) -> None:
+    """A setting that has no others in it."""
+    with parts(folder, sede=3):
+        pass
+
+
+def call(function: Callable[..., None], folder: Path, ranks: int = 1, *arguments: Any) -> Run:
+    """Call a function of this module in one process, or in several as torchrun starts them."""
+    folder.mkdir(exist_ok=True)
+    attempt = len(list(folder.glob("rank0-*.log")))
+    shared = {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    processes = []
+    for rank in range(ranks):
+        mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        processes.append(start(_call, function, folder, mine, folder / f"rank{rank}-{attempt}.log", arguments))
+    return Run(folder, wait(processes, 60.0), attempt)
+
+
+def _call(function: Callable[..., None], folder: Path, variables: dict[str, str], log: Path, arguments: Any) -> None:
+    os.environ.update(variables)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    function(folder, *arguments)

@@ -1,0 +1,80 @@
+"""A script on a session, run by this one, in which a signal strikes a rank at exact moments: each of them once per run.
+
+`struck.py FOLDER PLAN SCRIPT ARGUMENT ...`. FOLDER remembers what struck already. Plans, with commas between several:
+kill:N     SIGKILL in every step, before or after the update of an optimizer: one of the N such moments of a step after
+           the other, one rank after the other, and in every fourth step all ranks at once
+kill:all   SIGKILL at each of these moments
+kill-in:S  SIGKILL in step S, counted from 1, to the last rank
+stop-in:S  SIGTERM
+calm       nothing
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.optim import optimizer
+
+from trainer.training.session import Session
+
+RECORDED = {"every_steps": 1, "samples": True, "tensorboard": False}
+
+
+class Strikes:
+    """When this rank is struck."""
+
+    def __init__(self, folder: Path, plan: str) -> None:
+        self.folder = folder
+        self.plans = [part.partition(":")[::2] for part in plan.split(",")]
+        self.sessions: list[Session] = []
+        self.step, self.turn = -1, 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def moment(self, *_: Any) -> None:
+        """Before or after the update of an optimizer: the so-manieth moment of this step."""
+        if not self.sessions:
+            return
+        session = self.sessions[-1]
+        self.step, self.turn = session.step, self.turn + 1 if session.step == self.step else 0
+        for kind, argument in self.plans:
+            if self.strikes(session, kind, argument):
+                try:
+                    (self.folder / f"{self.step}-{self.turn}-{session.rank}").touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                os.kill(os.getpid(), signal.SIGTERM if kind == "stop-in" else signal.SIGKILL)
+
+    def strikes(self, session: Session, kind: str, argument: str) -> bool:
+        """Whether it is this rank's turn."""
+        if kind.endswith("-in"):
+            return self.step + 1 == int(argument) and self.turn == 0 and session.rank == session.world_size - 1
+        if kind != "kill":
+            return False
+        mine = self.step % 4 == 3 or session.rank == self.step % session.world_size
+        return mine and (argument == "all" or self.turn == self.step % int(argument))
+
+
+def watched(make: Callable[..., None], strikes: Strikes) -> Callable[..., None]:
+    """A constructor of sessions that tells of each, and has all its steps recorded."""
+
+    def construct(session: Session, *arguments: Any, **options: Any) -> None:
+        make(session, *arguments, **{"log": RECORDED, **options})
+        strikes.sessions.append(session)
+
+    return construct
+
+
+if __name__ == "__main__":
+    _, where, plan, *sys.argv = sys.argv
+    strikes = Strikes(Path(where), plan)
+    Session.__init__ = watched(Session.__init__, strikes)  # type: ignore[method-assign]
+    optimizer.register_optimizer_step_pre_hook(strikes.moment)
+    optimizer.register_optimizer_step_post_hook(strikes.moment)
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
