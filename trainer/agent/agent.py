@@ -95,7 +95,7 @@ class NodeAgent:
             return code, reason
         finally:
             self._end_ranks()
-            self.writer.close(self.job.agent.grace_s)
+            self.writer.close(KILL_S if self._stop_requested() else self.job.agent.grace_s)
             self.rendezvous.shutdown()
 
     def _run_rounds(self) -> int:

@@ -4,6 +4,7 @@ It comes from the fork server when a rank has something to save, and serves that
 `trainer.checkpoint.writer`. The rank of the next attempt waits for it, and then gets one of its own.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -65,6 +66,8 @@ def write(connection: socket.socket, paths: tuple[str, ...]) -> None:
     """The body of the process."""
     set_parent_death_signal(os.getppid(), signal.SIGKILL)  # the fork server's end is the agent's
     ignore_signals()
+    with contextlib.suppress(OSError):  # a sandbox may refuse; `top` tells it by this name
+        Path("/proc/self/comm").write_text("muster-writer")
     import torch
 
     from trainer.checkpoint.writer import serve

@@ -4,6 +4,7 @@ On a GPU the copies are queued behind the step, and the process does not wait fo
 nothing, because the next step may not change what is still being copied.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -150,9 +151,12 @@ class Copies:
 
     def close(self) -> None:
         """Leave the buffers to others."""
+        with contextlib.suppress(RuntimeError):  # of a GPU that failed
+            self.settle(False)
         self.let_go()
-        for buffer in self.buffers:
-            buffer.close()
+        if self.filling is None:  # else a GPU still writes there, or hangs
+            for buffer in self.buffers:
+                buffer.close()
 
 
 def read_copy(memory: Memory, index: int, seal: Seal) -> Contents:

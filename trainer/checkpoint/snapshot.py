@@ -4,6 +4,7 @@ The head is a table of the tensors (JSON) and the state with a `Place` for each 
 `weights_only`). Sparse and empty tensors are part of it.
 """
 
+import contextlib
 import ctypes
 import io
 import json
@@ -129,6 +130,9 @@ class Buffer:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
             if int(torch.cuda.cudart().cudaHostRegister(address, self.size, 0)) == 0:
                 self.registered = address
+            else:  # copies wait, then; the next kernel would raise what went wrong here
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device="cuda")
 
     def close(self) -> None:
         """Unmap it."""

@@ -91,7 +91,8 @@ class TrainingState:
             except Exception as error:
                 problem = error
         if self.parallel.any(problem is not None):
-            raise problem or RuntimeError("rank 0 could not save; its log says why")
+            said = self.parallel.share(f"{type(problem).__name__}: {problem}")
+            raise problem or RuntimeError(f"rank 0 could not save: {said}")
         self.report.pause(time.perf_counter() - started)
 
     def _wait(self) -> None:
