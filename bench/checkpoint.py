@@ -3,7 +3,7 @@
 Ways of saving take turns on the same state in one process, whose steps are matrix products on one core. A stall is
 the time of the call that saves; its limit is one copy of the state in memory. Everything goes to one folder on disk.
 
-    python bench/checkpoint.py [--megabytes 400 2000] [--rounds 5] [--output bench/results/checkpoint.json]
+    python bench/checkpoint.py [--megabytes 400 2000] [--rounds 5] [--quick] [--output bench/results/checkpoint.json]
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ class Ways:
         self.agent.look()
         return lambda: keeper.wait(nothing)
 
+    def close(self) -> None:
+        """Let the next ones begin anew."""
+        for keeper in self.keepers.values():
+            keeper.close(nothing)
+        if self.agent.process is not None:
+            self.agent.process.join()
+
     def ours_waiting(self, state: dict[str, Any], folder: Path) -> Callable[[], None]:
         """`checkpoint.asynchronous=false`."""
         return self._save(False, state, folder)
@@ -89,9 +97,12 @@ class Ways:
         return lambda: (future.result(), None)[1]
 
 
-BESIDE = "muster, while another is written"
+COPY, OURS, BESIDE = "memory copy", "muster", "muster, while another is written"
+QUICK = (COPY, OURS, BESIDE)
+GATE = 2.0
+"""What fails `--quick`, on a machine that runs other tests too: a median ratio to the copy above it."""
 WAYS: dict[str, Callable[[Ways], Save]] = {
-    "memory copy": lambda ways: ways.copy, "muster": lambda ways: ways.ours, BESIDE: lambda ways: ways.ours,
+    COPY: lambda ways: ways.copy, OURS: lambda ways: ways.ours, BESIDE: lambda ways: ways.ours,
     "muster, asynchronous=false": lambda ways: ways.ours_waiting, "torch.save": lambda ways: ways.torch_save,
     "torch async_save": lambda ways: ways.torch_async_save,
 }  # fmt: skip
@@ -132,18 +143,20 @@ def make_step() -> Callable[[], float]:
     return lambda: run(count)
 
 
-def compare(megabytes: int, rounds: int, folder: Path, agent: CheckpointWriter) -> list[dict[str, Any]]:
+def compare(
+    names: Sequence[str], megabytes: int, rounds: int, folder: Path, agent: CheckpointWriter
+) -> list[dict[str, Any]]:
     """Stalls, slow-down while writing, seconds until all is on disk; of each way over all rounds."""
     state, step = make_state(megabytes), make_step()
     ways = Ways(state, agent)
-    found: dict[str, dict[str, list[float]]] = {name: {"stall": [], "slower": [], "whole": []} for name in WAYS}
+    found: dict[str, dict[str, list[float]]] = {name: {"stall": [], "slower": [], "whole": []} for name in names}
     for number in range(rounds + 1):  # the first allocates, and does not count
-        for name, way in WAYS.items():
+        for name in names:
             alone = statistics.median(step() for _ in range(20))
             target = folder / f"{number}-{name.replace(' ', '-')}"
             before = ways.ours(state, folder / "before") if name == BESIDE else nothing
             began = time.perf_counter()
-            wait = way(ways)(state, target)
+            wait = WAYS[name](ways)(state, target)
             stall = time.perf_counter() - began
             beside = [step() for _ in range(20)]
             wait()
@@ -155,7 +168,8 @@ def compare(megabytes: int, rounds: int, folder: Path, agent: CheckpointWriter) 
             if number:
                 for key, value in (("stall", stall), ("slower", statistics.median(beside) / alone), ("whole", whole)):
                     found[name][key].append(value)
-    limit = found["memory copy"]["stall"]
+    ways.close()
+    limit = found[COPY]["stall"]
     return [
         {
             "way": name, "megabytes": megabytes, "rounds": rounds, "stall_s": spread(values["stall"]),
@@ -166,10 +180,22 @@ def compare(megabytes: int, rounds: int, folder: Path, agent: CheckpointWriter) 
     ]  # fmt: skip
 
 
-def main() -> None:
-    """Measure, print a table, write JSON."""
+def check(rows: Sequence[dict[str, Any]]) -> int:
+    """Print the ratios of ours; 1 when one is beyond the gate."""
+    code = 0
+    for row in rows:
+        ratio = row["ratio"]["median"]
+        if row["way"] != COPY:
+            code |= ratio > GATE
+            print(f"{row['way']}: {ratio:.2f} of a copy in memory (must be <= {GATE})")
+    return code
+
+
+def main() -> int:
+    """Measure, print a table, write JSON; 1 when `--quick` finds a save that is far too slow."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[400, 2000])
+    parser.add_argument("--megabytes", type=int, nargs="+", help="default 400 and 2000; 200 with --quick")
+    parser.add_argument("--quick", action="store_true", help="only ours against a copy in memory, for CI")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary folder")
     parser.add_argument("--output", type=Path, default=measure.RESULTS / "checkpoint.json")
@@ -184,10 +210,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         agent = CheckpointWriter(Path(folder), memory)
         os.environ |= memory.environment() | agent.environment()
-        for megabytes in options.megabytes:
-            rows += compare(megabytes, options.rounds, Path(folder), agent)
+        for megabytes in options.megabytes or ([200] if options.quick else [400, 2000]):
+            rows += compare(QUICK if options.quick else list(WAYS), megabytes, options.rounds, Path(folder), agent)
         agent.close(0)
     torch.distributed.destroy_process_group()
+    if options.quick:
+        return check(rows)
     head = ["way of saving", "state, MB", "stall, s", "stall / memory copy", "step beside it", "until on disk, s"]
     print(table([head, *(
         [row["way"], str(row["megabytes"]), *(show(row[key]) for key in ("stall_s", "ratio", "slower", "whole_s"))]
@@ -196,7 +224,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of all ways together: {peak:,.0f} MiB; muster's own share is two copies of the state")
     measure.write_results(options.output, rows=rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

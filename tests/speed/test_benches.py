@@ -26,7 +26,7 @@ def run(*words: str | Path, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["loop", "launch", "recovery"])
+@pytest.mark.parametrize("name", ["loop", "launch", "recovery", "checkpoint"])
 def test_it_is_not_slower_than_its_gate(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(BENCH / f"{name}.py", "--quick")
     with capsys.disabled():
