@@ -9,38 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.checkpoint.savable import check_savable
-from trainer.checkpoint.training_state import TrainingState
-from trainer.data.generators import Generators, seed_own
-from trainer.data.rng import STEPS, derive_seed, seed_generators
 from trainer.data.sampler import MicroBatch
-from trainer.errors import JobError, Stopped
-from trainer.parallel.stops import Stops
+from trainer.errors import JobError
 from trainer.parallel.wrapping import Gradients
 from trainer.training.batch_source import BatchSource, open_batches
-from trainer.training.finite_loss import LossCheck
+from trainer.training.boundary import Boundary
 from trainer.training.misuse import agree_left, explain
 from trainer.training.place import Place
 
 
-class Course:
+class Course(Boundary):
     """Where a training of a script stands, and how it goes on."""
 
     def __init__(self, place: Place) -> None:
         """Find what the training goes on from."""
-        self.job, self.parallel, self.report, self.pulse = place.job, place.parallel, place.report, place.pulse
-        self.state = TrainingState(self.job, self.parallel, self.report, explain)
+        super().__init__(place.job, place.parallel, place.report, explain)
+        self.pulse = place.pulse
         self.state.facts = self._facts
-        self.position = self.state.position
-        self.stops = Stops(
-            self.parallel.rank, self.parallel.world_size, lambda: self.report.phase("saving", self.position)
-        )
         self.gradients = Gradients()
-        self.own_generators: Generators = {}
-        self.loss_check = LossCheck(self.job.train.on_nan, self.report)
         self.logged: dict[str, Any] = {}
         self.source: BatchSource | None = None
         self.micro: MicroBatch | None = None
+        self.micros = 0
+        """Of this update, so far."""
         self.updates, self.epoch_ends = True, False
         self.begun = self.in_epochs = self.left = False
         self.epochs_before = self.last_epoch = 0
@@ -48,11 +39,10 @@ class Course:
         self.saved = self.place
         self.found = self.state.find()
         self.tried = self.found is not None
-        """Whether it is known that a checkpoint can hold all that is tracked."""
         if self.found is not None:
             self.state.restore_position(self.found)
             self.saved = self.place
-        self._seed(0)  # models and data that are made now are the same on all ranks
+        self.seed_generators(0)  # models and data that are made now are the same on all ranks
 
     @property
     def step(self) -> int:
@@ -157,26 +147,18 @@ class Course:
     def prepare(self, share: float, last: bool) -> None:
         """Get ready for what the script computes next; `share`: how much its mean counts in the global mean."""
         self.gradients.set(share, last)
-        self._seed(self.parallel.rank)
-
-    def _seed(self, rank: int) -> None:
-        value = derive_seed(self.job.seed, self.step, rank, STEPS)
-        seed_generators(value, self.parallel.devices)
-        if self.own_generators:
-            seed_own(self.own_generators, value)
+        self.seed_generators(self.parallel.rank + self.micros * self.parallel.world_size)
+        self.micros += 1
 
     def end_step(self, samples: int) -> None:
         """An update is done. Raises Stopped: all ranks agreed to stop here, and the checkpoint is committed."""
         self.position.step += 1
+        self.micros = 0
         self._write_log()
         self.report.done(self.position, samples)
-        if not self.tried:  # the optimizers have a state now
-            check_savable(self.state.contents(), script=True)
-            self.tried = True
+        self.try_savable()
         if self.stops.tick():
-            self.save(wait=True)
-            self.report.event("stopped", step=self.step)
-            raise Stopped
+            self.save_and_stop()
         every = self.job.checkpoint.every_steps
         if every and self.step % every == 0:
             self.save(wait=False)
@@ -189,8 +171,7 @@ class Course:
         self.logged.clear()
 
     def save(self, wait: bool) -> None:
-        self.loss_check.read_deferred()
-        self.state.save(wait)
+        super().save(wait)
         self.saved = self.place
 
     @property

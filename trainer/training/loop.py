@@ -8,27 +8,24 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.savable import check_savable
-from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
 from trainer.data.datasets import count_samples
 from trainer.data.device_mover import DeviceMover
-from trainer.data.generators import find_generators, model_generators, seed_own
+from trainer.data.generators import find_generators, model_generators
 from trainer.data.loader import Loader
-from trainer.data.rng import EVALUATION, STEPS, derive_seed, seed_generators
+from trainer.data.rng import EVALUATION
 from trainer.data.sampler import Indices, MicroBatch, Position, Sampler
-from trainer.errors import JobError, Stopped
+from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.fast_path import make_step
 from trainer.parallel.returned import check_count
-from trainer.parallel.stops import Stops
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
+from trainer.training.boundary import Boundary
 from trainer.training.cadence import Cadence
 from trainer.training.continuation import Continuation
 from trainer.training.determinism import missing_kernels_named
 from trainer.training.evaluation import evaluate, summarize
-from trainer.training.finite_loss import LossCheck
 from trainer.training.optimizer import OPTIMIZERS, Rates, make_optimizer, make_scaler
 from trainer.training.schedule import make_schedule
 from trainer.training.smallest_batch import check_smallest_batch
@@ -41,7 +38,7 @@ DATASETS = "task.train_dataset", "task.eval_dataset"
 """How errors call them."""
 
 
-class Trainer:
+class Trainer(Boundary):
     """Trains one task as one job says, from wherever its checkpoints stand."""
 
     def __init__(
@@ -49,7 +46,8 @@ class Trainer:
         train_data: Any, eval_data: Any,
     ) -> None:  # fmt: skip
         """Put everything together; `model` is on its device already."""
-        self.job, self.task, self.parallel, self.report = job, task, parallel, report
+        super().__init__(job, parallel, report)
+        self.task = task
         train, device = job.train, parallel.device
         count, self.eval_count = (count_samples(*each) for each in zip(DATASETS, (train_data, eval_data), strict=True))
         self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed)
@@ -57,7 +55,6 @@ class Trainer:
         # A trace shall show the update by its name, and an optimizer of the user's may have hooks.
         public = bool(job.log.profile_steps) or train.optimizer not in OPTIMIZERS
         self.update_weights = self.optimizer.step if public else make_step(self.optimizer)
-        self.loss_check = LossCheck(train.on_nan, report)
         self.rates = Rates(self.optimizer, train.lr)
         self.scaler = make_scaler(train.precision, device)
         self.average = None if train.ema_decay is None else WeightAverage(model, train.ema_decay)
@@ -73,10 +70,8 @@ class Trainer:
         )
         dtype = torch.float64 if train.precision == "float64" else None
         self.mover = DeviceMover(device, dtype, train.channels_last, job.data.prefetch)
-        self.model, self.state = model, TrainingState(job, parallel, report)
+        self.model = model
         self.state.track(model=model, optimizer=self.optimizer, scaler=self.scaler, average=self.average)
-        self.position = self.state.position
-        self.stops = Stops(parallel.rank, parallel.world_size, partial(report.phase, "saving", self.position))
         self.own_generators = find_generators(task, "task") | model_generators(model)
         self.continuation = Continuation(job, self.sampler, self.state, report)
         self.plan()
@@ -108,7 +103,7 @@ class Trainer:
 
     def train(self) -> Iterator[None]:
         """Go on from where the training stands to its end, a step at each `next`."""
-        tried = self.try_everything()
+        self.tried = not self.try_everything()
         self.warm_up()
         self.state.resume()
         self.continuation.check_data()
@@ -121,9 +116,7 @@ class Trainer:
         while self.position.step < self.steps:
             for micros in self.epoch():
                 whole = self.train_step(micros)
-                if tried:  # the optimizer has a state now
-                    check_savable(self.state.contents())
-                    tried = False
+                self.try_savable()
                 if whole:
                     self.state.boundary()
                 yield
@@ -139,7 +132,7 @@ class Trainer:
             check_smallest_batch(self.job, self.parallel, used, self.eval_count, self.read)
             Trial(
                 self.job, self.task, self.parallel, self.report, self.sampler, used, self.eval_count,
-                (self.loader, self.eval_loader), self.mover, lambda number: self.seed_generators(number, STEPS),
+                (self.loader, self.eval_loader), self.mover, self.seed_generators,
             ).run(self.evaluated_model, self.state.contents)  # fmt: skip
         return not passed
 
@@ -182,7 +175,7 @@ class Trainer:
     def train_step(self, micros: list[tuple[MicroBatch, Any]]) -> bool:
         """One update from one global batch; afterwards whatever is due. Whether all ranks hold the same weights now."""
         position, parallel = self.position, self.parallel
-        self.seed_generators(parallel.rank, STEPS)
+        self.seed_generators(parallel.rank)
         rate = self.rates.set(self.rate(position.step))
         for micro, batch in micros:
             losses = parallel.losses(batch, len(micro.indices), micro.last)
@@ -218,13 +211,6 @@ class Trainer:
             self.report.note(note)
             self.told.add(note)
 
-    def seed_generators(self, number: int, stream: bytes) -> None:
-        """Seed all generators for what is computed at the current position, so none is ever saved."""
-        value = derive_seed(self.job.seed, self.position.step, number, stream)
-        seed_generators(value, self.parallel.devices)
-        if self.own_generators:
-            seed_own(self.own_generators, value)
-
     def update(self) -> None:
         """Apply the gradients."""
         if self.scaler is not None:
@@ -252,7 +238,6 @@ class Trainer:
             metrics = self.evaluate()
             if metrics is None:
                 self.save_and_stop()
-                return
             self.state.metrics, self.state.measured_at = metrics, position.step
             self.report.evaluation(position, metrics)
             self.tell(unfrozen_weights(self.model, self.parameters))
@@ -261,7 +246,7 @@ class Trainer:
                 self.tell(differing_weights(self.parallel.differing_weights()))
         self.state.evaluated = True
         if self.cadence.checkpoint(position):
-            self.state.save(wait=position.step >= self.steps)
+            self.save(wait=position.step >= self.steps)
 
     def evaluate(self) -> dict[str, float] | None:
         """Metrics on the held-out data, of the averaged weights where there are such; None: stop instead."""
@@ -286,10 +271,3 @@ class Trainer:
         """Whether to leave an evaluation; the last one, too: what was trained before it may not be saved yet."""
         self.report.phase("evaluating", self.position)
         return self.stops.tick()
-
-    def save_and_stop(self) -> None:
-        """Commit a checkpoint and end with the exit code that asks for a requeue."""
-        self.loss_check.read_deferred()
-        self.state.save(wait=True)
-        self.report.event("stopped", step=self.position.step)
-        raise Stopped

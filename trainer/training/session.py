@@ -149,7 +149,7 @@ class Session(Course):
         self.state.metrics, self.state.measured_at = means, at.step
         self.report.evaluation(at, means)
         self.report.pause(time.perf_counter() - started)
-        self._seed(self.rank if self.begun else 0)
+        self.seed_generators(self.rank if self.begun else 0)
         return means
 
     def any(self, flag: bool) -> bool:
