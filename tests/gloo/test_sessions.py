@@ -91,6 +91,7 @@ def test_kill_after_each_step(tmp_path: Path, name: str, ranks: int) -> None:
     train(tmp_path / "run", name, ranks, "kill:all" if FULL else f"kill:{script.moments}")
     struck = {int(path.name.partition("-")[0]) for path in (tmp_path / "run/strikes").iterdir()}
     assert struck == set(range(STEPS)), "some step was never struck"
+    assert {event["folder"] for event in events(tmp_path / "run", "resume")} == {"memory"}
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "calm", name)
 
 

@@ -48,6 +48,13 @@ def test_a_script_job(slurm: Cluster, shared_path: Path) -> None:
     assert {(shared_path / str(rank)).read_text() for rank in range(4)} == {"6.0 ['--lr', '0.1']"}
 
 
+def test_a_script_on_a_session(slurm: Cluster, shared_path: Path) -> None:
+    run = submit(shared_path, "nodes=2", "script_args=[--epochs=2]", job="jobs/digits-script.yaml")
+    status = run.wait_end()
+    assert status["state"] == "done" and status["metrics"]["accuracy"] > 0.8, run.describe()
+    assert run.events("training")[-1]["world_size"] == 4
+
+
 def test_a_sweep_is_one_array_of_runs(slurm: Cluster, shared_path: Path) -> None:
     words = ("--sweep", "train.lr=0.01,0.002", "nodes=1", "train.steps=20", "task_args.step_s=0")
     folders = muster("submit", "tests/support/slow.yaml", f"runs={shared_path}", *words, "--on", "slurm").stdout.split()
