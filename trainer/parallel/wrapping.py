@@ -14,6 +14,8 @@ from trainer.parallel.module_state import evaluation_mode
 
 def wrap_module(module: nn.Module, parallel: Parallel, options: dict[str, Any]) -> nn.Module:
     """The module on this rank's device, under DDP where there are ranks and weights to train; `options` are DDP's."""
+    if isinstance(module, DistributedDataParallel):
+        return module
     module = module.to(parallel.device)
     if parallel.world_size == 1 or not any(weight.requires_grad for weight in module.parameters()):
         return module

@@ -160,7 +160,7 @@ class Course(Boundary):
         if self.stops.tick():
             self.save_and_stop()
         every = self.job.checkpoint.every_steps
-        if every and self.step % every == 0:
+        if every and self.step % every == 0 and not self.epoch_ends:  # then it is saved when the epoch is over
             self.save(wait=False)
         self.state.boundary()
 
