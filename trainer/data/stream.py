@@ -61,26 +61,27 @@ class Stream:
             self.mark, done = kept, kept["samples"]
         seed_generators(derive_seed(self.seed, position.epoch, 0))
         samples = iter(self.dataset)
-        for _ in itertools.islice(samples, position.samples - done):
-            pass
+        while done < position.samples:  # as when they were used, because the stream may shuffle what it has read
+            size = min(self.batch_size, position.samples - done)
+            done += len(self._next(samples, position.epoch, done, size)) or position.samples
         yield from self._batches(samples, position)
 
     def _batches(self, samples: Iterator[Any], start: Position) -> Iterator[tuple[MicroBatch, Any]]:
         done, epoch = start.samples, start.epoch
-        batch = self._next(samples, epoch, done)
+        batch = self._next(samples, epoch, done, self.batch_size)
         while batch:
             end, mark = done + len(batch), self.mark
             if self.has_state and end // self.batch_size % MARK == 0:
                 mark = {"state": self.dataset.state_dict(), "samples": end}
-            following = self._next(samples, epoch, end)
+            following = self._next(samples, epoch, end, self.batch_size)
             self.last = not following
             yield from self._cut(batch, epoch, done)
             self.mark, done, batch = mark, end, following
 
-    def _next(self, samples: Iterator[Any], epoch: int, done: int) -> list[Any]:
+    def _next(self, samples: Iterator[Any], epoch: int, done: int, size: int) -> list[Any]:
         """The samples of the next global batch, drawn as on all ranks."""
         seed_generators(derive_seed(self.seed, epoch, done))
-        return list(itertools.islice(samples, self.batch_size))
+        return list(itertools.islice(samples, size))
 
     def _cut(self, batch: list[Any], epoch: int, done: int) -> Iterator[tuple[MicroBatch, Any]]:
         parts = self.accumulate * self.world_size
