@@ -11,16 +11,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer.adapters import huggingface, lightning
     from trainer.task import Task
     from trainer.training.session import Session
 
-__all__ = ["Session", "Task"]
+__all__ = ["Session", "Task", "huggingface", "lightning"]
 HOMES = {"Session": "trainer.training.session", "Task": "trainer.task", "__version__": "trainer"}
+ADAPTERS = ("huggingface", "lightning")
+"""Modules that need what an extra of the same name installs."""
 PROGRAMS = {"agent": "trainer", "supervisor": "trainer.launch.local.supervisor"}
 """What platforms start, by its first word; each is a module that runs."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in ADAPTERS:
+        return importlib.import_module(f"trainer.adapters.{name}")
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(HOMES[name]), name)

@@ -28,9 +28,9 @@ WRONG = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexErr
 
 
 def unwrap(item: Any) -> Any:
-    """The module inside of torch's wrappers for several devices, so that a checkpoint fits any number of them."""
+    """The module inside of wrappers for several devices, of torch and Fabric: a checkpoint fits any number of them."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(item, wrappers):
+    while isinstance(item, wrappers) or type(item).__name__ == "_FabricModule":
         item = item.module
     return item
 

@@ -15,15 +15,27 @@ from trainer.parallel.module_state import evaluation_mode
 def wrap_module(module: nn.Module, parallel: Parallel, options: dict[str, Any]) -> nn.Module:
     """The module on this rank's device, under DDP where there are ranks and weights to train; `options` are DDP's."""
     if isinstance(module, DistributedDataParallel):
+        settle(module)
         return module
     module = module.to(parallel.device)
     if parallel.world_size == 1 or not any(weight.requires_grad for weight in module.parameters()):
         return module
     devices = [parallel.device] if parallel.cuda else None
     ddp = DistributedDataParallel(module, device_ids=devices, **{"gradient_as_bucket_view": True, **options})
-    if not options.get("static_graph") and not options.get("find_unused_parameters"):
-        settle_buckets(ddp)
+    settle(ddp)
     return ddp
+
+
+def settle(module: nn.Module) -> None:
+    """Let each DDP in a module arrange itself before the first step: see `settle_buckets`."""
+    for part in parts_under_ddp(module):
+        if not (part.static_graph or part.find_unused_parameters):
+            settle_buckets(part)
+
+
+def parts_under_ddp(module: nn.Module) -> list[DistributedDataParallel]:
+    """A module, or those inside of it, such as of a wrapper of Fabric's."""
+    return [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:
@@ -33,12 +45,15 @@ def settle_buckets(ddp: DistributedDataParallel) -> None:
     in which order the ranks' values are added, so the last bits of the first step after a restart would differ.
     """
     module = ddp.module
+    own = vars(module).get("forward")  # somebody may have replaced it
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     module.forward = lambda: [weight.reshape(-1)[:1].sum() for weight in weights]
     try:
         outputs = ddp()
     finally:
         del module.forward
+        if own is not None:
+            module.forward = own
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     for weight in weights:
         weight.grad = None
@@ -54,8 +69,9 @@ class Gradients:
 
     def add(self, module: nn.Module) -> None:
         """Care for a module's gradients, too."""
-        if all(module is not known for known in self.modules):
-            self.modules.append(module)
+        for part in (module, *parts_under_ddp(module)):
+            if all(part is not known for known in self.modules):
+                self.modules.append(part)
 
     def set(self, factor: float, last: bool) -> None:
         """The next backward pass counts `factor` times; DDP averages after it if it is the `last` of its update."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.data.generators import model_generators
 from trainer.errors import JobError, Stopped
 from trainer.parallel.base import DeferredScalar
-from trainer.parallel.wrapping import evaluating, wrap_module
+from trainer.parallel.wrapping import evaluating, settle, wrap_module
 from trainer.signals import FLAG, SIGNALS
 from trainer.training.course import Course
 from trainer.training.misuse import check_update, refusal
@@ -99,6 +99,8 @@ class Session(Course):
                 raise JobError("session.track", name, problem, "Give the class these two methods")
             self.state.track(**{name: item})
             if isinstance(item, nn.Module):
+                if all(item is not known for known in self.gradients.modules):  # `wrap` has not seen it
+                    settle(item)
                 self.gradients.add(item)
                 self.own_generators |= {f"{name}.{path}": each for path, each in model_generators(item).items()}
             if isinstance(item, torch.optim.Optimizer):
@@ -145,12 +147,16 @@ class Session(Course):
             means = evaluate_samples(
                 self.parallel, dataset, function, batch_size, collate, options, self.job.seed, self.step
             )
-        at = dataclasses.replace(self.position, step=self.step + (self.source is not None))  # whose update is done
-        self.state.metrics, self.state.measured_at = means, at.step
-        self.report.evaluation(at, means)
+        self.measured(means)
         self.report.pause(time.perf_counter() - started)
         self.seed_generators(self.rank if self.begun else 0)
         return means
+
+    def measured(self, metrics: dict[str, float]) -> None:
+        """Record what the model is worth now, equal on all ranks; `checkpoint.best` may name one of the metrics."""
+        at = dataclasses.replace(self.position, step=self.step + (self.source is not None))  # whose update is done
+        self.state.metrics, self.state.measured_at = metrics, at.step
+        self.report.evaluation(at, metrics)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, such as to end a loop early on all of them."""

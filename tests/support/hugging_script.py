@@ -1,0 +1,43 @@
+"""A fine-tuning with Hugging Face's Trainer, on a session: a tiny model with random weights, numbers for words.
+
+`hugging_script.py SAMPLES`: so many in each micro-batch of a rank, two of which make an update. It evaluates in the
+middle of an epoch, too, and stops early where the loss gets no better.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+import muster
+
+
+class Counting(Dataset[dict[str, torch.Tensor]]):
+    """Sequences that count by one, two, three, four or five."""
+
+    def __len__(self) -> int:
+        return 44
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        words = (torch.arange(8) * (index % 5 + 1) + index) % 32
+        return {"input_ids": words, "labels": words.clone()}
+
+
+shape: dict[str, Any] = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 32, "n_positions": 8}
+with muster.Session(seed=3) as session:
+    arguments = TrainingArguments(
+        output_dir=str(session.run / "huggingface"), use_cpu=True, num_train_epochs=2, learning_rate=1e-2,
+        per_device_train_batch_size=int(sys.argv[1]), gradient_accumulation_steps=2, max_grad_norm=0.5,
+        eval_strategy="steps", eval_steps=4, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    trainer = Trainer(
+        model, arguments, train_dataset=Counting(), eval_dataset=Counting(), callbacks=[EarlyStoppingCallback(4)]
+    )
+    muster.huggingface.attach(trainer, session)
+    trainer.train()
