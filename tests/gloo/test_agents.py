@@ -74,7 +74,7 @@ def test_ranks_are_placed_by_node_whoever_comes_first(tmp_path: Path, number: in
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_killed_agent_is_replaced(tmp_path: Path, node: int) -> None:
-    """Its ranks and template go with it, at once; the other node waits; the run goes on from its checkpoint."""
+    """Its ranks and template go with it, at once; the other node waits; the run goes on from that one's memory."""
     with submitted(tmp_path, *TWO_NODES, "train.steps=250", "task_args.step_s=0.01", "agent.restarts=1") as run:
         run.wait("checkpoint", 3)
         agent = run.agents()[node]
@@ -86,6 +86,7 @@ def test_a_killed_agent_is_replaced(tmp_path: Path, node: int) -> None:
         assert (lost["node"], lost["code"]) == (node, -signal.SIGKILL)
         assert result(run) == 0, run.log("node-0.log")
         assert [event["step"] for event in run.events("training")][1] >= 15
+        assert run.events("resume")[0]["folder"] == "memory"
         assert [event["attempt"] for event in run.events("done")] == [run.events("restart", "attempt")[-1]["attempt"]]
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.memory import BUFFERS, Memory, Seal
-from trainer.checkpoint.snapshot import Buffer, Layout, put_together, read, take_apart
+from trainer.checkpoint.snapshot import Buffer, Layout, interpret, put_together, read_raw, take_apart
 from trainer.wiring.hardware import free_memory
 
 SHARE = 0.01
@@ -161,8 +160,17 @@ class Copies:
 
 def read_copy(memory: Memory, index: int, seal: Seal) -> Contents:
     """The state in a sealed buffer, copied: it will be filled again."""
+    return copy_out(*open_copy(memory, index, seal))
+
+
+def open_copy(memory: Memory, index: int, seal: Seal) -> tuple[bytes, Any]:
+    """The head of the state in a sealed buffer, and the buffer."""
     with open(memory.buffers[index], "r+b") as file:
-        tree, tensors = read(file.fileno(), seal)
-    copies: list[Tensor] = [tensor.clone() for tensor in tensors]
-    contents: Contents = put_together(tree, copies)
+        return read_raw(file.fileno(), seal)
+
+
+def copy_out(head: bytes, memory: Any) -> Contents:
+    """A state that does not depend on the memory where it was."""
+    tree, tensors = interpret(head, memory)
+    contents: Contents = put_together(tree, [tensor.clone() for tensor in tensors])
     return contents

@@ -6,8 +6,11 @@ memory`). Without an agent there is nothing to recover from; rank 0 copies what 
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from trainer.checkpoint.copies import Contents, Copies, read_copy
+import torch
+
+from trainer.checkpoint.copies import Contents, Copies, copy_out, open_copy
 from trainer.checkpoint.memory import MOMENTS, Memory
 from trainer.checkpoint.orders import Orders
 from trainer.checkpoint.snapshot import put_together, take_apart
@@ -63,9 +66,9 @@ class Keeper:
     def recover(self, committed: int) -> Contents | None:
         """The newest state in the memory of the nodes, unless rank 0's checkpoint of the step `committed` is newer.
 
-        All ranks get the same; None in the first attempt, and when there is none. No file is read.
+        All ranks get the same; None when there is none. No file is read.
         """
-        if not self.recovers or not self.parallel.restarts:
+        if not self.recovers:
             return None
         sealed = self.memory.sealed() if self.memory else {}
         index = max(sealed, key=lambda index: sealed[index], default=None)
@@ -75,22 +78,34 @@ class Keeper:
         newest = max(filter(None, keys), default=None)
         if newest is None or newest[0] // MOMENTS < committed:
             return None
-        contents, problem = None, ""
+        head, buffer = b"", None
         if self.memory and index is not None and own == newest:
-            try:
-                contents = read_copy(self.memory, index, sealed[index])
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
+            head, buffer = open_copy(self.memory, index, sealed[index])
         if any(key != newest for key in keys):
-            shared = self.parallel.share(contents, keys.index(newest))
-            contents = shared if contents is None else contents
-        problems = [each for each in self.parallel.gather_objects(problem or contents is None) if each]
+            head, buffer = self._hand_on(head, buffer, keys.index(newest), [key != newest for key in keys])
+        contents, problem = None, ""
+        try:
+            contents = copy_out(head, buffer)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems = [each for each in self.parallel.gather_objects(problem) if each]
         if not problems:
             return contents
         self.tell(f"the state in memory could not be read, so a checkpoint is: {problems[0]}")
         if self.copies is not None:
             self.copies.forget()  # it is not tried again
         return None
+
+    def _hand_on(self, head: bytes, buffer: Any, source: int, lacking: list[bool]) -> tuple[bytes, Any]:
+        """Give a copy to the ranks of nodes that lack it."""
+        head, size = self.parallel.share((head, buffer and len(buffer)), source)
+        needed = lacking[self.parallel.rank]
+        if needed:
+            buffer = bytearray(size)
+        mine = needed or self.parallel.rank == source
+        data = torch.frombuffer(buffer if mine else bytearray(1), dtype=torch.uint8)
+        self.parallel.hand_on(data, source, [rank for rank, lacks in enumerate(lacking) if lacks])
+        return head, buffer
 
     def save(self, order: Order, moment: int, contents: Contents, beat: Callable[[], None]) -> None:
         """Rank 0 has a checkpoint committed: at once, or from a copy while training goes on. `beat`: signs of life.

@@ -147,10 +147,14 @@ def map_file(handle: int, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size)
 
 
-def read(handle: int, seal: Seal) -> tuple[Any, list[Tensor]]:
-    """A state that lies behind a descriptor, taken apart; the tensors are the buffer's own memory."""
+def read_raw(handle: int, seal: Seal) -> tuple[bytes, mmap.mmap]:
+    """A state that lies behind a descriptor: its head, and the memory of its tensors."""
     memory = map_file(handle, seal.offset + seal.size)
-    head = memory[seal.offset :]
+    return memory[seal.offset :], memory
+
+
+def interpret(head: bytes, memory: Any) -> tuple[Any, list[Tensor]]:
+    """The state that was put somewhere, taken apart; the tensors are in that memory."""
     start = TABLE.size + TABLE.unpack_from(head)[0]
     with safe_globals([Place]):
         tree = torch.load(io.BytesIO(head[start:]), map_location="cpu", weights_only=True)

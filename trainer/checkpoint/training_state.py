@@ -164,6 +164,8 @@ class TrainingState:
         """The newest state to go on from: in the memory of the nodes, or a whole checkpoint; None: neither."""
         kept = self.keeper.recover(self.report.run.steps_committed())
         if kept is not None:
+            if self.parallel.rank == 0 and not self.job.checkpoint.asynchronous:  # else whoever writes does it
+                checkpoint.sweep(self.root)
             self.report.event("resume", step=kept["position"]["step"], folder="memory")
             return Found("the copy in memory", kept["model"], kept)
         self.keeper.await_others(self.beat)

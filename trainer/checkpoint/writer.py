@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.checkpoint import files
 from trainer.checkpoint.memory import Memory, Seal
-from trainer.checkpoint.snapshot import put_together, read
+from trainer.checkpoint.snapshot import interpret, put_together, read_raw
 from trainer.run.attempts import StaleAttempt
 from trainer.run.folder import RunFolder
 
@@ -62,7 +62,9 @@ def serve(connection: socket.socket, memory: Memory) -> None:
             if not swept:  # nobody else writes now; another may have been killed before
                 files.sweep(RunFolder(Path(order.run)).checkpoints)
                 swept = True
-            commit(order, put_together(*read(handle, Seal(**message["seal"]))), lambda: memory.attempt)
+            state = put_together(*interpret(*read_raw(handle, Seal(**message["seal"]))))
+            commit(order, state, lambda: memory.attempt)
+            del state
         except Exception as error:
             traceback.print_exc()
             problem = describe(error)

@@ -151,5 +151,8 @@ class Parallel:
         """The value of rank `source`, on all ranks."""
         return value
 
+    def hand_on(self, data: Tensor, source: int, ranks: Sequence[int]) -> None:
+        """Copy bytes, shape (n,), from rank `source` to `ranks`, in place; the data of others does not matter."""
+
     def close(self) -> None:
         """Leave the group when all ranks have come here."""

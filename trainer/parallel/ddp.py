@@ -28,6 +28,8 @@ HALF = ("bf16", "fp16")
 
 UNSHARED = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that gloo does not know."""
+CHUNK = 1 << 28
+"""Bytes that are handed on at a time: a slow network does not make a collective give up."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """By their bytes; for others those of 8."""
 
@@ -238,6 +240,13 @@ class Distributed(Parallel):
         box = [value]
         dist.broadcast_object_list(box, source)
         return box[0]
+
+    def hand_on(self, data: Tensor, source: int, ranks: Sequence[int]) -> None:
+        members = sorted({source, *ranks})
+        group = dist.new_group(members, backend="gloo")
+        _ended.append(group)
+        for part in data.split(CHUNK) if self.rank in members else ():
+            dist.broadcast(part, source, group)
 
     def close(self) -> None:
         """Wait for all ranks and destroy the process group.

@@ -159,12 +159,7 @@ def under_agent(make: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch) ->
     for name, value in memory.environment().items():
         monkeypatch.setenv(name, value)
 
-    def start(restarts: int = 0, **checkpoint: Any) -> Keeper:
-        made = make(**checkpoint)
-        made.parallel.restarts = restarts
-        return made
-
-    return memory, start
+    return memory, make
 
 
 def test_the_next_attempt_goes_on_from_the_newest_copy(under_agent: tuple[Memory, Callable[..., Keeper]]) -> None:
@@ -174,13 +169,12 @@ def test_the_next_attempt_goes_on_from_the_newest_copy(under_agent: tuple[Memory
         first.boundary(4 * step + 1, lambda step=step: state(step))  # type: ignore[misc]
     first.close(nothing)
     assert memory.step == 2
-    found = start(1).recover(committed=2)
+    found = start().recover(committed=2)
     assert found is not None and float(found["model"]["weight"][0]) == 2.0
     found["model"]["weight"].fill_(9)  # it is a copy: an optimizer goes on with such tensors
-    assert float(start(1).recover(committed=-1)["model"]["weight"][0]) == 2.0  # type: ignore[index]
-    assert start(1).recover(committed=3) is None, "the disk is newer"
-    assert start(0).recover(committed=-1) is None, "the first attempt of a launch"
-    assert start(1, in_memory=False).recover(committed=-1) is None
+    assert float(start().recover(committed=-1)["model"]["weight"][0]) == 2.0  # type: ignore[index]
+    assert start().recover(committed=3) is None, "the disk is newer"
+    assert start(in_memory=False).recover(committed=-1) is None
 
 
 def test_a_copy_that_cannot_be_read_is_not_tried_again(under_agent: tuple[Memory, Callable[..., Keeper]]) -> None:
@@ -189,7 +183,7 @@ def test_a_copy_that_cannot_be_read_is_not_tried_again(under_agent: tuple[Memory
     first.boundary(5, lambda: {"odd": threading.Event})  # not what weights_only reads
     first.close(nothing)
     assert memory.step == 1
-    assert start(1).recover(committed=0) is None
+    assert start().recover(committed=0) is None
     assert memory.sealed() == {} and "could not be read" in told[-1]
 
 
@@ -215,7 +209,7 @@ def test_what_is_being_saved_is_not_filled_again(disk: Disk, under_agent: tuple[
     first = start()
     first.save(disk.order(1), 5, state(1), nothing)
     first.copies.let_go()  # as if it were killed
-    second = start(1)
+    second = start()
     for step in (2, 3):
         second.boundary(4 * step + 1, lambda step=step: state(step))  # type: ignore[misc]
     assert sorted(seal.step for seal in memory.sealed().values()) == [1, 3]
@@ -226,7 +220,7 @@ def test_what_is_being_saved_is_not_filled_again(disk: Disk, under_agent: tuple[
         disk.ready.set()
 
     second.close(nothing)
-    start(1).await_others(beat)
+    start().await_others(beat)
     assert beats and disk.saved() == {1: 1.0}
 
 

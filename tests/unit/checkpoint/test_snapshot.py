@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trainer.checkpoint.memory import Seal
-from trainer.checkpoint.snapshot import Buffer, Layout, put_together, read, take_apart
+from trainer.checkpoint.snapshot import Buffer, Layout, interpret, put_together, read_raw, take_apart
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Shared:
 
     def get(self, seal: Seal) -> Any:
         """As the writer does it."""
-        return put_together(*read(self.handle, seal))
+        return put_together(*interpret(*read_raw(self.handle, seal)))
 
 
 @pytest.fixture
