@@ -31,6 +31,7 @@ from trainer.checkpoint.memory import Memory
 from trainer.checkpoint.writer import Order
 from trainer.config.job import Checkpoints, Job
 from trainer.parallel.base import Parallel
+from trainer.run.folder import RunFolder
 from trainer.wiring.rank import rank_wiring
 
 STEP_S = 0.02
@@ -124,7 +125,7 @@ def make_state(megabytes: int) -> dict[str, Any]:
 def make_keeper(asynchronous: bool) -> Keeper:
     """As the only rank of an agent makes it."""
     job = Job(device="cpu", parallel="single", checkpoint=Checkpoints(asynchronous=asynchronous))
-    return Keeper(job, Parallel(job, rank_wiring()), 0, lambda: False, print)
+    return Keeper(job, Parallel(job, rank_wiring()), RunFolder(Path("bench")), 0, lambda: False, print)
 
 
 def make_step() -> Callable[[], float]:

@@ -51,7 +51,7 @@ def ways_to_save(trainer: Trainer, folder: Path) -> dict[str, Callable[[], Calla
     def make_keeper(asynchronous: bool) -> Keeper:
         options = replace(trainer.job.checkpoint, asynchronous=asynchronous)
         job = replace(trainer.job, checkpoint=options)
-        return Keeper(job, trainer.parallel, 0, state.tracked.has_buffers, print)
+        return Keeper(job, trainer.parallel, trainer.report.run, 0, state.tracked.has_buffers, print)
 
     waiting, beside = make_keeper(False), make_keeper(True)
     return {"copy to the CPU": copy, "muster": partial(ours, beside),

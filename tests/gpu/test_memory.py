@@ -16,7 +16,7 @@ def test_a_copy_is_of_its_moment_though_nobody_waits_for_it() -> None:
     told: list[str] = []
     device = torch.device("cuda")
     memory = Memory.make()
-    copies = Copies(memory, 0, [device], True, told.append)
+    copies = Copies(memory, 1, 0, [device], True, told.append)
     weight, factor = torch.zeros(1 << 26, device=device), torch.randn(4096, 4096, device=device)
     for step in range(1, 6):
         for _ in range(50):
@@ -41,7 +41,7 @@ def test_a_copy_is_of_its_moment_though_nobody_waits_for_it() -> None:
 
 def test_memory_that_cannot_be_page_locked_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, told = Memory.make(), []  # type: ignore[var-annotated]
-    copies = Copies(memory, 0, [torch.device("cuda")], True, told.append)
+    copies = Copies(memory, 1, 0, [torch.device("cuda")], True, told.append)
     refuse = torch.cuda.cudart().cudaHostRegister
     monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *_: refuse(8, 4096, 0))
     assert copies.fill(copies.choose() or 0, MOMENTS, {"weight": torch.ones(1000, device="cuda")})

@@ -57,61 +57,66 @@ class Copies:
     """Those of one rank, which fills the buffers by turns."""
 
     def __init__(
-        self, memory: Memory, attempt: int, devices: list[torch.device], both: bool, tell: Callable[[str], None]
-    ) -> None:
+        self, memory: Memory, run: int, attempt: int, devices: list[torch.device], both: bool,
+        tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
         """`both`: one is kept while the other is filled; else a second is used only if the first is being written."""
-        self.memory, self.attempt, self.both, self.tell = memory, attempt, both, tell
+        self.memory, self.run, self.attempt, self.both, self.tell = memory, run, attempt, both, tell
         self.devices = [device for device in devices if device.type == "cuda"]
         self.pace = Pace()
-        sealed = memory.sealed()
+        sealed = memory.sealed(run)
         self.moments = [sealed[index].moment if index in sealed else -1 for index in range(BUFFERS)]
-        self.locks: list[int | None] = [None] * BUFFERS
-        """Of the buffers that this rank may fill: a descriptor with the lock."""
+        self.handle: int | None = None
+        """A descriptor of the buffer that is being filled, with its lock."""
         self.buffers = [Buffer(bool(self.devices)) for _ in range(BUFFERS)]
         self.layout = Layout([])
         self.filling: Filling | None = None
         os.register_at_fork(after_in_child=self.let_go)
 
     def let_go(self) -> None:
-        """Give the locks back; also in a process that is forked from this one, or they would outlive it there."""
-        for handle in self.locks:
-            if handle is not None:
-                os.close(handle)
-        self.locks = [None] * BUFFERS
+        """Give the lock back; also in a process that is forked from this one, or it would outlive it there."""
+        if self.handle is not None:
+            os.close(self.handle)
+        self.handle = None
 
     def choose(self) -> int | None:
-        """The buffer to fill next; None while all are being written to the disk."""
-        for index, handle in enumerate(self.locks):
-            if handle is None:
-                self.locks[index] = self.memory.lock(index)
-        free = [index for index, handle in enumerate(self.locks) if handle is not None]
-        if self.both:
-            return min(free, key=lambda index: self.moments[index], default=None)
-        return min(free, key=lambda index: not self.buffers[index].size, default=None)
+        """Lock the buffer to fill next; None while all are being written to the disk."""
+        assert self.handle is None
+        first = self.moments if self.both else [not buffer.size for buffer in self.buffers]
+        for index in sorted(range(BUFFERS), key=lambda index: first[index]):
+            self.handle = self.memory.lock(index)
+            if self.handle is not None:
+                return index
+        return None
 
     def fill(self, index: int, moment: int, contents: Contents) -> bool:
         """Begin to copy a state into a buffer that `choose` chose; False: it has no place there, and never will."""
-        handle, began = self.locks[index], time.perf_counter()
-        assert handle is not None
+        began = time.perf_counter()
+        assert self.handle is not None
         tree, tensors = take_apart(contents)
         if not self.layout.fits(tensors):
             self.layout = Layout(tensors)
-        missing = self.layout.size * (BUFFERS if self.both else 1) - sum(buffer.size for buffer in self.buffers)
-        free = free_memory() if missing > 0 else math.inf
         try:
-            if missing > free:
-                raise MemoryError(f"{missing >> 20} MiB are missing, {int(free) >> 20} MiB are free")
+            if self.layout.size > self.buffers[index].size:
+                self._check_room()
             self.memory.unseal(index)
             self.moments[index] = -1
             begins = [self._mark(device) for device in self.devices]
-            head = self.buffers[index].write(handle, self.layout, tensors, tree)
+            head = self.buffers[index].write(self.handle, self.layout, tensors, tree)
         except (MemoryError, OSError) as error:
             self.tell(f"no copy of the state is kept in memory, because it does not fit: {error}")
             return False
         marks = list(zip(begins, map(self._mark, self.devices), strict=True))
-        seal = Seal(moment, self.attempt, self.layout.size, len(head))
+        seal = Seal(moment, self.attempt, self.layout.size, len(head), self.run)
         self.filling = Filling(index, seal, head, began, time.perf_counter() - began, marks)
         return True
+
+    def _check_room(self) -> None:
+        """Raises MemoryError: copies of this size do not fit beside what the node needs now."""
+        used = sum(os.stat(path).st_blocks * 512 for path in self.memory.buffers)
+        missing, free = self.layout.size * (BUFFERS if self.both else 1) - used, free_memory()
+        if missing > free:
+            raise MemoryError(f"{missing >> 20} MiB are missing, {free >> 20} MiB are free")
 
     def _mark(self, device: torch.device) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -128,18 +133,22 @@ class Copies:
                 end.synchronize()
             elif not end.query():
                 return
+        self._seal(filling)
+        self.let_go()
+
+    def _seal(self, filling: Filling) -> None:
         self.memory.seal(filling.index, filling.seal, filling.head)
         self.moments[filling.index], self.filling = filling.seal.moment, None
         copied_s = max((begin.elapsed_time(end) / 1000 for begin, end in filling.marks), default=0.0)
         self.pace.took(filling.seal.step, filling.began, max(filling.called_s, copied_s))
 
     def hand_on(self) -> tuple[Seal, int]:
-        """The seal of what was copied last, and a descriptor of the buffer, with the lock that was this rank's."""
-        filling = self.filling
-        assert filling is not None
-        self.settle(True)
-        handle, self.locks[filling.index] = self.locks[filling.index], None
-        assert handle is not None
+        """The seal of what is being copied, and a descriptor of the buffer, with the lock that was this rank's."""
+        filling, handle, self.handle = self.filling, self.handle, None
+        assert filling is not None and handle is not None
+        for _, end in filling.marks:
+            end.synchronize()
+        self._seal(filling)
         return filling.seal, handle
 
     def forget(self) -> None:
@@ -148,12 +157,20 @@ class Copies:
             self.memory.unseal(index)
         self.moments = [-1] * BUFFERS
 
+    def all_free(self) -> bool:
+        """Whether nothing is being written to the disk."""
+        handles = [self.memory.lock(index) for index in range(BUFFERS)]
+        for handle in handles:
+            if handle is not None:
+                os.close(handle)
+        return None not in handles
+
     def close(self) -> None:
         """Leave the buffers to others."""
         with contextlib.suppress(RuntimeError):  # of a GPU that failed
             self.settle(False)
-        self.let_go()
         if self.filling is None:  # else a GPU still writes there, or hangs
+            self.let_go()
             for buffer in self.buffers:
                 buffer.close()
 

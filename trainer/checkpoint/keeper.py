@@ -5,6 +5,7 @@ memory`). Without an agent there is nothing to recover from; rank 0 copies what 
 """
 
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.checkpoint.snapshot import put_together, take_apart
 from trainer.checkpoint.writer import Order, commit
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
+from trainer.run.folder import RunFolder
 from trainer.wiring.variables import MEMORY, WRITER, read_path, read_words
 
 
@@ -24,10 +26,12 @@ class Keeper:
     """Has copies made, found, and written."""
 
     def __init__(
-        self, job: Job, parallel: Parallel, attempt: int, differs: Callable[[], bool], tell: Callable[[str], None]
-    ) -> None:
+        self, job: Job, parallel: Parallel, run: RunFolder, attempt: int, differs: Callable[[], bool],
+        tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
         """`differs`: whether what ranks hold now is not alike, and that of rank 0 counts. `tell` tells the user."""
-        self.parallel, self.attempt, self.differs, self.tell = parallel, attempt, differs, tell
+        self.parallel, self.differs, self.tell = parallel, differs, tell
+        self.run = zlib.crc32(run.name.encode())
         self.recovers = job.checkpoint.in_memory and bool(read_words(MEMORY))
         self.asynchronous = job.checkpoint.asynchronous
         self.memory = Memory.find()
@@ -38,7 +42,7 @@ class Keeper:
         self.copies: Copies | None = None
         self.orders: Orders | None = None
         if self.memory is not None and parallel.local_rank == 0:
-            self.copies = Copies(self.memory, attempt, parallel.devices, self.recovers, tell)
+            self.copies = Copies(self.memory, self.run, attempt, parallel.devices, self.recovers, tell)
             self.orders = Orders(self.memory, writer)
 
     def boundary(self, moment: int, contents: Callable[[], Contents]) -> None:
@@ -70,7 +74,7 @@ class Keeper:
         """
         if not self.recovers:
             return None
-        sealed = self.memory.sealed() if self.memory else {}
+        sealed = self.memory.sealed(self.run) if self.memory else {}
         index = max(sealed, key=lambda index: sealed[index], default=None)
         own = None if index is None else (sealed[index].moment, sealed[index].attempt)
         reports = self.parallel.gather_objects((own, committed))
@@ -134,8 +138,7 @@ class Keeper:
 
     def await_others(self, beat: Callable[[], None]) -> None:
         """Rank 0 waits until nothing of an earlier attempt is being committed any more."""
-        copies = self.copies
-        while copies is not None and self.parallel.rank == 0 and (copies.choose() is None or None in copies.locks):
+        while self.copies is not None and self.parallel.rank == 0 and not self.copies.all_free():
             time.sleep(0.01)
             beat()
 

@@ -4,8 +4,8 @@ It is gone when the agent is gone, however the agent ends (memfd_create(2)). The
 while the other is filled, and a page that says what is in them. How a state lies in a buffer is in
 `trainer.checkpoint.snapshot`. Never imports torch.
 
-Who holds the lock of a buffer may change it, or count on it to stay: a rank, until it hands the lock on with a request
-to save. It is a lock of the kernel (flock(2)), which knows no dead owner.
+Who holds the lock of a buffer may change it, or count on it to stay: a rank while it fills it, and whoever writes a
+checkpoint from it, who gets the lock with the order. It is the kernel's (flock(2)), which knows no dead owner.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ BUFFERS = 2
 MOMENTS = 4
 ATTEMPT = struct.Struct("<q")
 """The newest attempt of the agent."""
-SEAL = struct.Struct("<qqqqI")
+SEAL = struct.Struct("<qqqqqI")
 SEALS = 64
 """Where they begin; one for each buffer."""
 
@@ -43,6 +43,8 @@ class Seal:
     """Where the head begins, behind the tensors."""
     size: int
     """Bytes of the head."""
+    run: int
+    """The checksum of the run folder's name: a script may have several sessions, one after the other."""
 
     @property
     def step(self) -> int:
@@ -51,7 +53,7 @@ class Seal:
 
     def pack(self, head: bytes) -> bytes:
         """As it is written."""
-        numbers = (self.moment, self.attempt, self.offset, self.size)
+        numbers = (self.moment, self.attempt, self.offset, self.size, self.run)
         return SEAL.pack(*numbers, zlib.crc32(head, zlib.crc32(SEAL.pack(*numbers, 0))))
 
 
@@ -113,8 +115,8 @@ class Memory:
         place = SEALS + index * SEAL.size
         self.page[place : place + SEAL.size] = bytes(SEAL.size)
 
-    def sealed(self) -> dict[int, Seal]:
-        """The whole buffers."""
+    def sealed(self, run: int | None = None) -> dict[int, Seal]:
+        """The whole buffers, or those of one run."""
         found = {}
         for index, path in enumerate(self.buffers):
             place = SEALS + index * SEAL.size
@@ -122,7 +124,7 @@ class Memory:
             seal = Seal(*SEAL.unpack(data)[:-1])
             if seal.size > 0 and seal.pack(read_head(path, seal)) == data:
                 found[index] = seal
-        return found
+        return {index: seal for index, seal in found.items() if run in (None, seal.run)}
 
     @property
     def step(self) -> int:

@@ -124,7 +124,7 @@ class Buffer:
             return
         self.close()
         self.size = size + size // 64 + mmap.PAGESIZE  # the head's length varies
-        os.ftruncate(handle, self.size)
+        os.ftruncate(handle, max(self.size, os.fstat(handle).st_size))  # another session may have mapped more
         self.memory = map_file(handle, self.size)
         if self.pinned:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))

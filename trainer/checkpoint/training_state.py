@@ -47,7 +47,7 @@ class TrainingState:
         self.tracked = TrackedObjects(explain or self._explain)
         self.config = read_sections(report.run.job) if report.run.job.exists() else {}
         """As it was given: interpolations stay as written, so it holds no secret."""
-        self.keeper = Keeper(job, parallel, report.attempt, self.tracked.has_buffers, report.notice)
+        self.keeper = Keeper(job, parallel, report.run, report.attempt, self.tracked.has_buffers, report.notice)
         self.beat = partial(report.phase, "saving", self.position)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""

@@ -20,6 +20,7 @@ from trainer.checkpoint.writer import Order
 from trainer.config.job import Checkpoints, Job
 from trainer.parallel.base import Parallel
 from trainer.run.attempts import StaleAttempt
+from trainer.run.folder import RunFolder
 from trainer.wiring.rank import rank_wiring
 
 
@@ -60,9 +61,9 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Keeper]]:
     for name in ("MUSTER_MEMORY", "MUSTER_WRITER", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
-    def make(**checkpoint: Any) -> Keeper:
+    def make(run: str = "run", **checkpoint: Any) -> Keeper:
         job = Job(device="cpu", parallel="single", checkpoint=Checkpoints(**checkpoint))
-        made.append(Keeper(job, Parallel(job, rank_wiring()), 0, lambda: False, told.append))
+        made.append(Keeper(job, Parallel(job, rank_wiring()), RunFolder(Path(run)), 0, lambda: False, told.append))
         return made[-1]
 
     told.clear()
@@ -175,6 +176,7 @@ def test_the_next_attempt_goes_on_from_the_newest_copy(under_agent: tuple[Memory
     assert float(start().recover(committed=-1)["model"]["weight"][0]) == 2.0  # type: ignore[index]
     assert start().recover(committed=3) is None, "the disk is newer"
     assert start(in_memory=False).recover(committed=-1) is None
+    assert start("another session of the script").recover(committed=-1) is None
 
 
 def test_a_copy_that_cannot_be_read_is_not_tried_again(under_agent: tuple[Memory, Callable[..., Keeper]]) -> None:
@@ -192,10 +194,9 @@ def test_a_copy_that_was_begun_leaves_the_other(under_agent: tuple[Memory, Calla
     rank = start()
     rank.boundary(5, lambda: state(1))
     rank.boundary(9, lambda: state(2))
-    rank.copies.let_go()
     child = os.fork()
     if not child:
-        rank.copies.locks, rank.copies.pace.every = [memory.lock(index) for index in range(2)], 1
+        rank.copies.pace.every = 1
         rank.copies.buffers[0].write = lambda *_: os._exit(7)  # type: ignore[method-assign]
         rank.boundary(13, lambda: state(3))
         os._exit(0)
@@ -208,7 +209,6 @@ def test_what_is_being_saved_is_not_filled_again(disk: Disk, under_agent: tuple[
     memory, start = under_agent
     first = start()
     first.save(disk.order(1), 5, state(1), nothing)
-    first.copies.let_go()  # as if it were killed
     second = start()
     for step in (2, 3):
         second.boundary(4 * step + 1, lambda step=step: state(step))  # type: ignore[misc]

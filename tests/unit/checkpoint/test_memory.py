@@ -15,13 +15,13 @@ def memory() -> Memory:
     return Memory.make()
 
 
-def fill(memory: Memory, index: int, moment: int, head: bytes = b"the head") -> Seal:
+def fill(memory: Memory, index: int, moment: int, head: bytes = b"the head", run: int = 5) -> Seal:
     """As a rank does it, behind 100 bytes of tensors."""
     handle = memory.lock(index)
     assert handle is not None
     memory.unseal(index)
     os.pwrite(handle, bytes(100) + head, 0)
-    seal = Seal(moment, 1, 100, len(head))
+    seal = Seal(moment, 1, 100, len(head), run)
     memory.seal(index, seal, head)
     os.close(handle)
     return seal
@@ -35,6 +35,7 @@ def test_a_rank_finds_the_memory_of_its_agent(memory: Memory, monkeypatch: pytes
     assert found is not None and found.sealed() == {} and found.step == -1 and found.attempt == 7
     seals = {0: fill(memory, 0, 28), 1: fill(memory, 1, 34)}
     assert found.sealed() == seals and found.step == 8
+    assert found.sealed(5) == seals and found.sealed(6) == {}
     found.unseal(1)
     assert memory.sealed() == {0: seals[0]} and memory.step == 7
     monkeypatch.setenv("MUSTER_MEMORY", "/proc/1/fd/nothing /proc/1/fd/nothing")

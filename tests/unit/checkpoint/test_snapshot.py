@@ -30,7 +30,7 @@ class Shared:
         if not self.layout.fits(tensors):
             self.layout = Layout(tensors)
         head = self.buffer.write(self.handle, self.layout, tensors, tree)
-        return Seal(2, 0, self.layout.size, len(head))
+        return Seal(2, 0, self.layout.size, len(head), 0)
 
     def get(self, seal: Seal) -> Any:
         """As the writer does it."""
