@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,8 +67,8 @@ def free_memory(root: Path = CGROUPS, own: Path = OWN_CGROUP, machine: Path = ME
     """Bytes that this process may still use, by its cgroup, those around it, and the machine."""
     limits = [limit for folder in cgroup_folders("memory", root, own) if (limit := _unused(folder)) is not None]
     lines = (line.split() for line in machine.read_text().splitlines())
-    available = next(int(number) * 1024 for name, number, *_ in lines if name == "MemAvailable:")
-    return max(0, min([available, *limits]))
+    limits += [int(number) * 1024 for name, number, *_ in lines if name == "MemAvailable:"]
+    return max(0, min(limits, default=sys.maxsize))
 
 
 def _unused(folder: Path) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.wiring.hardware import usable_processors
+from trainer.wiring.hardware import free_memory, usable_processors
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,23 @@ def test_so_does_one_of_a_cgroup_below_the_root(
         (tmp_path / "root" / name).write_text(text)
     (tmp_path / "own").write_text(own)
     assert usable_processors(tmp_path / "root", tmp_path / "own")[0] == expected
+
+
+V2 = ("memory.max", "memory.current", "file 300\nshmem 100\n")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache 300\ntotal_shmem 100\n")
+
+
+@pytest.mark.parametrize("names, limit, expected", [
+    (V2, "1000", 600), (V2, "max", 2048), (V2, "400", 0), (V1, "1000", 600), (V1, "9223372036854771712", 2048),
+])  # fmt: skip
+def test_free_memory_counts_cached_files_and_not_shared_memory(
+    tmp_path: Path, names: tuple[str, str, str], limit: str, expected: int
+) -> None:
+    """600 bytes are in use; those of files can be had back, but for the shared ones."""
+    root = tmp_path / "root"
+    folder = root if names is V2 else root / "memory"
+    folder.mkdir(parents=True)
+    for name, text in zip((*names[:2], "memory.stat"), (limit, "600", names[2]), strict=True):
+        (folder / name).write_text(text)
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
+    assert free_memory(root, tmp_path / "own", tmp_path / "meminfo") == expected
