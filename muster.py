@@ -25,7 +25,10 @@ PROGRAMS = {"agent": "trainer", "supervisor": "trainer.launch.local.supervisor"}
 
 def __getattr__(name: str) -> Any:
     if name in ADAPTERS:
-        return importlib.import_module(f"trainer.adapters.{name}")
+        try:
+            return importlib.import_module(f"trainer.adapters.{name}")
+        except ModuleNotFoundError as error:
+            raise ImportError(f'muster.{name} needs {error.name}: pip install "muster-train[{name}]"') from error
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(HOMES[name]), name)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from muster_runs import FULL, HERE, Run, environment
+from paths import ROOT
 from ranks import samples_of_steps
 from states import difference, read_state
 
@@ -17,12 +18,14 @@ from trainer.data.sampler import epoch_order
 from trainer.errors import DONE, STOPPED
 
 EPOCHS, STEPS, SEED = 2, 12, 3
+HUGGING = "transformers.trainer, transformers.models.gpt2.modeling_gpt2"
 
 
 class Script(NamedTuple):
     """Two epochs of six steps."""
 
-    name: str
+    path: Path
+    words: tuple[str, ...]
     preload: str
     samples: int
     batch_size: int
@@ -30,18 +33,24 @@ class Script(NamedTuple):
 
 
 SCRIPTS = {
-    "huggingface": Script(
-        "hugging_script.py", "transformers.trainer, transformers.models.gpt2.modeling_gpt2", 44, 8, 2
-    ),
-    "lightning": Script("lightning_script.py", "lightning", 92, 16, 1),
+    "huggingface": Script(ROOT / "jobs/huggingface_script.py", ("--per-device-batch-size",), HUGGING, 44, 8, 2),
+    "lightning": Script(HERE / "lightning_script.py", (), "lightning", 92, 16, 1),
 }
+
+REFUSED = [
+    "TrainingArguments.dataloader_drop_last=True", "TrainingArguments.auto_find_batch_size=True",
+    "TrainingArguments.train_sampling_strategy='group_by_length'", "Trainer.limit_train_batches=0.5",
+    "Trainer.overfit_batches=2", "train_dataloader='drop_last=True'", "train_dataloader='WeightedRandomSampler'",
+    "train_dataloader='Tensor'", "train_dataloader='several loaders'",
+]  # fmt: skip
+"""What each of the mistakes in `adapter_mistakes` is called."""
 
 
 def train(folder: Path, framework: str, ranks: int, plan: str, batch_ranks: int = 0, code: int = DONE) -> str:
     """Train in `folder`, or go on there; return what was printed. `batch_ranks`: those that the script was made for."""
     script = SCRIPTS[framework]
     each = script.batch_size // (batch_ranks or ranks) // script.accumulate
-    words = [str(folder / "strikes"), plan, str(HERE / script.name), str(each)]
+    words = [str(folder / "strikes"), plan, str(script.path), *script.words, str(each)]
     folder.mkdir(exist_ok=True)
     command = [
         sys.executable, "-m", "trainer", str(HERE / "sessions.yaml"), f"script_args={json.dumps(words)}",
@@ -97,3 +106,12 @@ def test_stop_and_resume_with_fewer_ranks(tmp_path: Path, framework: str) -> Non
     before = lasting(tmp_path)
     train(tmp_path, framework, 2, "calm")
     assert difference(before, lasting(tmp_path)) == ""
+
+
+def test_what_a_session_could_not_repeat_is_refused(tmp_path: Path) -> None:
+    """And that an extra is missing is said, too."""
+    command = [sys.executable, str(HERE / "adapter_mistakes.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    said = [line.partition(": ")[0] for line in done.stdout.splitlines() if line.startswith("refused ")]
+    assert said == [f"refused {key}" for key in REFUSED], done.stdout + done.stderr
+    assert 'pip install "muster-train[lightning]"' in done.stdout

@@ -58,9 +58,9 @@ def _check(trainer: Any, session: Session) -> None:
          f"the session has {session.world_size} ranks", "Write Trainer(**muster.lightning.devices(session), ...)"),
         ("strategy", strategy, not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
          "splits what a session keeps whole", "Use ddp"),
+        ("overfit_batches", trainer.overfit_batches, trainer.overfit_batches, "would leave samples out", "Remove it"),
         ("limit_train_batches", trainer.limit_train_batches, trainer.limit_train_batches not in (1.0, None),
          "would leave samples out", "Give torch.utils.data.Subset to the loader"),
-        ("overfit_batches", trainer.overfit_batches, trainer.overfit_batches, "would leave samples out", "Remove it"),
         ("reload_dataloaders_every_n_epochs", trainer.reload_dataloaders_every_n_epochs,
          trainer.reload_dataloaders_every_n_epochs, "would change the data in between", "Remove it"),
         ("callbacks", "GradientAccumulationScheduler", changing, "would change the global batch", "Remove it"),
@@ -117,7 +117,7 @@ class Attached(Callback):
         if mode != RunningStage.TRAINING:
             return self.own["_prepare_dataloader"](dataloader, shuffle=shuffle, mode=mode)
         if self.loader is not None:
-            raise JobError("train_dataloader", 2, "loaders: a session has one order", "Make one dataset of them")
+            raise JobError("train_dataloader", "several loaders", "have an order each", "Make one dataset of them")
         accumulate = self.trainer.accumulate_grad_batches
         shuffle = _is_shuffled(dataloader)
         given = dataloader.batch_size * self.session.world_size * accumulate
