@@ -36,8 +36,8 @@ class Keeper:
         self.asynchronous = job.checkpoint.asynchronous
         self.memory = Memory.find()
         writer = read_path(WRITER) if self.memory else None
-        if self.memory is None and self.asynchronous and parallel.rank == 0:
-            self.memory = Memory.make()
+        if self.memory is None and self.asynchronous and parallel.rank == 0 and (own := Memory.make()).has_locks():
+            self.memory = own
             self.memory.attempt = attempt
         self.copies: Copies | None = None
         self.orders: Orders | None = None

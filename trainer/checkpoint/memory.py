@@ -78,9 +78,20 @@ class Memory:
         """A rank's, through the environment; None without an agent."""
         paths = read_words(MEMORY)
         try:
-            return cls(*paths) if paths else None
+            found = cls(*paths) if paths else None
         except OSError:  # hardened against looking into other processes: the checkpoints on disk are left
             return None
+        return found if found is not None and found.has_locks() else None
+
+    def has_locks(self) -> bool:
+        """Whether this process may lock: a sandbox may forbid it."""
+        try:
+            handle = self.lock(0)
+        except OSError:
+            return False
+        if handle is not None:
+            os.close(handle)
+        return True
 
     def environment(self) -> dict[str, str]:
         """What lets ranks find it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from dataclasses import replace
 
@@ -68,3 +70,16 @@ def test_a_lock_goes_with_its_owner_and_can_be_handed_on(memory: Memory) -> None
     assert memory.lock(0) is None
     os.close(handed_on)
     assert memory.lock(0) is not None
+
+
+def test_a_sandbox_without_locks_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then checkpoints are written by the rank itself."""
+    memory = Memory.make()
+    monkeypatch.setenv("MUSTER_MEMORY", " ".join(memory.paths))
+    assert memory.has_locks() and Memory.find() is not None
+
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert not memory.has_locks() and Memory.find() is None
