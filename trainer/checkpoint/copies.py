@@ -18,6 +18,8 @@ from trainer.checkpoint.memory import BUFFERS, Memory, Seal
 from trainer.checkpoint.snapshot import Buffer, Layout, interpret, put_together, read_raw, take_apart
 from trainer.wiring.hardware import free_memory
 
+ROOM = 0.8
+"""Of the free memory, that copies may take."""
 SHARE = 0.01
 """Of the time, that copies may take which are made in case of a failure."""
 Contents = dict[str, Any]
@@ -115,7 +117,7 @@ class Copies:
         """Raises MemoryError: copies of this size do not fit beside what the node needs now."""
         used = sum(os.stat(path).st_blocks * 512 for path in self.memory.buffers)
         missing, free = self.layout.size * (BUFFERS if self.both else 1) - used, free_memory()
-        if missing > free:
+        if missing > ROOM * free:
             raise MemoryError(f"{missing >> 20} MiB are missing, {free >> 20} MiB are free")
 
     def _mark(self, device: torch.device) -> torch.cuda.Event:

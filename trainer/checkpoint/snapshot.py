@@ -1,7 +1,7 @@
 """How a state lies in a buffer that processes share: its dense tensors, then a head that says what hangs where.
 
 The head is a table of the tensors (JSON) and the state with a `Place` for each of them (what torch.load reads, with
-`weights_only`). Sparse and empty tensors are part of it.
+`weights_only`). Sparse and empty tensors, and those of classes that somebody made, are part of it.
 """
 
 import contextlib
@@ -44,12 +44,13 @@ def take_apart(contents: Any) -> tuple[Any, list[Tensor]]:
     places: dict[tuple[Any, ...], Place] = {}
 
     def place(tensor: Tensor) -> Place | Tensor:
-        if not is_dense(tensor) or tensor.is_quantized or not tensor.numel():
-            return tensor.detach().cpu()
+        tensor = tensor.detach()
+        if type(tensor) is not Tensor or not is_dense(tensor) or tensor.is_quantized or not tensor.numel():
+            return tensor.cpu()
         origin = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
         if origin not in places:
             places[origin] = Place(len(tensors))
-            tensors.append(tensor.detach())
+            tensors.append(tensor)
         return places[origin]
 
     return map_tensors(contents, place), tensors

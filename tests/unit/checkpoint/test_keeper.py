@@ -153,6 +153,25 @@ def test_a_state_that_does_not_fit_is_saved_without_a_copy(
     assert len(told) == 1 and "3 MiB are missing" in told[0]
 
 
+class Note:
+    """Something of the user's."""
+
+
+def test_classes_that_the_user_allows_are_written(
+    disk: Disk, make: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a thread: the agent's process knows none of them."""
+    memory = Memory.make()
+    for name, value in {**memory.environment(), "MUSTER_WRITER": str(tmp_path / "nobody listens")}.items():
+        monkeypatch.setenv(name, value)
+    kept = make()
+    disk.ready.set()
+    with torch.serialization.safe_globals([Note]):
+        kept.save(disk.order(1), 5, {**state(1.0), "note": Note()}, nothing)
+        kept.wait(nothing)
+    assert disk.saved() == {1: 1.0}
+
+
 @pytest.fixture
 def under_agent(make: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch) -> tuple[Memory, Callable[..., Keeper]]:
     """The memory of an agent, and what makes ranks of it, one after the other."""
