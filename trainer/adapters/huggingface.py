@@ -64,7 +64,7 @@ class Attached(TrainerCallback):
         self.restored: dict[str, Any] = {}
         """What the trainer knew where the run goes on."""
         self.done = False
-        """Whether the training has come to its end, which may be an early one."""
+        """Whether the training has come to an early end."""
         self.loader: SessionLoader | None = None
         self.loss: Any = 0.0
         args = trainer.args
@@ -161,7 +161,7 @@ class Attached(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """The last update is over."""
-        self.done = True
+        self.done = self.trainer.state.global_step < self.trainer.state.max_steps
         if self.loader is not None:
             self.loader.close()
 

@@ -78,7 +78,7 @@ class Attached(Callback):
         self.restored: dict[str, Any] = {}
         """What Lightning would have read from a checkpoint, where the run goes on."""
         self.done = False
-        """Whether the training has come to its end, which may be an early one."""
+        """Whether the training has come to an early end."""
         self.metrics: dict[str, Any] = {}
         """What schedulers and callbacks may look at there, of evaluations before."""
         self.batch_size = 0
@@ -185,7 +185,7 @@ class Attached(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last update is over."""
-        self.done = True
+        self.done = trainer.should_stop
         if self.loader is not None:
             self.loader.close()
 

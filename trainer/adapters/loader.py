@@ -66,6 +66,7 @@ class SessionLoader:
     def close(self) -> None:
         """The loop is done with the last batch. Raises Stopped: see `Session`."""
         if self.batches is not None:
+            self.session.enough = True
             next(self.batches, None)
             self.batches = None
 

@@ -34,6 +34,8 @@ class Course(Boundary):
         """Of this update, so far."""
         self.updates, self.epoch_ends = True, False
         self.begun = self.in_epochs = self.left = False
+        self.enough = False
+        """Set by a loop that wants no batch after the one it has, and asks only to pass the boundary after it."""
         self.epochs_before = self.last_epoch = 0
         """Of the loops that have begun, and of this one; counted from the beginning of the training."""
         self.saved = self.place
@@ -80,7 +82,7 @@ class Course(Boundary):
             for _ in self.epochs(epochs if epochs is not None else 1 if steps is None else sys.maxsize):
                 if self.step < end:
                     yield from self._pass(source, end)
-                if self.step >= end:
+                if self.step >= end or self.enough:
                     return
         finally:
             source.close()
@@ -124,7 +126,7 @@ class Course(Boundary):
                 if micro.last:
                     self.position.samples += micro.step_count
                     self.end_step(micro.step_count)
-                    if self.step >= end:
+                    if self.step >= end or self.enough:
                         break
             complete = True
         finally:
