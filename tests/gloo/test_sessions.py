@@ -28,15 +28,15 @@ class Script(NamedTuple):
     path: Path
     words: tuple[str, ...]
     samples: int
-    moments: int = 2
-    """Before or after the update of an optimizer, in each step."""
+    moments: int = 3
+    """At which `struck.py` may strike, in each step."""
 
 
 SCRIPTS = {
     "digits": Script(ROOT / "jobs/digits_script.py", ("--epochs=2", "--batch-size=240"), 1438),
-    "gan": Script(ROOT / "jobs/gan_script.py", ("--steps=12", "--batch-size=300"), 1797, 4),
+    "gan": Script(ROOT / "jobs/gan_script.py", ("--steps=12", "--batch-size=300"), 1797, 5),
     "tutorial": Script(HERE / "tutorial_script.py", ("--epochs=2", "--samples=203", "--batch-size=36"), 203),
-    "gpt": Script(HERE / "gpt_script.py", ("--steps=12", "--samples=101", "--batch-size=18", "--accumulate=2"), 101),
+    "gpt": Script(HERE / "gpt_script.py", ("--steps=12", "--samples=101", "--batch-size=18", "--accumulate=2"), 101, 4),
 }
 PRELOAD = "preload=[sklearn.datasets]"
 FEW = [("digits", 4)] if not FULL else [(name, 4) for name in SCRIPTS]
@@ -60,16 +60,20 @@ def train(folder: Path, name: str, ranks: int, plan: str = "calm", *keys: str, c
     return done.stdout
 
 
-def logged(run: Path) -> dict[int, dict[str, float]]:
-    """What the script logged of each step; what a later attempt did again counts."""
-    lines = [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "train"]
-    return {line["step"]: {key: value for key, value in line.items() if "loss" in key} for line in lines}
+def logged(run: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """What the script logged of each step and found in each evaluation; what a later attempt did again counts."""
+    of_attempt = ("time", "attempt", "kind", "step", "samples_per_s")
+    lines = read_lines(run / "metrics.jsonl")
+    return {
+        (line["kind"], line["step"]): {key: value for key, value in line.items() if key not in of_attempt}
+        for line in lines
+    }
 
 
 def assert_as_if_nothing_had_happened(run: Path, calm: Path, name: str) -> None:
     """Same weights, optimizers, losses and order; each sample once in each epoch."""
     assert difference(read_state(calm), read_state(run)) == ""
-    assert logged(run) == logged(calm) and len(logged(run)) == STEPS
+    assert logged(run) == logged(calm) and len(logged(run)) >= STEPS
     assert_order(run, calm, name)
 
 
@@ -85,12 +89,12 @@ def assert_order(run: Path, calm: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name, ranks", [(name, ranks) for name in SCRIPTS for ranks in (1, 2)] + FEW)
 def test_kill_after_each_step(tmp_path: Path, name: str, ranks: int) -> None:
-    """One rank after the other, now and then all at once; before or after an update, or FULL: at every such moment."""
+    """One rank after the other, now and then all at once; at one moment of each step, or FULL: at every one."""
     script = SCRIPTS[name]
     train(tmp_path / "calm", name, ranks)
     train(tmp_path / "run", name, ranks, "kill:all" if FULL else f"kill:{script.moments}")
     struck = {int(path.name.partition("-")[0]) for path in (tmp_path / "run/strikes").iterdir()}
-    assert struck == set(range(STEPS)), "some step was never struck"
+    assert struck >= set(range(STEPS)), "some step was never struck"
     assert {event["folder"] for event in events(tmp_path / "run", "resume")} == {"memory"}
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "calm", name)
 
@@ -105,7 +109,7 @@ def test_stop_and_resume_at_another_world_size(tmp_path: Path, name: str) -> Non
     assert_order(tmp_path / "run", tmp_path / "calm", name)
     if name == "digits":  # no random numbers of a rank's own
         pairs = zip(logged(tmp_path / "run").items(), logged(tmp_path / "calm").items(), strict=True)
-        assert all(one == (step, pytest.approx(values, rel=1e-3)) for one, (step, values) in pairs)
+        assert all(one == (at, pytest.approx(values, rel=1e-3, abs=0.01)) for one, (at, values) in pairs)
 
 
 def start(folder: Path, code: int, plan: str, *command: str | Path) -> str:

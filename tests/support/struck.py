@@ -1,8 +1,8 @@
 """A script on a session, run by this one, in which a signal strikes a rank at exact moments: each of them once per run.
 
 `struck.py FOLDER PLAN SCRIPT ARGUMENT ...`. FOLDER remembers what struck already. Plans, with commas between several:
-kill:N     SIGKILL in every step, before or after the update of an optimizer: one of the N such moments of a step after
-           the other, one rank after the other, and in every fourth step all ranks at once
+kill:N     SIGKILL in every step, at one of its N moments after the other: before or after the update of an optimizer or
+           an evaluation, or after a call of `log`. One rank after the other, and in every fourth step all ranks at once
 kill:all   SIGKILL at each of these moments
 kill-in:S  SIGKILL in step S, counted from 1, to the last rank
 stop-in:S  SIGTERM
@@ -37,7 +37,7 @@ class Strikes:
         folder.mkdir(parents=True, exist_ok=True)
 
     def moment(self, *_: Any) -> None:
-        """Before or after the update of an optimizer: the so-manieth moment of this step."""
+        """The next moment of this step."""
         if not self.sessions:
             return
         session = self.sessions[-1]
@@ -70,10 +70,28 @@ def watched(make: Callable[..., None], strikes: Strikes) -> Callable[..., None]:
     return construct
 
 
+def between(method: Callable[..., Any], *moments: Callable[[], None]) -> Callable[..., Any]:
+    """The method, with a moment before it, or none if only one is given, and one after it."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        for moment in moments[1:]:
+            moment()
+        result = method(*arguments, **options)
+        moments[0]()
+        return result
+
+    return call
+
+
 if __name__ == "__main__":
     _, where, plan, *sys.argv = sys.argv
     strikes = Strikes(Path(where), plan)
-    Session.__init__ = watched(Session.__init__, strikes)  # type: ignore[method-assign]
+    for name, made in {
+        "__init__": watched(Session.__init__, strikes),
+        "log": between(Session.log, strikes.moment),
+        "evaluate": between(Session.evaluate, strikes.moment, strikes.moment),
+    }.items():
+        setattr(Session, name, made)
     optimizer.register_optimizer_step_pre_hook(strikes.moment)
     optimizer.register_optimizer_step_post_hook(strikes.moment)
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
