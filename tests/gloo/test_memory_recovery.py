@@ -25,13 +25,13 @@ REPEATED_S = 1.0
 """What a failure costs at most in steps that are done again: 100 times a copy of the state, on a busy machine."""
 STEP_S = 0.004
 KILLS = 12 if FULL else 4
-TOPOLOGIES = [ONE_NODE, TWO_NODES, ["nodes=2", "devices_per_node=2"]]
+TOPOLOGIES = [ONE_NODE, TWO_NODES, ["nodes=2", "devices_per_node=2"], ALONE]
 KINDS = [
     [],
     ["task_args.buffers=true", "train.ema_decay=0.9", "train.accumulate=2"],
     ["task_args.noise=true", "train.schedule=cosine", "data.workers=1"],
 ]
-TRIED = [(TOPOLOGIES[0], KINDS[1]), (TOPOLOGIES[1], KINDS[2]), (TOPOLOGIES[2], KINDS[0])]
+TRIED = [(ONE_NODE, KINDS[1]), (TWO_NODES, KINDS[2]), (TOPOLOGIES[2], KINDS[0]), (ALONE, KINDS[1])]
 
 
 def kill_at_any_moment(run: Run, chance: random.Random, ranks: list[int]) -> dict[str, float]:
