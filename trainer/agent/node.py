@@ -91,7 +91,7 @@ def _open(run: RunFolder) -> None:
 
 def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring) -> tuple[int, str]:
     """Check this node, and supervise its ranks to their end; return the exit code and, unless it is 0, the reason."""
-    problems = check_node(job, wiring)
+    problems = check_node(job, wiring, run.state_bytes())
     run.record("preflight", node=wiring.node_rank, problems=[problem.text for problem in problems])
     for problem in problems:
         say(str(problem))

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from trainer.agent.scratch_folder import SHM
 from trainer.config.job import Job
 from trainer.wiring.devices import gpu_files, has_infiniband
-from trainer.wiring.hardware import WORKER_SHM_MB
+from trainer.wiring.hardware import WORKER_SHM_MB, free_memory
 from trainer.wiring.node import Wiring
 
 LOOPBACK = "lo"
 """Linux' interface of the machine to itself."""
 OPEN_FILES = 40
 """What an agent or a rank has open at least: libraries, logs, the connections of a process group."""
+
+
+COPIES = 2
+"""Of the state of a training, that a node keeps in memory."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,11 @@ class Problem:
         return f"{'ERROR' if self.fatal else 'WARNING'} [{self.kind}] {self.text}"
 
 
-def check_node(job: Job, wiring: Wiring) -> list[Problem]:
-    """Look at shared memory, devices, locked memory, compiler, open files and processors of this node."""
+def check_node(job: Job, wiring: Wiring, state: int = 0) -> list[Problem]:
+    """Look at shared memory, devices, locked memory, compiler, open files, memory and processors of this node.
+
+    `state`: bytes of the newest checkpoint of a run that goes on, 0 where there is none.
+    """
     problems, ranks, wanted = [], job.ranks_per_node, job.devices_per_node
     loaders = job.data.workers * ranks if job.task and SHM.is_dir() else 0
     if loaders and (free := shutil.disk_usage(SHM).free / 2**20) < (needed := loaders * WORKER_SHM_MB):
@@ -58,6 +65,13 @@ def check_node(job: Job, wiring: Wiring) -> list[Problem]:
         text = f"a process may open {files} files here, and {needed} may be needed for {ranks} ranks with data.workers="
         text += f"{job.data.workers}. Raise the limit (ulimit -n; docker: --ulimit=nofile={needed}), or lower that"
         problems.append(Problem("files", text))
+    copies, free = COPIES * state if job.checkpoint.in_memory else 0, free_memory()
+    if copies > free:
+        text = (
+            f"two copies of the state in memory take {copies >> 20} MiB, and {free >> 20} MiB are free. Ask for more "
+        )
+        text += "memory, or set checkpoint.in_memory=false: then a failure costs the steps since the last checkpoint"
+        problems.append(Problem("memory", text, False))
     if wiring.cpus < ranks:
         text = f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too"
         problems.append(Problem("config", text, False))

@@ -116,6 +116,11 @@ class RunFolder:
         steps = (path.name.removeprefix(CHECKPOINT) for path in self.checkpoints.glob(f"{CHECKPOINT}*"))
         return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
+    def state_bytes(self) -> int:
+        """The size of the newest checkpoint, 0 before the first; of a damaged one, too."""
+        manifest = read_json(self.checkpoints / f"{CHECKPOINT}{self.steps_committed():09d}" / "manifest.json") or {}
+        return sum(facts.get("bytes", 0) for facts in manifest.get("files", {}).values())
+
     # Making and finding runs.
     @classmethod
     def create(cls, runs: str, name: str, job_text: str, job_folder: Path | None = None) -> RunFolder:

@@ -48,6 +48,14 @@ def test_shared_memory_that_the_loader_workers_overflow(monkeypatch: pytest.Monk
     assert "4 loader workers may need 256" in text and fatal
 
 
+def test_copies_of_the_state_that_do_not_fit() -> None:
+    job = Job(task="a:B", parallel="ddp", devices_per_node=2)
+    [problem] = check_node(job, NODE, 2**60)
+    assert "two copies of the state" in problem.text and "in_memory=false" in problem.text and not problem.fatal
+    job.checkpoint.in_memory = False
+    assert check_node(job, NODE, 2**60) == []
+
+
 def test_a_compiler_where_the_job_wants_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(task="a:B", parallel="ddp", devices_per_node=2, device="cpu", train=Train(compile=True))
     monkeypatch.setenv("CXX", "no-such-compiler")
