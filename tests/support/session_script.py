@@ -47,6 +47,13 @@ class Stateful(Stream):
         self.first = state["first"]
 
 
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note which files of checkpoints this process opens."""
+    if event == "open" and "/checkpoints/step-" in str(arguments[0]):
+        with open("opened.txt", "a") as file:
+            file.write(f"{arguments[0]}\n")
+
+
 def main(kind: str, accumulate: int, kills: list[int]) -> None:
     data = {"map": TensorDataset(FEATURES, LABELS), "stream": Stream(), "stateful": Stateful()}[kind]
     with muster.Session() as session:
@@ -78,4 +85,5 @@ def main(kind: str, accumulate: int, kills: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    sys.addaudithook(watch)
     main(sys.argv[1], int(sys.argv[2]), [int(step) for step in sys.argv[3:]])
