@@ -10,7 +10,7 @@ import session_mistakes
 from ranks import order_of_samples
 from session_mistakes import call
 
-from trainer.errors import STOPPED, WRONG_JOB
+from trainer.errors import DONE, STOPPED, WRONG_JOB
 
 MISTAKES: list[tuple[Callable[..., None], int, str]] = [
     (session_mistakes.tracks_late, 1, "track"),
@@ -18,6 +18,9 @@ MISTAKES: list[tuple[Callable[..., None], int, str]] = [
     (session_mistakes.updates_too_often, 1, "updates"),
     (session_mistakes.leaves_early, 2, "left"),
     (session_mistakes.loops_in_a_loop, 1, "loop"),
+    (session_mistakes.loops_after_a_loop, 1, "same epoch"),
+    (session_mistakes.logs_a_list, 1, "rate"),
+    (session_mistakes.forgets_with, 1, "with muster.Session"),
     (session_mistakes.misspells, 1, "checkpoint.every_steps"),
     (session_mistakes.misspells_a_section, 1, "sede"),
 ]
@@ -38,3 +41,18 @@ def test_data_of_another_length(tmp_path: Path) -> None:
     assert run.code == WRONG_JOB and "15 samples" in run.output() and "12" in run.output()
     assert call(session_mistakes.calm, tmp_path).code == 0
     assert sorted(order_of_samples(tmp_path / "run")[0]) == list(range(12))
+
+
+def test_a_stop_that_is_caught(tmp_path: Path) -> None:
+    """It is a stop all the same, and the run goes on with the rate of a schedule that was tracked last."""
+    runs = [call(session_mistakes.catches_all, tmp_path) for _ in range(2)]
+    assert [run.code for run in runs] == [STOPPED, DONE]
+    said = [line for run in runs for line in run.output().splitlines() if line.startswith("rate")]
+    assert said == [f"rate {1 + step}" for step in range(6)]
+
+
+def test_a_loop_after_one_that_was_left(tmp_path: Path) -> None:
+    """It begins with an epoch of its own."""
+    assert call(session_mistakes.leaves_a_loop_for_another, tmp_path).code == DONE
+    *_, last, partial = order_of_samples(tmp_path / "run").values()
+    assert sorted(last) == list(range(5)) and len(partial) in (4, 5)

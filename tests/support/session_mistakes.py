@@ -110,6 +110,58 @@ def loops_in_a_loop(folder: Path) -> None:
                 made.step(other)
 
 
+def loops_after_a_loop(folder: Path) -> None:
+    """In the same epoch."""
+    with parts(folder) as made:
+        for _ in made.session.epochs(2):
+            for batch in made.session.batches(numbers(), 4):
+                made.step(batch)
+            for batch in made.session.batches(numbers(3), 4):
+                made.step(batch)
+
+
+def logs_a_list(folder: Path) -> None:
+    """As schedulers give one."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+            made.session.log(rate=[0.01])
+
+
+def forgets_with(folder: Path) -> None:
+    """So nobody ends the session."""
+    made = Parts(muster.Session(run=folder / "run"))
+    for batch in made.session.batches(numbers(), 4, epochs=2):
+        made.step(batch)
+
+
+def catches_all(folder: Path) -> None:
+    """It is asked to stop, and does not see it; its schedule is made when its optimizer is restored already."""
+    with parts(folder) as made:
+        schedule = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda step: step + 1.0)
+        made.session.track(schedule=schedule)
+        try:
+            for batch in made.session.batches(numbers(), 4, epochs=2):
+                print("rate", round(100 * made.optimizer.param_groups[0]["lr"]), flush=True)
+                made.step(batch)
+                schedule.step()
+                if made.session.step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            print("caught", error)
+
+
+def leaves_a_loop_for_another(folder: Path) -> None:
+    """In the middle of an epoch; the other has other data."""
+    with parts(folder) as made:
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+            if made.session.step == 1:
+                break
+        for batch in made.session.batches(numbers(5), 4, steps=4):
+            made.step(batch)
+
+
 def misspells(folder: Path) -> None:
     """A setting."""
     with parts(folder, checkpoint={"every_step": 3}):

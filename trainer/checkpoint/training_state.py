@@ -52,7 +52,7 @@ class TrainingState:
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.measured_at = -1
-        """The step that `metrics` were measured after, in this attempt."""
+        """The step that `metrics` were measured after."""
         self.best: tuple[float, str] | None = None
         """Value of the best metric so far, and the name of its checkpoint."""
         self.evaluated = True
@@ -130,6 +130,7 @@ class TrainingState:
         return {
             "model": weights, "objects": objects, "position": dataclasses.asdict(self.position),
             "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best, "facts": self.facts(),
+            "measured_at": self.measured_at,
         }  # fmt: skip
 
     def _choose_best(self) -> None:
@@ -196,6 +197,7 @@ class TrainingState:
         for item in dataclasses.fields(Position):
             setattr(self.position, item.name, state["position"][item.name])
         self.evaluated, self.metrics = state["evaluated"], state["metrics"]
+        self.measured_at = state.get("measured_at", -1)
         self.restored = state.get("facts", {})
         self.best = tuple(state["best"]) if state["best"] else None
 

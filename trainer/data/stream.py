@@ -5,6 +5,7 @@ ranks. A training goes on at its place in the stream: by the stream's own `state
 of torchdata and of Hugging Face's datasets), else by reading again what was used, and dropping it.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,7 +73,7 @@ class Stream:
         while batch:
             end, mark = done + len(batch), self.mark
             if self.has_state and end // self.batch_size % MARK == 0:
-                mark = {"state": self.dataset.state_dict(), "samples": end}
+                mark = {"state": copy.deepcopy(self.dataset.state_dict()), "samples": end}
             following = self._next(samples, epoch, end, self.batch_size)
             self.last = not following
             yield from self._cut(batch, epoch, done)

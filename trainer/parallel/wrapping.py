@@ -65,13 +65,16 @@ class Gradients:
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self.factor = 1.0
-        self.hooks: list[Any] = []
+        self.weights: dict[int, Tensor] = {}
+        self.hooks: dict[int, Any] = {}
+        """By the ids of the weights."""
 
     def add(self, module: nn.Module) -> None:
         """Care for a module's gradients, too."""
         for part in (module, *parts_under_ddp(module)):
             if all(part is not known for known in self.modules):
                 self.modules.append(part)
+                self.weights = {}
 
     def set(self, factor: float, last: bool) -> None:
         """The next backward pass counts `factor` times; DDP averages after it if it is the `last` of its update."""
@@ -80,12 +83,19 @@ class Gradients:
                 module.require_backward_grad_sync = last
         self.factor = factor
         if factor == 1.0:
-            for hook in self.hooks:
+            for hook in self.hooks.values():
                 hook.remove()
             self.hooks.clear()
-        elif not self.hooks:
-            weights = {id(weight): weight for module in self.modules for weight in module.parameters()}
-            self.hooks = [each.register_hook(self._weigh) for each in weights.values() if each.requires_grad]
+        else:
+            self._hook()
+
+    def _hook(self) -> None:
+        """Hook the weights that are trained now: a script may freeze some, or train them, as it goes on."""
+        if not self.weights:
+            self.weights = {id(weight): weight for module in self.modules for weight in module.parameters()}
+        for key, weight in self.weights.items():
+            if weight.requires_grad and key not in self.hooks:
+                self.hooks[key] = weight.register_hook(self._weigh)
 
     def _weigh(self, gradient: Tensor) -> Tensor:
         return gradient * self.factor

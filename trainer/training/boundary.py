@@ -30,6 +30,7 @@ class Boundary:
         self.loss_check = LossCheck(job.train.on_nan, report)
         self.own_generators: Generators = {}
         """Generators of the user's own, which are seeded with the rest."""
+        self.stopped = False
         self.tried = False
         """Whether it is known that a checkpoint can hold all that is tracked."""
 
@@ -55,4 +56,5 @@ class Boundary:
         """Commit a checkpoint and end with the exit code that asks for a requeue."""
         self.save(wait=True)
         self.report.event("stopped", step=self.position.step)
+        self.stopped = True
         raise Stopped

@@ -5,7 +5,6 @@ The boundary between two batches is where ranks agree on stops, checkpoints are 
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +13,11 @@ from trainer.errors import JobError
 from trainer.parallel.wrapping import Gradients
 from trainer.training.batch_source import BatchSource, open_batches
 from trainer.training.boundary import Boundary
-from trainer.training.misuse import agree_left, explain
+from trainer.training.misuse import agree_left, explain, refusal
 from trainer.training.place import Place
+
+ENDLESS = 10**9
+"""Epochs, of a loop that ends by its steps."""
 
 
 class Course(Boundary):
@@ -33,7 +35,9 @@ class Course(Boundary):
         self.micros = 0
         """Of this update, so far."""
         self.updates, self.epoch_ends = True, False
-        self.begun = self.in_epochs = self.left = False
+        self.begun = self.in_epochs = self.left = self.entered = False
+        self.passed = False
+        """Whether this epoch has had its batches."""
         self.enough = False
         """Set by a loop that wants no batch after the one it has, and asks only to pass the boundary after it."""
         self.epochs_before = self.last_epoch = 0
@@ -76,10 +80,14 @@ class Course(Boundary):
         source = open_batches(dataset, batch_size, accumulate, shuffle, collate, options, seed, self.parallel)
         try:
             if self.in_epochs:
+                if self.passed:
+                    problem, remedy = "follows another in the same epoch", "Give each data set epochs of its own"
+                    raise JobError("session.batches", "a second loop", problem, remedy)
+                self.passed = True
                 yield from self._pass(source, math.inf)
                 return
             end = math.inf if steps is None else steps
-            for _ in self.epochs(epochs if epochs is not None else 1 if steps is None else sys.maxsize):
+            for _ in self.epochs(epochs if epochs is not None else 1 if steps is None else ENDLESS):
                 if self.step < end:
                     yield from self._pass(source, end)
                 if self.step >= end or self.enough:
@@ -89,9 +97,11 @@ class Course(Boundary):
 
     def epochs(self, count: int) -> Iterator[int]:
         """The numbers of the epochs to do, from 0 to `count - 1`; those that are done are left out."""
-        first, self.epochs_before = self.epochs_before, min(sys.maxsize, self.epochs_before + count)
+        first, self.epochs_before = self.epochs_before, self.epochs_before + count
+        if self.position.epoch < first:  # the loop before was left in the middle of an epoch
+            self.position.epoch, self.position.samples = first, 0
         for number in range(max(0, self.position.epoch - first), count):
-            self.in_epochs, self.last_epoch = True, first + count
+            self.in_epochs, self.last_epoch, self.passed = True, first + count, False
             try:
                 yield number
             finally:
@@ -138,6 +148,9 @@ class Course(Boundary):
         self._check_left()
         if self.begun:
             return
+        if not self.entered:
+            problem, remedy = "is not in a `with`, so nobody would end it", "Write `with muster.Session() as session:`"
+            raise refusal(JobError("muster.Session", "the session", problem, remedy))
         self.begun = True
         missing = self.state.untracked(self.found)
         if missing:

@@ -1,11 +1,18 @@
 """What a script may do wrong with its session, each with a remedy."""
 
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from trainer.errors import WRONG_JOB, JobError
 from trainer.parallel.base import Parallel
+from trainer.parallel.returned import RESERVED
 from trainer.parallel.stops import Stops
 from trainer.wiring.variables import ATTEMPT
 
@@ -32,6 +39,20 @@ def check_update(updates: bool) -> None:
     if not updates:
         remedy = "Write `if session.updates:` around clipping, optimizer.step() and zero_grad()"
         raise JobError("session.updates", False, "the optimizer steps after a micro-batch that is not the last", remedy)
+
+
+def check_logged(values: Mapping[str, Any]) -> None:
+    """Refuse what is not one number, or a name that is ours. Raises JobError."""
+    for name, value in values.items():
+        if name in RESERVED and name != "loss":
+            remedy = f"Choose another name, such as my_{name}"
+            raise JobError("session.log", name, "is a name that every line of metrics.jsonl has already", remedy)
+        if isinstance(value, Real) or (
+            isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1
+        ):
+            continue
+        shown = f"{name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:60]}"
+        raise JobError("session.log", shown, "is not one number", "Give its mean, or each of several a name")
 
 
 def agree_left(stops: Stops, parallel: Parallel, step: int, beat: Callable[[], None]) -> None:

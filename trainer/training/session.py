@@ -21,7 +21,7 @@ from trainer.parallel.base import DeferredScalar
 from trainer.parallel.wrapping import evaluating, settle, wrap_module
 from trainer.signals import FLAG, SIGNALS
 from trainer.training.course import Course
-from trainer.training.misuse import check_update, refusal
+from trainer.training.misuse import check_logged, check_update, refusal
 from trainer.training.once import make_once
 from trainer.training.own_evaluation import evaluate_samples
 from trainer.training.place import find_place
@@ -107,8 +107,15 @@ class Session(Course):
                 item.register_step_pre_hook(lambda *_: check_update(self.updates))
             if self.found is not None:
                 self.state.restore_object(self.found, name)
+                self._restore_rates(getattr(item, "optimizer", None))
             elif self.job.checkpoint.load and name == "model":
                 self.state.load_weights()
+
+    def _restore_rates(self, optimizer: Any) -> None:
+        """A scheduler that was made after its optimizer was restored has set the rates of its own beginning."""
+        for name, item in self.state.tracked.objects.items():
+            if item is optimizer and self.found is not None:
+                self.state.restore_object(self.found, name)
 
     def once_per_node(self, path: str | Path, make: Callable[[Path], Any]) -> Path:
         """`path`, which one rank of each node makes if it is not there: `make` is given a temporary path to write.
@@ -123,6 +130,7 @@ class Session(Course):
 
         A loss, by its name, that is NaN or infinite ends the run, or with `train.on_nan: skip` is only recorded.
         """
+        check_logged(values)
         for name, value in values.items():
             self.logged[name] = value.detach() if isinstance(value, Tensor) else value
             if "loss" in name:
@@ -155,7 +163,8 @@ class Session(Course):
     def measured(self, metrics: dict[str, float]) -> None:
         """Record what the model is worth now, equal on all ranks; `checkpoint.best` may name one of the metrics."""
         at = dataclasses.replace(self.position, step=self.step + (self.source is not None))  # whose update is done
-        self.state.metrics, self.state.measured_at = metrics, at.step
+        before = self.state.metrics if self.state.measured_at == at.step else {}  # several evaluations
+        self.state.metrics, self.state.measured_at = {**before, **metrics}, at.step
         self.report.evaluation(at, metrics)
 
     def any(self, flag: bool) -> bool:
@@ -164,12 +173,15 @@ class Session(Course):
 
     # Its end.
     def __enter__(self) -> "Session":
+        self.entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if error is None and self.stopped:  # somebody caught it: the training is not done for that
+                raise Stopped
             if error is None:
                 self._finish()
             elif isinstance(error, Stopped):
