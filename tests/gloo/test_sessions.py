@@ -92,6 +92,8 @@ def test_kill_after_each_step(tmp_path: Path, name: str, ranks: int) -> None:
     """One rank after the other, now and then all at once; at one moment of each step, or FULL: at every one."""
     script = SCRIPTS[name]
     train(tmp_path / "calm", name, ranks)
+    lines = [line for line in read_lines(tmp_path / "calm/metrics.jsonl") if line["kind"] == "train"]
+    assert all(line["samples_per_s"] > 0 for line in lines)
     train(tmp_path / "run", name, ranks, "kill:all" if FULL else f"kill:{script.moments}")
     struck = {int(path.name.partition("-")[0]) for path in (tmp_path / "run/strikes").iterdir()}
     assert struck >= set(range(STEPS)), "some step was never struck"

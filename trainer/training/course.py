@@ -169,8 +169,8 @@ class Course(Boundary):
         """An update is done. Raises Stopped: all ranks agreed to stop here, and the checkpoint is committed."""
         self.position.step += 1
         self.micros = 0
-        self._write_log()
         self.report.done(self.position, samples)
+        self._write_log()
         self.try_savable()
         if self.stops.tick():
             self.save_and_stop()
