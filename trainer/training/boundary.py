@@ -50,7 +50,11 @@ class Boundary:
     def save(self, wait: bool) -> None:
         """Commit a checkpoint, beside the training or at once."""
         self.loss_check.read_deferred()
-        self.state.save(wait)
+        try:
+            self.state.save(wait)
+        except Exception:  # perhaps because of what became part of the state after it was tried
+            check_savable(self.state.contents(), script=self.job.script is not None)
+            raise
 
     def save_and_stop(self) -> NoReturn:
         """Commit a checkpoint and end with the exit code that asks for a requeue."""
