@@ -1,8 +1,9 @@
 """From the start of a command to the first all-reduce and the first optimizer step of two ranks, by launcher.
 
-All start the same unmodified script (`bench/tiny.py`), by turns, so that a noisy machine slows all of them; ratios
-are taken within a round. CPU time is that of the whole command, from its start until all its processes are gone.
-Beside them the least that any launcher can take: a Python that imports torch, and what the first step of DDP imports.
+All start the same unmodified script (`bench/tiny.py`), by turns, so that a noisy machine slows all of them; ratios are
+taken within a round. "With a session": the same training on `muster.Session` (`bench/tiny_session.py`). CPU time is
+that of the whole command, from its start until all its processes are gone. Beside them the least that any launcher can
+take: a Python that imports torch, and what the first step of DDP imports.
 
     python bench/launch.py [--rounds 15] [--quick] [--output bench/results/launch.json]
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from measure import BIN, TRAINING, show, spread, table
+from measure import BIN, SESSION, TRAINING, show, spread, table
 
 BASE = "torchrun"
 IMPORT, DYNAMO = "import torch", "import torch, torch._dynamo"
@@ -55,12 +56,12 @@ def _python(code: str) -> Callable[[Path, list[str]], list[str | Path]]:
     return lambda folder, words: [sys.executable, "-c", code]
 
 
-def _muster(*start: str | Path) -> Callable[[Path, list[str]], list[str | Path]]:
-    return lambda folder, words: [*start, measure.write_job(folder, words, devices_per_node=2)]
+def _muster(*start: str | Path, script: Path = TRAINING) -> Callable[[Path, list[str]], list[str | Path]]:
+    return lambda folder, words: [*start, measure.write_job(folder, words, script, devices_per_node=2)]
 
 
-def _prefix(*start: str | Path) -> Callable[[Path, list[str]], list[str | Path]]:
-    return lambda folder, words: [*start, TRAINING, *words]
+def _prefix(*start: str | Path, script: Path = TRAINING) -> Callable[[Path, list[str]], list[str | Path]]:
+    return lambda folder, words: [*start, script, *words]
 
 
 TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc-per-node=2")
@@ -73,7 +74,9 @@ LAUNCHERS = [
     Launcher(DYNAMO, _python(DYNAMO)),
     Launcher("muster run", _muster(BIN / "muster", "run")),
     Launcher("python -m trainer", _muster(sys.executable, "-m", "trainer")),
+    Launcher("muster run, with a session", _muster(BIN / "muster", "run", script=SESSION)),
     Launcher(BASE, _prefix(*TORCHRUN)),
+    Launcher(f"{BASE}, with a session", _prefix(*TORCHRUN, script=SESSION)),
     Launcher("accelerate launch", _prefix(*ACCELERATE), "accelerate"),
     Launcher("torchrunx", _torchrunx, "torchrunx"),
 ]

@@ -29,11 +29,10 @@ from typing import Any
 
 import measure
 import torch
-from loop_peers import OURS, PEERS, RAW, RAW_LOADER, Case, Dense, begin, join
+from loop_peers import OURS, PEERS, RAW, RAW_LOADER, SESSION, Case, Dense, begin, join
 from measure import show, spread, table
 from torch.utils.data import TensorDataset
 
-from trainer.checkpoint.memory import Memory
 from trainer.tasks.digits import Digits
 
 SIZES: dict[str, tuple[type[Digits], int, int]] = {
@@ -105,8 +104,7 @@ def measure_ranks(world_size: int, plan: Plan, names: list[str], rounds: int) ->
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        memory = Memory.make()  # the agent's part
-        os.environ |= {**memory.environment(), "MUSTER_HEARTBEAT": str(folder / "heartbeat")}
+        os.environ["MUSTER_HEARTBEAT"] = str(folder / "heartbeat")  # the agent's part
         ranks, answers = [], []
         for rank in range(world_size):
             answer, end = context.Pipe(duplex=False)
@@ -199,7 +197,7 @@ def main() -> int:
     variables = measure.environment(MALLOC_ARENA_MAX="1")
     os.environ.clear()
     os.environ |= variables
-    peers, columns = [], [OURS]
+    peers, columns = [], [OURS, SESSION]
     if not options.quick:
         for name, package in PEERS.items():
             if measure.installed(package):

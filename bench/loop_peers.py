@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from turns import Thread
 
+from muster import Session
+from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job, Train
 from trainer.config.rules import check_job
 from trainer.parallel.base import Parallel
@@ -134,6 +137,23 @@ def muster(case: Case) -> Iterator[None]:
         yield
 
 
+def session(case: Case) -> Iterator[None]:
+    """The loop by hand with a session around it, under the defaults of a script: what a script pays for it."""
+    session = Session(case.folder / "session", device="cpu")
+    model = session.wrap(case.make_model())
+    optimizer = make_optimizer(model)
+    session.track(model=model, optimizer=optimizer)
+    for images, labels in session.batches(case.data, case.batch_size, epochs=1000):
+        if not session.position.samples:  # a checkpoint is being written: that CPU time is ours
+            session.state.keeper.wait(lambda: None)
+        loss = functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.log(loss=loss)
+        yield
+
+
 def raw(case: Case) -> Iterator[None]:
     """By hand, with ready batches: what all ratios are taken to."""
     model, optimizer, batches = *make_raw(case), Batches(case)
@@ -238,9 +258,9 @@ def lightning(case: Case, turn: Callable[[], None]) -> None:
     trainer.fit(Module(), Batches(case) if case.lean else case.loader())
 
 
-OURS, RAW, RAW_LOADER = "muster", "raw", "raw, DataLoader"
+OURS, SESSION, RAW, RAW_LOADER = "muster", "muster, session", "raw", "raw, DataLoader"
 LOOPS: dict[str, Callable[[Case], Iterator[None]]] = {
-    RAW: raw, RAW_LOADER: raw_loader, OURS: muster, "Fabric": fabric, "accelerate": accelerate
+    RAW: raw, RAW_LOADER: raw_loader, OURS: muster, SESSION: session, "Fabric": fabric, "accelerate": accelerate
 }  # fmt: skip
 PEERS = {"Fabric": "lightning", "Lightning Trainer": "lightning", "accelerate": "accelerate"}
 """Contestant to the package that it needs."""
@@ -248,6 +268,7 @@ PEERS = {"Fabric": "lightning", "Lightning Trainer": "lightning", "accelerate": 
 
 def begin(name: str, case: Case) -> Run:
     """Set a contestant up."""
+    os.environ |= Memory.make().environment()  # the agent's part; each of ours has copies of its own
     if name not in LOOPS:
         return Thread(lambda turn: lightning(case, turn)).run
     loop = LOOPS[name](case)

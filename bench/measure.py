@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TRAINING = Path(__file__).with_name("tiny.py")
+SESSION = Path(__file__).with_name("tiny_session.py")
 RESULTS = Path(__file__).with_name("results")
 BIN = Path(sys.executable).parent
 NOISE = 0.10
@@ -105,9 +106,9 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def write_job(folder: Path, words: Sequence[str], **keys: Any) -> Path:
+def write_job(folder: Path, words: Sequence[str], script: Path = TRAINING, **keys: Any) -> Path:
     """A job file for the training as a script."""
-    job = {"script": str(TRAINING), "script_args": list(words), "device": "cpu", "runs": str(folder / "runs"), **keys}
+    job = {"script": str(script), "script_args": list(words), "device": "cpu", "runs": str(folder / "runs"), **keys}
     path = folder / "tiny.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in job.items()))
     return path

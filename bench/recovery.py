@@ -1,9 +1,10 @@
 """From kill -9 of a rank to the next completed step, and the steps that are lost, under muster and under torchrun.
 
-By turns: a task, whose state survivors hand over; and the same unmodified script (`bench/tiny.py`), which saves every
-10 steps, under either. The kill comes some seconds after the first step, and 5 steps after a save. torchrun's in-job
-restart is broken on gloo with its default settings in some versions of torch: it is measured with the known workaround,
-too, which is what ratios are taken to, within a round.
+By turns: a task and a script with a session (`bench/tiny_session.py`), whose state is copied to memory; and the same
+training as a plain script (`bench/tiny.py`), which saves every 10 steps, under either. The kill comes some seconds
+after the first step, and 5 steps after a save. torchrun's in-job restart is broken on gloo with its default settings in
+some versions of torch: it is measured with the known workaround, too, which is what ratios are taken to, within a
+round.
 
     python bench/recovery.py [--rounds 8] [--quick] [--output bench/results/recovery.json]
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from measure import BIN, TRAINING, Mark, show, spread, table
+from measure import BIN, SESSION, TRAINING, Mark, show, spread, table
 
 from trainer.records import read_lines
 
@@ -52,8 +53,8 @@ class Runner:
         return self.name.startswith("muster")
 
 
-def _muster(**keys: Any) -> Callable[[Path, list[str]], list[str | Path]]:
-    return lambda folder, words: [BIN / "muster", "run", measure.write_job(folder, words, **keys)]
+def _muster(script: Path = TRAINING, **keys: Any) -> Callable[[Path, list[str]], list[str | Path]]:
+    return lambda folder, words: [BIN / "muster", "run", measure.write_job(folder, words, script, **keys)]
 
 
 def _muster_task(**keys: Any) -> Callable[[Path, list[str]], list[str | Path]]:
@@ -93,6 +94,8 @@ def _torchrun(folder: Path, words: list[str]) -> list[str | Path]:
 RUNNERS = [
     Runner("muster, task, one node", _muster_task(devices_per_node=2), marks=read_task_marks),
     Runner("muster, task, two nodes", _muster_task(nodes=2, devices_per_node=1), marks=read_task_marks),
+    Runner("muster, session, one node", _muster(SESSION, devices_per_node=2)),
+    Runner("muster, session, two nodes", _muster(SESSION, nodes=2, devices_per_node=1)),
     Runner("muster, script, one node", _muster(devices_per_node=2)),
     Runner("muster, script, two nodes", _muster(nodes=2, devices_per_node=1)),
     Runner("torchrun", _torchrun),

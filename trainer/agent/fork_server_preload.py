@@ -68,10 +68,11 @@ load("trainer.agent.rank_process", "trainer.agent.rank_store", "trainer.checkpoi
 load(*filter(None, os.environ[PRELOAD].split(",")), users=True)
 # DDP and the first optimizer step import torch's compiler, which takes 1 s. The steps of a task wait for it. A script
 # may communicate long before it trains, so its ranks start at once, and the compiler is imported here a moment later,
-# for the ranks that follow a failure. A timer does it while this process waits for requests: its handler runs
-# in the main thread, so there is still only one.
+# for the ranks that follow a failure; so is the session, which they may stand on. A timer does it while this process
+# waits for requests: its handler runs in the main thread, so there is still only one.
 if kind == "task":
     load("trainer.training.rank", compiler=True)
 else:
-    signal.signal(signal.SIGALRM, lambda *_: load(compiler=True))
+    session = ("trainer.training.session", "trainer.parallel.ddp")
+    signal.signal(signal.SIGALRM, lambda *_: load(*session, compiler=True))
     signal.setitimer(signal.ITIMER_REAL, 2.0)  # until then the ranks begin undisturbed

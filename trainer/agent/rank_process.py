@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from trainer.agent.fork_server import REFUSED
 from trainer.agent.script import end_script, run_script, watch_process_group
+from trainer.config.given import JOBS
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.records import write_json
@@ -55,6 +56,7 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
 
         torch.set_num_threads(threads)
         if job.script:
+            JOBS.append(job)
             watch_process_group(run, wiring)
             return run_script(job, job_file)
         from trainer.training.rank import train

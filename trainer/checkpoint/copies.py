@@ -20,7 +20,7 @@ from trainer.wiring.hardware import free_memory
 
 ROOM = 0.8
 """Of the free memory, that copies may take."""
-SHARE = 0.01
+SHARE = 0.005
 """Of the time, that copies may take which are made in case of a failure."""
 Contents = dict[str, Any]
 

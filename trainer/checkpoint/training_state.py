@@ -6,7 +6,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ class TrainingState:
         self.job, self.position, self.parallel, self.report = job, Position(), parallel, report
         self.root = report.run.checkpoints
         self.tracked = TrackedObjects(explain or self._explain)
-        self.config = read_sections(report.run.job) if report.run.job.exists() else {}
-        """As it was given: interpolations stay as written, so it holds no secret."""
         self.keeper = Keeper(job, parallel, report.run, report.attempt, self.tracked.has_buffers, report.notice)
         self.beat = partial(report.phase, "saving", self.position)
         self.metrics: dict[str, float] = {}
@@ -60,6 +58,11 @@ class TrainingState:
         self.facts: Callable[[], dict[str, Any]] = dict
         """What else a checkpoint says of its run, and what the one that was restored said."""
         self.restored: dict[str, Any] = {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The job as it was given: interpolations stay as written, so it holds no secret."""
+        return read_sections(self.report.run.job) if self.report.run.job.exists() else {}
 
     def track(self, **objects: Any) -> None:
         """Keep these objects from here on; None is none."""

@@ -60,12 +60,12 @@ def merge_job(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     return config
 
 
-def merge_sources(sources: Mapping[str, dict[str, Any]]) -> DictConfig:
-    """Merge values over the defaults, the later over the earlier; by what an error calls their source.
+def merge_sources(sources: Mapping[str, dict[str, Any]], base: Job | type[Job] = Job) -> DictConfig:
+    """Merge values over `base`, the later over the earlier; by what an error calls their source.
 
     Raises JobError: unknown key, wrong type.
     """
-    config = OmegaConf.structured(Job)
+    config = OmegaConf.structured(base)
     for source, values in sources.items():
         leaves = dict(_leaves(values))
         for key, value in leaves.items():

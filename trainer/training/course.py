@@ -136,7 +136,7 @@ class Course(Boundary):
                 if micro.last:
                     self.position.samples += micro.step_count
                     self.end_step(micro.step_count)
-                    if self.step >= end or self.enough:
+                    if self.position.step >= end or self.enough:
                         break
             complete = True
         finally:
@@ -167,23 +167,20 @@ class Course(Boundary):
 
     def end_step(self, samples: int) -> None:
         """An update is done. Raises Stopped: all ranks agreed to stop here, and the checkpoint is committed."""
-        self.position.step += 1
+        position, job = self.position, self.job
+        position.step += 1
         self.micros = 0
-        self.report.done(self.position, samples)
-        self._write_log()
+        self.report.done(position, samples)
+        if position.step % job.log.every_steps == 0:
+            self.report.log(position, self.parallel.mean({name: float(value) for name, value in self.logged.items()}))
+        self.logged.clear()
         self.try_savable()
         if self.stops.tick():
             self.save_and_stop()
-        every = self.job.checkpoint.every_steps
-        if every and self.step % every == 0 and not self.epoch_ends:  # then it is saved when the epoch is over
+        every = job.checkpoint.every_steps
+        if every and position.step % every == 0 and not self.epoch_ends:  # then it is saved when the epoch is over
             self.save(wait=False)
         self.state.boundary()
-
-    def _write_log(self) -> None:
-        if self.step % self.job.log.every_steps == 0:
-            values = self.parallel.mean({name: float(value) for name, value in self.logged.items()})
-            self.report.log(self.position, values)
-        self.logged.clear()
 
     def save(self, wait: bool) -> None:
         super().save(wait)

@@ -1,5 +1,6 @@
 """Where a session finds itself: its job, its run folder and its ranks, under an agent, another launcher, or neither."""
 
+import copy
 import dataclasses
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from trainer.config.given import JOBS
 from trainer.config.job import Job
 from trainer.config.load import merge_sources, name_of, read_sections, to_job, to_text
 from trainer.parallel.base import Parallel
@@ -45,8 +47,8 @@ def find_place(run: str | Path | None, settings: Mapping[str, Any]) -> Place:
     pulse = Pulse(wiring.local_rank)
     pulse.beat(0, "starting")
     given = read_path(SESSION)
-    config = _merge(given, settings)
-    job = to_job(config)
+    config = _merge(given, settings) if settings or not JOBS else None
+    job = copy.deepcopy(JOBS[0]) if config is None else to_job(config)
     local = read_int(os.environ, LOCAL_WORLD_SIZE, "1")
     job.nodes, job.devices_per_node = max(1, wiring.world_size // local), local
     job.parallel = "ddp" if wiring.world_size > 1 else "single"
@@ -54,16 +56,20 @@ def find_place(run: str | Path | None, settings: Mapping[str, Any]) -> Place:
     if given is not None and (folder := RunFolder(given.parent)).exists():
         attempts.check_current(folder, wiring.attempt)
     else:
+        config = config or _merge(given, settings)
         path, attempt = parallel.share(_begin(run, job, wiring, config) if parallel.rank == 0 else None)
         folder, wiring = RunFolder(Path(path)), dataclasses.replace(wiring, attempt=attempt)
     return Place(job, wiring, parallel, pulse, Report(job, folder, wiring.attempt, parallel, pulse))
 
 
 def _merge(job_file: Path | None, settings: Mapping[str, Any]) -> DictConfig:
-    """The job file's keys, over them those that the session was given."""
+    """The job's keys, over them those that the session was given."""
+    own = {"muster.Session(...)": dict(settings)}
+    if JOBS:
+        return merge_sources(own, JOBS[0])
     script = os.path.abspath(sys.argv[0]) if sys.argv and sys.argv[0] else "session"
     sources = {str(job_file): read_sections(job_file)} if job_file is not None else {}
-    config = merge_sources({"": {"script": script}, **sources, "muster.Session(...)": dict(settings)})
+    config = merge_sources({"": {"script": script}, **sources, **own})
     config.name = config.name or name_of(Path(script).stem)
     return config
 

@@ -5,6 +5,7 @@ between any two of them: there stops are agreed on, states kept, checkpoints com
 """
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -132,11 +133,18 @@ class Session(Course):
         """
         check_logged(values)
         for name, value in values.items():
-            self.logged[name] = value.detach() if isinstance(value, Tensor) else value
-            if "loss" in name:
-                deferred = isinstance(value, Tensor) and value.is_cuda
-                number = DeferredScalar(value.detach()) if deferred else float(self.logged[name])
-                self.loss_check.allows_update(number, self.step + 1, [self.micro] if self.micro else [])
+            if "loss" not in name:
+                self.logged[name] = value.detach() if isinstance(value, Tensor) else value
+            elif isinstance(value, Tensor) and value.is_cuda:
+                self.logged[name] = value.detach()
+                self._check_loss(DeferredScalar(value.detach()))
+            else:
+                number = self.logged[name] = float(value.item() if isinstance(value, Tensor) else value)
+                if not math.isfinite(number):
+                    self._check_loss(number)
+
+    def _check_loss(self, value: DeferredScalar | float) -> None:
+        self.loss_check.allows_update(value, self.step + 1, [self.micro] if self.micro else [])
 
     def evaluate(
         self, dataset: Any, function: Callable[[Any], Mapping[str, Any]], batch_size: int = 256, *,
