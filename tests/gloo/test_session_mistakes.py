@@ -9,6 +9,7 @@ import pytest
 import session_mistakes
 from ranks import order_of_samples
 from session_mistakes import call
+from states import steps_saved
 
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 
@@ -21,6 +22,7 @@ MISTAKES: list[tuple[Callable[..., None], int, str]] = [
     (session_mistakes.loops_after_a_loop, 1, "same epoch"),
     (session_mistakes.logs_a_list, 1, "rate"),
     (session_mistakes.forgets_with, 1, "with muster.Session"),
+    (session_mistakes.shares_weights, 2, "session.wrap='0.weight'"),
     (session_mistakes.misspells, 1, "checkpoint.every_steps"),
     (session_mistakes.misspells_a_section, 1, "sede"),
 ]
@@ -54,5 +56,13 @@ def test_a_stop_that_is_caught(tmp_path: Path) -> None:
 def test_a_loop_after_one_that_was_left(tmp_path: Path) -> None:
     """It begins with an epoch of its own."""
     assert call(session_mistakes.leaves_a_loop_for_another, tmp_path).code == DONE
-    *_, last, partial = order_of_samples(tmp_path / "run").values()
-    assert sorted(last) == list(range(5)) and len(partial) in (4, 5)
+    first, second = order_of_samples(tmp_path / "run").values()
+    assert len(first) == 8 and sorted(second) == list(range(5))
+
+
+def test_a_loop_that_is_left_after_an_update(tmp_path: Path) -> None:
+    """No sample of it comes again."""
+    runs = [call(session_mistakes.breaks_after_an_update, tmp_path) for _ in range(2)]
+    assert [run.code for run in runs] == [DONE, DONE], runs[0].output() + runs[1].output()
+    first, second = order_of_samples(tmp_path / "run").values()
+    assert sorted(first) == list(range(12)) and len(second) == 4 and steps_saved(tmp_path / "run")[-1] == 4

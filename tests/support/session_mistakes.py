@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,26 @@ def leaves_a_loop_for_another(folder: Path) -> None:
                 break
         for batch in made.session.batches(numbers(5), 4, steps=4):
             made.step(batch)
+
+
+def shares_weights(folder: Path) -> None:
+    """Two wrapped modules have a layer in common."""
+    layer = nn.Linear(1, 1)
+    with muster.Session(folder / "run") as session:
+        for _ in range(2):
+            session.wrap(nn.Sequential(layer))
+
+
+def breaks_after_an_update(folder: Path) -> None:
+    """What was learnt counts: the run goes on behind it. It ends by `sys.exit`, too."""
+    with parts(folder, checkpoint={"every_steps": 1}) as made:
+        before = made.session.step
+        for batch in made.session.batches(numbers(), 4, epochs=2):
+            made.step(batch)
+            if made.session.step == before + 1:
+                break
+        if before:
+            sys.exit(0)
 
 
 def misspells(folder: Path) -> None:

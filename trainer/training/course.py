@@ -34,6 +34,8 @@ class Course(Boundary):
         self.micro: MicroBatch | None = None
         self.micros = 0
         """Of this update, so far."""
+        self.updated = False
+        """Whether an optimizer has stepped since the last boundary."""
         self.updates, self.epoch_ends = True, False
         self.begun = self.in_epochs = self.left = self.entered = False
         self.passed = False
@@ -141,6 +143,9 @@ class Course(Boundary):
             complete = True
         finally:
             self.left = not complete
+            if self.left and self.updated:  # by `break` after the update, which counts
+                self.position.samples += micro.step_count
+                self.position.step += 1
             self.source, self.micro, self.updates, self.epoch_ends = None, None, True, False
 
     def begin(self, steps: int, steps_per_epoch: int) -> None:
@@ -164,6 +169,7 @@ class Course(Boundary):
         self.gradients.set(share, last)
         self.seed_generators(self.parallel.rank + self.micros * self.parallel.world_size)
         self.micros += 1
+        self.updated = False
 
     def end_step(self, samples: int) -> None:
         """An update is done. Raises Stopped: all ranks agreed to stop here, and the checkpoint is committed."""

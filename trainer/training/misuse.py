@@ -3,12 +3,13 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import WRONG_JOB, JobError
 from trainer.parallel.base import Parallel
@@ -32,6 +33,16 @@ def explain(name: str, origin: str, error: Exception) -> JobError:
     """The error for an object that a checkpoint does not fit."""
     problem = f"does not fit the checkpoint {origin}: {' '.join(str(error).split())}"
     return JobError("session.track", name, problem, "Track what the run began with, or begin a new run")
+
+
+def check_shared(module: nn.Module, wrapped: Sequence[nn.Module]) -> None:
+    """Refuse weights that another module has, too: DDP would average their gradients twice. Raises JobError."""
+    others = [other for other in wrapped if isinstance(other, DistributedDataParallel) and other is not module]
+    known = {id(weight) for other in others for weight in other.parameters()}
+    shared = [name for name, weight in module.named_parameters() if weight.requires_grad and id(weight) in known]
+    if shared:
+        problem = "belongs to a module that is wrapped already"
+        raise JobError("session.wrap", shared[0], problem, "Wrap one module that holds both")
 
 
 def check_update(updates: bool) -> None:

@@ -22,7 +22,7 @@ from trainer.parallel.base import DeferredScalar
 from trainer.parallel.wrapping import evaluating, settle, wrap_module
 from trainer.signals import FLAG, SIGNALS
 from trainer.training.course import Course
-from trainer.training.misuse import check_logged, check_update, refusal
+from trainer.training.misuse import check_logged, check_shared, check_update, refusal
 from trainer.training.once import make_once
 from trainer.training.own_evaluation import evaluate_samples
 from trainer.training.place import find_place
@@ -80,6 +80,7 @@ class Session(Course):
     # What is trained.
     def wrap(self, module: nn.Module, **options: Any) -> Any:
         """The module on this rank's device, under DDP where there are ranks; `options` are those of DDP."""
+        check_shared(module, self.gradients.modules)
         wrapped = wrap_module(module, self.parallel, options)
         self.gradients.add(wrapped)
         return wrapped
@@ -105,12 +106,16 @@ class Session(Course):
                 self.gradients.add(item)
                 self.own_generators |= {f"{name}.{path}": each for path, each in model_generators(item).items()}
             if isinstance(item, torch.optim.Optimizer):
-                item.register_step_pre_hook(lambda *_: check_update(self.updates))
+                item.register_step_pre_hook(self._note_update)
             if self.found is not None:
                 self.state.restore_object(self.found, name)
                 self._restore_rates(getattr(item, "optimizer", None))
             elif self.job.checkpoint.load and name == "model":
                 self.state.load_weights()
+
+    def _note_update(self, *_: Any) -> None:
+        check_update(self.updates)
+        self.updated = True
 
     def _restore_rates(self, optimizer: Any) -> None:
         """A scheduler that was made after its optimizer was restored has set the rates of its own beginning."""
@@ -190,7 +195,8 @@ class Session(Course):
         try:
             if error is None and self.stopped:  # somebody caught it: the training is not done for that
                 raise Stopped
-            if error is None:
+            if error is None or (isinstance(error, SystemExit) and not error.code):  # a script may end itself
+                self.left = self.left or self.source is not None
                 self._finish()
             elif isinstance(error, Stopped):
                 self.parallel.close()
