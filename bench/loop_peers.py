@@ -139,19 +139,19 @@ def muster(case: Case) -> Iterator[None]:
 
 def session(case: Case) -> Iterator[None]:
     """The loop by hand with a session around it, under the defaults of a script: what a script pays for it."""
-    session = Session(case.folder / "session", device="cpu")
-    model = session.wrap(case.make_model())
-    optimizer = make_optimizer(model)
-    session.track(model=model, optimizer=optimizer)
-    for images, labels in session.batches(case.data, case.batch_size, epochs=1000):
-        if not session.position.samples:  # a checkpoint is being written: that CPU time is ours
-            session.state.keeper.wait(lambda: None)
-        loss = functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        session.log(loss=loss)
-        yield
+    with Session(case.folder / "session", device="cpu") as session:
+        model = session.wrap(case.make_model())
+        optimizer = make_optimizer(model)
+        session.track(model=model, optimizer=optimizer)
+        for images, labels in session.batches(case.data, case.batch_size, epochs=1000):
+            if not session.position.samples:  # a checkpoint is being written: that CPU time is ours
+                session.state.keeper.wait(lambda: None)
+            loss = functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.log(loss=loss)
+            yield
 
 
 def raw(case: Case) -> Iterator[None]:

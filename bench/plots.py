@@ -79,7 +79,7 @@ def loop(data: dict[str, Any]) -> Picture:
         bars = panels.setdefault((row["size"], row["ranks"]), [])
         steps.setdefault((row["size"], row["ranks"]), row["raw_cpu_ms"])
         for name, ratio in row["ratio"].items():
-            if not (row["lean"] and name in ("muster", "raw, DataLoader")):  # these know no lean way
+            if not (row["lean"] and name in ("muster", "muster, session", "raw, DataLoader")):  # these know no lean way
                 bars.append(Bar(f"{name}, lean" if row["lean"] else name, in_percent(ratio), is_ours(name)))
     for bars in panels.values():
         names = [bar.label for bar in bars]
