@@ -65,6 +65,8 @@ class Stream:
         while done < position.samples:  # as when they were used, because the stream may shuffle what it has read
             size = min(self.batch_size, position.samples - done)
             done += len(self._next(samples, position.epoch, done, size)) or position.samples
+        if self.has_state and done > self.mark.get("samples", 0):
+            self.mark = self._mark(done)
         yield from self._batches(samples, position)
 
     def _batches(self, samples: Iterator[Any], start: Position) -> Iterator[tuple[MicroBatch, Any]]:
@@ -73,11 +75,15 @@ class Stream:
         while batch:
             end, mark = done + len(batch), self.mark
             if self.has_state and end // self.batch_size % MARK == 0:
-                mark = {"state": copy.deepcopy(self.dataset.state_dict()), "samples": end}
+                mark = self._mark(end)
             following = self._next(samples, epoch, end, self.batch_size)
             self.last = not following
             yield from self._cut(batch, epoch, done)
             self.mark, done, batch = mark, end, following
+
+    def _mark(self, samples: int) -> dict[str, Any]:
+        """The state of the stream now that so many samples of the epoch are read."""
+        return {"state": copy.deepcopy(self.dataset.state_dict()), "samples": samples}
 
     def _next(self, samples: Iterator[Any], epoch: int, done: int, size: int) -> list[Any]:
         """The samples of the next global batch, drawn as on all ranks."""
