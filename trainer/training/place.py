@@ -35,11 +35,6 @@ class Place:
     pulse: Pulse
     report: Report
 
-    @property
-    def supervised(self) -> bool:
-        """Whether an agent watches this rank."""
-        return self.pulse.heartbeat is not None
-
 
 def find_place(run: str | Path | None, settings: Mapping[str, Any]) -> Place:
     """Join the other ranks. `run` and `settings` are those of the session. Raises JobError: a setting is wrong."""

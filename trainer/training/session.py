@@ -34,7 +34,8 @@ class Session(Course):
     def __init__(self, run: str | Path | None = None, **settings: Any) -> None:
         """Join the other ranks, and find what the training goes on from.
 
-        `run`: a folder to keep everything in and to go on from; without it that of the job, else a new one in `./runs`.
+        `run`: a folder to keep everything in and to go on from, by default a new one in `./runs`. Under `muster` the
+        run has a folder already, and that one counts.
         `settings`: keys of a job file, such as `seed=1` or `checkpoint={"every_steps": 100}`; they win over the job
         file. Raises JobError, or SystemExit(64) where no agent tells of it: a setting is wrong.
         """
