@@ -23,10 +23,12 @@ from trainer.launch.submit import run_job, submit_job
 from trainer.records import read_json, read_lines
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to build the image
+STEPS = 150
+"""Long enough to be disturbed after a checkpoint, which is written beside the training."""
 JOB = [
     "nodes=2",
     "device=cpu",
-    "train.steps=60",
+    f"train.steps={STEPS}",
     "checkpoint.every_steps=10",
     "log.every_steps=1",
 ]
@@ -107,13 +109,13 @@ def test_two_pods_train_and_muster_run_follows(runs: Runs, undisturbed: Any, cap
     words = [*JOB, f"devices_per_node={devices}", f"runs={runs.folder / 'runs'}"]
     assert run_job("jobs/digits.yaml", words, "kubernetes", runs.site) == 0
     printed = capfd.readouterr().out
-    assert "step 60/60" in printed
+    assert f"step {STEPS}/{STEPS}" in printed
     (run,) = (runs.folder / "runs").glob("*-*")
     found = control.status(str(run))
     assert found["state"] == "done"
     assert "accuracy" in found["reason"]
     losses = runs.losses(run)
-    assert sorted(losses) == list(range(1, 61))
+    assert sorted(losses) == list(range(1, STEPS + 1))
     undisturbed[devices] = losses
     assert (runs.claim / run.name / "result.json").stat().st_uid == 10001
     assert read_json(runs.claim / run.name / "result.json")["world_size"] == 2 * devices
@@ -141,7 +143,7 @@ def test_a_killed_pod_is_replaced_and_the_run_resumes_exactly(
 
 def test_an_evicted_pod_saves_and_the_gang_comes_back(runs: Runs, undisturbed: Any) -> None:
     run = runs.submit()
-    runs.checkpoint(run, 1)
+    runs.until(run, lambda: runs.events(run, "first_step"))
     runs.pods.evict(runs.pods.pod(1))
     assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
     assert runs.pods.failed == {}  # nothing counted against backoffLimit
