@@ -26,8 +26,12 @@ Function = Callable[[Any], Mapping[str, Any]]
 def evaluate_samples(
     parallel: Parallel, dataset: Any, function: Function, batch_size: int,
     collate: Callable[[list[Any]], Any] | None, options: Data, seed: int, step: int,
+    beat: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
-    """The mean of each name over the dataset. Raises JobError: not a number for each sample."""
+    """The mean of each name over the dataset; `beat` is called before each batch.
+
+    Raises JobError: not a number for each sample.
+    """
     count = count_samples(KEY, dataset)
     plan = list(evaluation_batches(count, batch_size, parallel.rank, parallel.world_size))
     loader = Loader(dataset, collating(collate), options, seed, parallel.cuda, KEY)
@@ -37,6 +41,7 @@ def evaluate_samples(
     sums: list[tuple[int, dict[str, Tensor]]] = []
     try:
         for (number, indices), batch in zip(plan, batches, strict=True):
+            beat()
             seed_generators(derive_seed(seed, step, number, EVALUATION), parallel.devices)
             values = read_metrics(function(batch), len(indices), parallel.device, KEY)
             sums.append((number, {name: value.double().sum(0).cpu() for name, value in values.items()}))

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -167,8 +168,9 @@ class Session(Course):
         self.parallel.share_buffers(self.gradients.modules)
         with evaluating(self.gradients.modules):
             means = evaluate_samples(
-                self.parallel, dataset, function, batch_size, collate, options, self.job.seed, self.step
-            )
+                self.parallel, dataset, function, batch_size, collate, options, self.job.seed, self.step,
+                partial(self.report.phase, "evaluating", self.position),
+            )  # fmt: skip
         self.measured(means)
         self.report.pause(time.perf_counter() - started)
         self.seed_generators(self.rank if self.begun else 0)
