@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from muster_runs import FULL, HERE, Run, environment
+from muster_runs import FULL, HERE, environment
 from paths import ROOT
 from ranks import samples_of_steps
+from session_runs import train_struck
 from states import difference, read_state
 
 from trainer.data.sampler import epoch_order
@@ -50,19 +50,8 @@ def train(folder: Path, framework: str, ranks: int, plan: str, batch_ranks: int 
     """Train in `folder`, or go on there; return what was printed. `batch_ranks`: those that the script was made for."""
     script = SCRIPTS[framework]
     each = script.batch_size // (batch_ranks or ranks) // script.accumulate
-    words = [str(folder / "strikes"), plan, str(script.path), *script.words, str(each)]
-    folder.mkdir(exist_ok=True)
-    command = [
-        sys.executable, "-m", "trainer", str(HERE / "sessions.yaml"), f"script_args={json.dumps(words)}",
-        f"devices_per_node={ranks}", f"preload=[{script.preload}]",
-    ]  # fmt: skip
-    variables = {"MUSTER_RUN": str(folder), "MUSTER_JOB_ID": Run(folder).job_id}
-    done = subprocess.run(
-        command, cwd=HERE, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout[-5000:]
-    return done.stdout
+    keys = f"devices_per_node={ranks}", f"preload=[{script.preload}]"
+    return train_struck(folder, plan, script.path, (*script.words, str(each)), *keys, code=code)
 
 
 def lasting(run: Path) -> Any:

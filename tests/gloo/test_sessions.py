@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from muster_runs import FULL, HERE, Run, environment
+from muster_runs import FULL, HERE, environment
 from paths import ROOT
 from ranks import events, order_of_samples, samples_of_steps
+from session_runs import train_struck
 from states import difference, read_state
 
 from trainer.errors import DONE, FAILED, STOPPED
@@ -45,19 +45,8 @@ FEW = [("digits", 4)] if not FULL else [(name, 4) for name in SCRIPTS]
 def train(folder: Path, name: str, ranks: int, plan: str = "calm", *keys: str, code: int = DONE) -> str:
     """Train in `folder`, or go on there, as the agent of one node; return what it printed."""
     script = SCRIPTS[name]
-    words = [str(folder / "strikes"), plan, str(script.path), *script.words]
-    folder.mkdir(exist_ok=True)
-    command = [
-        sys.executable, "-m", "trainer", str(HERE / "sessions.yaml"), f"script_args={json.dumps(words)}",
-        f"devices_per_node={ranks}", PRELOAD, *keys,
-    ]  # fmt: skip
-    variables = {"MUSTER_RUN": str(folder), "MUSTER_JOB_ID": Run(folder).job_id}
-    done = subprocess.run(
-        command, cwd=HERE, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout[-5000:]
-    return done.stdout
+    keys = f"devices_per_node={ranks}", PRELOAD, *keys
+    return train_struck(folder, plan, script.path, script.words, *keys, code=code)
 
 
 def logged(run: Path) -> dict[tuple[str, int], dict[str, float]]:

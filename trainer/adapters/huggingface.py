@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from trainer.adapters.loader import SessionLoader, say_if_changed
-from trainer.errors import JobError
+from trainer.adapters.loader import SessionLoader, refuse_settings, say_if_changed
 from trainer.parallel.wrapping import settle
 from trainer.training.session import Session
 
@@ -38,7 +37,7 @@ def attach(trainer: Trainer, session: Session) -> None:
 def _check(trainer: Trainer, session: Session) -> None:
     args = trainer.args
     sampling = getattr(args, "train_sampling_strategy", "random")
-    refused = (
+    refuse_settings("TrainingArguments", (
         ("n_gpu", args.n_gpu, args.n_gpu > 1, "one process would use several GPUs", "Set devices_per_node in the job"),
         ("world_size", args.world_size, args.world_size != session.world_size,
          f"the session has {session.world_size}", "Make TrainingArguments inside of `with muster.Session()`"),
@@ -50,10 +49,7 @@ def _check(trainer: Trainer, session: Session) -> None:
         ("train_sampling_strategy", sampling, sampling not in ("random", "sequential"),
          "is an order of its own", "Remove it"),
         ("dataloader_drop_last", True, args.dataloader_drop_last, "would leave samples out", "Remove it"),
-    )  # fmt: skip
-    for key, value, wrong, problem, remedy in refused:
-        if wrong:
-            raise JobError(f"TrainingArguments.{key}", value, problem, remedy)
+    ))  # fmt: skip
 
 
 class Attached(TrainerCallback):

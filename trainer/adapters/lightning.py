@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from trainer.adapters.loader import SessionLoader, say_if_changed
+from trainer.adapters.loader import SessionLoader, refuse_settings, say_if_changed
 from trainer.errors import JobError
 from trainer.parallel.wrapping import settle
 from trainer.training.session import Session
@@ -53,7 +53,7 @@ def attach(trainer: Trainer, session: Session) -> None:
 def _check(trainer: Any, session: Session) -> None:
     changing = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
     strategy = type(trainer.strategy).__name__
-    refused = (
+    refuse_settings("Trainer", (
         ("devices", trainer.world_size, trainer.world_size != session.world_size,
          f"the session has {session.world_size} ranks", "Write Trainer(**muster.lightning.devices(session), ...)"),
         ("strategy", strategy, not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
@@ -64,10 +64,7 @@ def _check(trainer: Any, session: Session) -> None:
         ("reload_dataloaders_every_n_epochs", trainer.reload_dataloaders_every_n_epochs,
          trainer.reload_dataloaders_every_n_epochs, "would change the data in between", "Remove it"),
         ("callbacks", "GradientAccumulationScheduler", changing, "would change the global batch", "Remove it"),
-    )  # fmt: skip
-    for key, value, wrong, problem, remedy in refused:
-        if wrong:
-            raise JobError(f"Trainer.{key}", value, problem, remedy)
+    ))  # fmt: skip
 
 
 class Attached(Callback):

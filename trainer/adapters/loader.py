@@ -5,12 +5,13 @@ evaluates and saves after that. So the session's boundary between two steps lies
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from trainer.data.sampler import MicroBatch
+from trainer.errors import JobError
 from trainer.training.session import Session
 
 
@@ -69,6 +70,17 @@ class SessionLoader:
             self.session.enough = True
             next(self.batches, None)
             self.batches = None
+
+
+Refusals = Iterable[tuple[str, Any, Any, str, str]]
+"""A setting, its value, whether it is refused, the problem and the remedy."""
+
+
+def refuse_settings(place: str, refused: Refusals) -> None:
+    """Raises JobError: a framework was told to do what a session could not repeat; `place`: where it was told."""
+    for key, value, wrong, problem, remedy in refused:
+        if wrong:
+            raise JobError(f"{place}.{key}", value, problem, remedy)
 
 
 def say_if_changed(session: Session, given: int, kept: int) -> None:
