@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import session_mistakes
-from ranks import order_of_samples
+from ranks import evaluations, order_of_samples
 from session_mistakes import call
-from states import steps_saved
+from states import read_state, steps_saved
+from torch import nn
 
 from trainer.errors import DONE, STOPPED, WRONG_JOB
 
@@ -66,3 +67,18 @@ def test_a_loop_that_is_left_after_an_update(tmp_path: Path) -> None:
     assert [run.code for run in runs] == [DONE, DONE], runs[0].output() + runs[1].output()
     first, second = order_of_samples(tmp_path / "run").values()
     assert sorted(first) == list(range(12)) and len(second) == 4 and steps_saved(tmp_path / "run")[-1] == 4
+
+
+def test_each_micro_batch_has_random_numbers_of_its_own(tmp_path: Path) -> None:
+    """Or dropout would leave out the same in all of an update; and each rank has its own."""
+    said = call(session_mistakes.draws, tmp_path, 2).output().splitlines()
+    drawn = [line for line in said if line.startswith("drawn")]
+    assert len(drawn) == len(set(drawn)) == 12
+
+
+def test_all_ranks_evaluate_with_the_statistics_that_a_checkpoint_has(tmp_path: Path) -> None:
+    assert call(session_mistakes.evaluates_statistics, tmp_path, 2).code == DONE
+    model = nn.BatchNorm1d(1)
+    model.load_state_dict(read_state(tmp_path / "run")["model"])
+    expected = model.eval()(session_mistakes.numbers().tensors[0]).mean().item()
+    assert evaluations(tmp_path / "run")[-1]["output"] == pytest.approx(expected, abs=1e-6)

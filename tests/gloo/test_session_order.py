@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from muster_runs import HERE, muster
+from states import read_state
 
 KINDS = {
     "three micro-batches": ("map", 3, 1, []),
@@ -44,6 +45,8 @@ def test_the_same_weights(tmp_path: Path, single: dict[str, Any], kind: str) -> 
     assert found["weights"] == pytest.approx(single["weights"], abs=1e-12, rel=1e-12)
     assert found["evaluation"] == pytest.approx(single["evaluation"], abs=1e-12)
     assert used(found["run"]) == used(single["run"])
+    names = list(read_state(found["run"])["model"])
+    assert names == list(read_state(single["run"])["model"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     if KINDS[kind][0] == "map":
         kills, opened = len(KINDS[kind][3]), tmp_path / "run/opened.txt"
         assert found["log"].count("resumed from memory") == kills and not opened.exists()

@@ -163,6 +163,25 @@ def leaves_a_loop_for_another(folder: Path) -> None:
             made.step(batch)
 
 
+def draws(folder: Path) -> None:
+    """No mistake: random numbers of each micro-batch."""
+    with parts(folder) as made:
+        for _ in made.session.batches(numbers(), 4, accumulate=2):
+            print("drawn", torch.rand(1).item())
+
+
+def evaluates_statistics(folder: Path) -> None:
+    """No mistake: batch statistics differ between ranks."""
+    with muster.Session(run=folder / "run", log={"tensorboard": False}) as session:
+        model = session.wrap(nn.BatchNorm1d(1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        session.track(model=model, optimizer=optimizer)
+        for batch in session.batches(numbers(), 4):
+            model(batch[0]).square().sum().backward()
+            optimizer.step()
+        session.evaluate(numbers(), lambda batch: {"output": model(batch[0])[:, 0]}, batch_size=3)
+
+
 def shares_weights(folder: Path) -> None:
     """Two wrapped modules have a layer in common."""
     layer = nn.Linear(1, 1)

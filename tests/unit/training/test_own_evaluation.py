@@ -32,6 +32,32 @@ def test_the_mean_is_that_of_samples_and_not_of_batches() -> None:
     assert found == {"loss": 28.5, "large": 0.3} and len(beats) == 3, "each batch is a sign of life"
 
 
+class Rank(Parallel):
+    """One of several, which are asked one after the other; the last one hears all."""
+
+    def __init__(self, rank: int, parts: list[Any]) -> None:
+        super().__init__(Job(task="a:B"), RankWiring(rank, 3))
+        self.parts = parts
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self.parts.append(value)
+        return self.parts
+
+
+def test_sums_are_added_in_the_order_of_the_samples() -> None:
+    """Bit by bit as by one rank, whatever that does to the digits."""
+    values = torch.tensor([1e16, 3.0, -1e16, 1.0, 7e15, 5.0, -7e15, 1.0, 2.0], dtype=torch.float64)
+    parts: list[Any] = []
+    ranks = [Parallel(Job(task="a:B"), RankWiring()), *(Rank(rank, parts) for rank in (2, 0, 1))]
+    found = [
+        evaluate_samples(
+            rank, TensorDataset(values), lambda batch: {"value": batch[0]}, 1, None, Data(), 1, 0, lambda: None
+        )
+        for rank in ranks
+    ]
+    assert found[0] == found[-1] and found[0]["value"] != float(values.sort().values.sum()) / 9
+
+
 def test_random_numbers_depend_on_step_and_batch() -> None:
     first, again, later = (
         evaluate(lambda batch: {"noise": torch.rand(len(batch[0]))}, step=step) for step in (3, 3, 4)
