@@ -37,6 +37,8 @@ class Orders:
             if self.connection is None:
                 self.connection = self._connect()
             send(self.connection, {"order": asdict(order), "seal": asdict(seal)}, [handle])
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._lost() from None
         finally:
             os.close(handle)
         self.count += 1
@@ -59,12 +61,18 @@ class Orders:
             return False
         received = receive(self.connection)
         if received is None:
-            self.connection, self.count = None, 0
-            raise RuntimeError("the process that writes checkpoints was killed, perhaps for want of memory")
+            raise self._lost()
         self.count -= 1
         if received[0] is not None:
             raise rebuild(received[0])
         return True
+
+    def _lost(self) -> RuntimeError:
+        """Nobody answers any more."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection, self.count = None, 0
+        return RuntimeError("the process that writes checkpoints was killed, perhaps for want of memory")
 
     def wait(self, beat: Callable[[], None]) -> None:
         """Return when all are done, with signs of life by `beat`. Raises Exception: what went wrong."""

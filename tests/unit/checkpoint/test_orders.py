@@ -1,0 +1,51 @@
+"""What becomes of an order for a checkpoint: whoever asks hears what went wrong, in the same words at any moment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from trainer.checkpoint.memory import Memory, Seal
+from trainer.checkpoint.orders import Orders
+from trainer.checkpoint.writer import Order
+
+GONE = "the process that writes checkpoints was killed"
+SEAL = Seal(moment=4, attempt=1, offset=0, size=0, run=1)
+
+
+@pytest.fixture
+def ordered(tmp_path: Path) -> tuple[Orders, socket.socket]:
+    """Orders, one of them sent to a process, and that process's end of the connection."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "writer"))
+    server.listen()
+    orders = Orders(Memory.make(), tmp_path / "writer")
+    send(orders)
+    return orders, server.accept()[0]
+
+
+def send(orders: Orders) -> None:
+    handle = orders.memory.lock(0)
+    assert handle is not None
+    orders.send(Order("run", 1, 0, {}, 1, None), SEAL, handle)
+
+
+def test_a_writer_that_dies_before_the_next_order(ordered: tuple[Orders, socket.socket]) -> None:
+    orders, writer = ordered
+    writer.close()
+    with pytest.raises(RuntimeError, match=GONE):
+        send(orders)
+    assert orders.connection is None and not orders.count
+    handle = orders.memory.lock(0)  # the order that could not be sent holds nothing
+    assert handle is not None
+    os.close(handle)
+
+
+def test_a_writer_that_dies_while_somebody_waits_for_it(ordered: tuple[Orders, socket.socket]) -> None:
+    orders, writer = ordered
+    writer.close()
+    with pytest.raises(RuntimeError, match=GONE):
+        orders.wait(lambda: None)
