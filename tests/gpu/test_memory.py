@@ -25,7 +25,7 @@ def test_a_copy_is_of_its_moment_though_nobody_waits_for_it() -> None:
         copies.settle(True)
         began = time.perf_counter()
         index = copies.choose()
-        assert index is not None and copies.fill(index, MOMENTS * step, {"weight": weight})
+        assert index is not None and copies.fill(index, MOMENTS * step, lambda: {"weight": weight})
         called_s = time.perf_counter() - began
         copies.settle(False)
         weight.fill_(-1)
@@ -44,7 +44,7 @@ def test_memory_that_cannot_be_page_locked_is_used_all_the_same(monkeypatch: pyt
     copies = Copies(memory, 1, 0, [torch.device("cuda")], True, told.append)
     refuse = torch.cuda.cudart().cudaHostRegister
     monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *_: refuse(8, 4096, 0))
-    assert copies.fill(copies.choose() or 0, MOMENTS, {"weight": torch.ones(1000, device="cuda")})
+    assert copies.fill(copies.choose() or 0, MOMENTS, lambda: {"weight": torch.ones(1000, device="cuda")})
     copies.settle(True)
     assert not any(buffer.registered for buffer in copies.buffers)
     assert float((torch.ones(3, device="cuda") * 2).sum()) == 6.0, "the next kernel runs"

@@ -91,11 +91,14 @@ class Copies:
                 return index
         return None
 
-    def fill(self, index: int, moment: int, contents: Contents) -> bool:
-        """Begin to copy a state into a buffer that `choose` chose; False: it has no place there, and never will."""
+    def fill(self, index: int, moment: int, contents: Callable[[], Contents]) -> bool:
+        """Begin to copy a state into a buffer that `choose` chose; False: it has no place there, and never will.
+
+        What it takes to gather the `contents` is part of what the copy costs.
+        """
         began = time.perf_counter()
         assert self.handle is not None
-        tree, tensors = take_apart(contents)
+        tree, tensors = take_apart(contents())
         if not self.layout.fits(tensors):
             self.layout = Layout(tensors)
         try:

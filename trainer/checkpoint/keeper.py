@@ -57,10 +57,10 @@ class Keeper:
         if self.parallel.rank and self.differs():
             return
         index = copies.choose()
-        if index is not None and self._fill(copies, index, moment, contents()):
+        if index is not None and self._fill(copies, index, moment, contents):
             copies.settle(False)
 
-    def _fill(self, copies: Copies, index: int, moment: int, contents: Contents) -> bool:
+    def _fill(self, copies: Copies, index: int, moment: int, contents: Callable[[], Contents]) -> bool:
         if copies.fill(index, moment, contents):
             return True
         copies.close()
@@ -125,7 +125,7 @@ class Keeper:
                 if not orders.hear(0.1):
                     time.sleep(0.01)  # nothing of ours: what an earlier attempt ordered is being written
                 beat()
-            if self._fill(copies, index, moment, contents):
+            if self._fill(copies, index, moment, lambda: contents):
                 orders.send(order, *copies.hand_on())
                 return
         tree, tensors = take_apart(contents)
