@@ -49,6 +49,7 @@ class RunFolder:
     platform = Entry("plan/platform.json", "The platform and the site file; known before the job is accepted.")
     code = Entry("code", "A folder: the snapshot of the user's code.")
     handle = Entry("handle.json", "The platform, and its name for the job.")
+    secret = Entry("secret", "By which the agents of the run know each other: for its owner's eyes alone.")
     sweep = Entry("sweep.json", "The runs of a sweep; only in the folder of one.")
 
     # What happened.

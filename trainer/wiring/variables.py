@@ -22,6 +22,8 @@ RUN = "MUSTER_RUN"  # the run folder
 RUN_SHARED = "MUSTER_RUN_SHARED"  # 0 where the run folder goes with the node
 VISIBLE_DEVICES = "MUSTER_VISIBLE_DEVICES"  # GPUs that a container was given, as it numbers them
 TERMINATION_LOG = "MUSTER_TERMINATION_LOG"  # the file whose text Kubernetes shows when a container has ended
+SECRET = "MUSTER_SECRET"  # by which the agents of a run know each other; see `trainer.wiring.secret`
+SECRET_FILE = "MUSTER_SECRET_FILE"  # a file that holds it
 SETUP = "MUSTER_SETUP"  # a shell script that `slurm/job.sbatch` sources on each node
 
 # Set by the agent for its ranks.

@@ -1,0 +1,68 @@
+"""A run's secret: where it is looked for, what is refused, and who may read it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import JobError
+from trainer.wiring.secret import make_secret, read_secret
+
+ONE, OTHER, THIRD = ("0123456789abcdef" * 4, "fedcba9876543210" * 4, "00ff" * 16)
+
+
+def test_a_file_wins_over_the_variable_and_both_over_the_run_folder(tmp_path: Path) -> None:
+    named, own = tmp_path / "named", tmp_path / "secret"
+    assert read_secret(own, {}) is None
+    named.write_text(f"{ONE}\n")
+    own.write_text(f"{THIRD}\n")
+    environ = {"MUSTER_SECRET_FILE": str(named), "MUSTER_SECRET": OTHER, "HOME": "/"}
+    assert read_secret(own, dict(environ)) == ONE.encode()
+    del environ["MUSTER_SECRET_FILE"]
+    assert read_secret(own, environ) == OTHER.encode()
+    assert environ == {"HOME": "/"}, "what the ranks inherit"
+    assert read_secret(own, environ) == THIRD.encode()
+
+
+def test_the_uid_of_a_kubernetes_job_is_one(tmp_path: Path) -> None:
+    uid = "6F1b6f0c-3f5e-4f0e-9c3e-0d6b7c1f2a3b"
+    assert read_secret(tmp_path / "secret", {"MUSTER_SECRET": uid}) == uid.lower().encode()
+
+
+@pytest.mark.parametrize("text", ["hunter2", ONE[:-1], ONE + "0", ONE[:-1] + "g", " ", f"{ONE}\n{ONE}", "é" * 64, "\0"])
+def test_another_form_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "secret"
+    file.write_text(text)
+    for environ in ({"MUSTER_SECRET": text}, {"MUSTER_SECRET_FILE": str(file)}, {}):
+        with pytest.raises(JobError, match=rf"{next(iter(environ), 'secret')}=.*64 hexadecimal digits") as caught:
+            read_secret(file, environ)
+        assert not text.strip() or text not in str(caught.value)
+
+
+def test_a_named_file_that_is_not_there_is_no_reason_to_take_another(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"MUSTER_SECRET_FILE=.*No such file"):
+        read_secret(tmp_path, {"MUSTER_SECRET_FILE": str(tmp_path / "gone"), "MUSTER_SECRET": ONE})
+
+
+def test_what_is_made_is_for_its_owner_alone_and_stays(tmp_path: Path) -> None:
+    file, before = tmp_path / "secret", os.umask(0)
+    try:
+        make_secret(file)
+    finally:
+        os.umask(before)
+    made = read_secret(file, {})
+    assert made is not None and len(made) == 64 and file.stat().st_mode & 0o777 == 0o600
+    make_secret(file)
+    assert read_secret(file, {}) == made
+    make_secret(tmp_path / "another")
+    assert read_secret(tmp_path / "another", {}) != made
+
+
+def test_one_that_cannot_be_made_or_used_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="cannot be made"):
+        make_secret(tmp_path / "nowhere" / "secret")
+    (tmp_path / "secret").touch()
+    with pytest.raises(JobError, match="does not hold a secret"):
+        make_secret(tmp_path / "secret")

@@ -1,0 +1,69 @@
+"""A run's secret, by which its agents know each other: where it is found, and how it is made.
+
+Whoever can read it belongs to the run. Ranks and user code do not need it, so reading it takes it out of the
+environment that they inherit.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from trainer.errors import JobError
+from trainer.wiring.variables import SECRET, SECRET_FILE
+
+FORM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+"""What we make, or the uid of a Kubernetes Job, which all its pods are given and nobody can choose."""
+REMEDY = "It must be 64 hexadecimal digits: `openssl rand -hex 32` prints such"
+
+
+def read_secret(file: Path, environ: MutableMapping[str, str] = os.environ) -> bytes | None:
+    """The secret: of the file that MUSTER_SECRET_FILE names, else of MUSTER_SECRET, else of `file` in the run folder.
+
+    None: there is none of them. Raises JobError: the first of them that is there cannot be read, or has another form.
+    """
+    named, text = environ.pop(SECRET_FILE, ""), environ.pop(SECRET, "")
+    if named:
+        return _read(SECRET_FILE, Path(named))
+    if text:
+        return _check(SECRET, text, "has not the form of a secret", "in the environment")
+    return _read("secret", file) if file.exists() else None
+
+
+def make_secret(file: Path) -> None:
+    """Make the secret of a run, for its owner alone; one that is there stays. Raises JobError: it cannot be made."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        _read("secret", file)  # of a run that goes on: said now, rather than by its agents
+        return
+    except OSError as error:
+        raise JobError("secret", str(file), f"cannot be made ({error.strerror})", "Give a writable folder") from None
+    try:
+        with open(descriptor, "w") as secret:
+            secret.write(secrets.token_hex(32) + "\n")
+            secret.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        raise JobError("secret", str(file), f"cannot be written ({error.strerror})", "Free some space") from None
+
+
+def _read(key: str, file: Path) -> bytes:
+    try:
+        with file.open("rb") as secret:
+            text = secret.read(100)
+    except OSError as error:
+        remedy = "Let the user of the agents read it, and only that one (chmod 600)"
+        raise JobError(key, str(file), f"cannot be read ({error.strerror})", remedy) from None
+    return _check(key, text.decode(errors="replace"), f"{file} does not hold a secret", str(file))
+
+
+def _check(key: str, text: str, problem: str, shown: str) -> bytes:
+    """Never show the text itself: it may be a secret of something else."""
+    if not FORM.fullmatch(text.strip()):
+        raise JobError(key, shown, problem, REMEDY)
+    return text.strip().lower().encode()
