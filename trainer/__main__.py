@@ -15,9 +15,11 @@ from trainer.agent.last_word import judge, leave_for  # noqa: E402
 from trainer.agent.late_files import await_job  # noqa: E402
 from trainer.agent.scratch_folder import shorten_temporary_folder  # noqa: E402
 from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
-from trainer.run.folder import find_job  # noqa: E402
+from trainer.run.folder import find_job, run_of  # noqa: E402
+from trainer.run.ownership import ForeignRun, check_owner, forbid_group_writes  # noqa: E402
 from trainer.wiring.hardware import raise_open_files  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
+from trainer.wiring.variables import PLATFORM  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
        python -m trainer --health
@@ -27,6 +29,8 @@ JOB.yaml    a job file, or the job.yaml of a run folder, which is continued
 --health    exit 0 when an agent runs in this container and its ranks give signs of life
 """
 
+IN_CONTAINERS = ("docker", "kubernetes")
+"""Platforms whose agents see the run folder through a volume, which may show other owners than there are outside."""
 NAMES_SCRIPT = r"^script(=|:[ \t]*(?!null\b|~|#)\S)"
 """How a line of a job file, or an override, begins that names a script."""
 
@@ -48,7 +52,11 @@ def main(arguments: list[str]) -> int:
         return WRONG_JOB
     shorten_temporary_folder()
     raise_open_files()
+    forbid_group_writes()
     path, overrides = find_job(await_job(Path(operands[0]))), operands[1:]
+    run = run_of(path)
+    if run is not None and run.exists() and os.environ.get(PLATFORM) not in IN_CONTAINERS:
+        check_owner(run)
     if is_rank():
         if "PYTHONHASHSEED" not in os.environ:  # read when Python starts: the order of sets
             os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": "0"})
@@ -90,7 +98,8 @@ def _explain(error: Exception) -> int:
     code, reason = judge(error)
     if code == WRONG_JOB:
         print(f"ERROR: {reason}", file=sys.stderr)
-    if not any(argument.startswith("--") for argument in sys.argv[1:]):  # an option only asks
+    only_asks = any(argument.startswith("--") for argument in sys.argv[1:])
+    if not only_asks and not isinstance(error, ForeignRun):
         leave_for(sys.argv[1], code, reason)
     return code
 

@@ -127,14 +127,10 @@ def test_a_refused_job_leaves_nothing_and_a_refused_run_stays(client: SimpleName
 
 
 def test_nobody_else_may_write_what_submitit_reads(client: SimpleNamespace, runs: Path) -> None:
-    """Whatever the umask is, and whatever the folder's mode was."""
+    """Whatever the umask is."""
     before = os.umask(0)
     try:
         run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None).path
-        assert (run / "plan").stat().st_mode & 0o777 == 0o700
-        ends(client)
-        (run / "plan").chmod(0o777)
-        submit_job(str(run), [], None, None)
         assert (run / "plan").stat().st_mode & 0o777 == 0o700
     finally:
         os.umask(before)
@@ -145,7 +141,7 @@ def test_a_run_of_another_user_is_not_continued(client: SimpleNamespace, runs: P
     run = submit_job(JOB, [*CPU, f"runs={runs}"], "slurm", None).path
     ends(client)
     os.chown(run / "plan", 12345, -1)
-    with pytest.raises(JobError, match="belongs to another user"):
+    with pytest.raises(JobError, match="belongs to user 12345"):
         submit_job(str(run), [], None, None)
 
 

@@ -11,6 +11,7 @@ import typer
 from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.launch import control
 from trainer.launch.submit import render_job, run_job, submit_job, submit_sweep
+from trainer.run.ownership import forbid_group_writes
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -113,6 +114,7 @@ def open_standard_files() -> None:
 def main() -> None:
     """Do what the command line says: a mistake of the user is one line and exit code 64."""
     open_standard_files()
+    forbid_group_writes()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)  # the code of typer.Exit, or nothing
         sys.stdout.flush()

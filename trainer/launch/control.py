@@ -8,19 +8,21 @@ from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
 from trainer.launch.follow import values
+from trainer.launch.handle import read_handle
 from trainer.launch.moved import copied_from
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.waiting import is_waiting, waited
-from trainer.records import read_json, read_lines, write_json
+from trainer.records import read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail, nobody_reads
+from trainer.run.ownership import check_owner
 from trainer.run.summary import separate_ranks
 
 
 def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
     """The handle of a run, and a function that asks for its status; its platform may use an answer again."""
-    handle = read_json(run.handle)
+    handle = read_handle(run)
     if handle is None:
         return None, partial(by_events, run)
     if original := copied_from(run, handle):
@@ -31,7 +33,8 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
 def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
     """A run that has not ended, its platform and its handle."""
     run = RunFolder.open(run_path)
-    handle = read_json(run.handle)
+    check_owner(run)
+    handle = read_handle(run)
     if handle is None:
         raise JobError("RUN", str(run), "was not submitted by muster", "Stop it with its platform's own tools")
     if original := copied_from(run, handle):

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -44,10 +45,11 @@ class Plan(Generic[SiteT]):
             return []
         paths = self.run.logs, self.run.events, self.run.code, self.run.job
         logs, events, code, job = (shlex.quote(str(path)) for path in paths)
+        mask = "umask go-w  # nobody else may write what is acted upon"
         marker = f"touch {events}  # marks it as a run's folder, so that nobody makes another"
         modules = [f"mkdir -p {code}  # copy modules of your own here"] if has_code else []
         text = [f"cat >{job} <<'END_OF_JOB'", *self.job_text.splitlines(), "END_OF_JOB"]
-        return [f"mkdir -p {logs}", marker, *modules, *text]
+        return [mask, f"mkdir -p {logs}", marker, *modules, *text]
 
 
 class Phase(str, Enum):
@@ -92,6 +94,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     folder: str
     """Where its templates are, `site.yaml` among them."""
     site_type: type[SiteT]
+    ids: Mapping[str, str]
+    """What its handles must hold, each with its pattern: what a file says must not become an option of a command."""
     poll_s = 0.0
     """For how long an answer is used again: following a run asks ten times a second. An object follows one run."""
     kept: tuple[float, JobStatus] | None = None

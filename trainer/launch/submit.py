@@ -16,6 +16,7 @@ from trainer.launch.moved import find_code
 from trainer.launch.platform import AnyPlan, AnyPlatform, Phase, Plan, find_platform, site_fact
 from trainer.records import read_json, write_json
 from trainer.run.folder import JOB, RunFolder
+from trainer.run.ownership import check_owner
 
 
 def _find_run(job_path: str) -> RunFolder | None:
@@ -68,8 +69,10 @@ def _begin(
 
     A job that is refused meanwhile leaves no folder behind, and a run that is, stays as it was.
     """
-    platform, plan = _plan(job_path, overrides, on, site)
     run = _find_run(job_path)
+    if run is not None:
+        check_owner(run)
+    platform, plan = _plan(job_path, overrides, on, site)
     if run is None:
         plan = replace(plan, run=_make_run(plan, job_path))
         with _removed_if_refused([plan.run]):

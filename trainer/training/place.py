@@ -20,6 +20,7 @@ from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
 from trainer.run import attempts
 from trainer.run.folder import RunFolder
+from trainer.run.ownership import forbid_group_writes
 from trainer.training.rank import choose_run
 from trainer.wiring.rank import RankWiring, rank_wiring
 from trainer.wiring.variables import LOCAL_WORLD_SIZE, SESSION, read_int, read_path
@@ -38,6 +39,7 @@ class Place:
 
 def find_place(run: str | Path | None, settings: Mapping[str, Any]) -> Place:
     """Join the other ranks. `run` and `settings` are those of the session. Raises JobError: a setting is wrong."""
+    forbid_group_writes()
     wiring = rank_wiring()
     pulse = Pulse(wiring.local_rank)
     pulse.beat(0, "starting")

@@ -14,7 +14,7 @@ from trainer.run.folder import last_event
 def test_a_folder_that_a_rendering_made_by_hand_is_not_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", lambda *_: {"pid": 0, "started": ""})
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", lambda *_: {"pid": 1, "started": ""})
     by_hand = tmp_path / "digits-ID"
     by_hand.mkdir()
     (by_hand / "job.yaml").write_text("task: trainer.tasks.digits:Digits\n")
@@ -36,7 +36,7 @@ def test_a_refused_job_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_run_whose_continuation_is_refused_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", lambda *_: {"pid": 0, "started": ""})
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", lambda *_: {"pid": 1, "started": ""})
     run = submit_job(str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path}"], None, None)
     for file in (run.exit, run.failure, run.result):
         write_json(file, {"code": 1, "reason": "so"})

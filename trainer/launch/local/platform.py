@@ -71,6 +71,8 @@ class Supervised(Platform[SiteT, list[str]]):
     The request are lines for a shell. The supervisor of a submitted run makes them again for the GPUs that it leased.
     """
 
+    ids = {"pid": "[1-9][0-9]*", "started": "[0-9]*"}  # noqa: RUF012
+
     def render(self, request: list[str]) -> str:
         return "\n".join(request)
 

@@ -23,6 +23,7 @@ from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import find_platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
+from trainer.run.ownership import ForeignRun, check_owner, forbid_group_writes
 from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
 from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.variables import without_ranks
@@ -169,7 +170,9 @@ def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
     """Run a job to its end; return its exit code, which is kept in `exit.json`, because the parent may be gone."""
     from trainer.config.load import merge_job, to_job
 
+    forbid_group_writes()
     try:
+        check_owner(run)
         job = to_job(merge_job(run.job))
         supervised = find_platform(platform)
         assert isinstance(supervised, Supervised)
@@ -179,6 +182,9 @@ def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
             code = Supervisor(run, job, nodes, held).main()
         finally:
             nodes.finish()
+    except ForeignRun as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return WRONG_JOB
     except JobError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         run.record("ended", code=WRONG_JOB, reason=str(error))

@@ -111,6 +111,7 @@ class TemplateExecutor(SlurmExecutor):
 class Slurm(Platform[SlurmSite, SlurmRequest]):
     name = folder = "slurm"
     site_type = SlurmSite
+    ids = {"job_id": "[0-9]+(_[0-9]+)?"}  # noqa: RUF012
     poll_s = 5.0
     has_arrays = True
 
@@ -161,13 +162,13 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """scancel: the agents save within Slurm's KillWait."""
         for pause_s in (1, 0):  # twice, because the batch script may requeue the job at the same moment
-            run_client("scancel", str(handle["job_id"]))
+            run_client("scancel", "--", str(handle["job_id"]))
             time.sleep(pause_s)
         self.kept = None
 
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Send what Slurm sends before a preemption; the batch script requeues."""
-        run_client("scancel", "--signal=USR2", str(handle["job_id"]))
+        run_client("scancel", "--signal=USR2", "--", str(handle["job_id"]))
         self.kept = None
 
 
@@ -229,8 +230,6 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
         raise JobError("--on", "slurm", "this machine has no sbatch", "Submit from a login node of the cluster")
     check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
     folder = plan.run.plan  # submitit reads pickles from such folders, so nobody else may write there
-    if folder.stat().st_uid != os.geteuid():
-        raise JobError("RUN", str(plan.run), "belongs to another user", "Submit its job file as your own run")
     folder.chmod(0o700)
     try:
         with contextlib.redirect_stderr(open(os.devnull, "w")):  # submitit prints the error that it raises

@@ -1,0 +1,93 @@
+"""Nobody acts on a run folder that somebody else made or may write into: it would be done in their own name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from trainer.errors import WRONG_JOB, JobError
+from trainer.launch import control
+from trainer.launch.submit import run_job, submit_job
+from trainer.records import write_json
+from trainer.run.folder import RunFolder
+from trainer.run.ownership import check_owner
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """One that has ended, with a handle and with code."""
+    made = RunFolder.create(str(tmp_path / "runs"), "digits", (ROOT / "jobs/digits.yaml").read_text())
+    write_json(made.handle, {"platform": "local", "pid": 1, "started": "0"})
+    (made.code / "package").mkdir(parents=True)
+    (made.code / "package/task.py").touch()
+    made.attempts.mkdir()
+    return made
+
+
+def agent(run: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "muster.py", "agent", run], capture_output=True, text=True)
+    assert done.returncode == WRONG_JOB and "Traceback" not in done.stderr
+    raise JobError("RUN", run, done.stderr, "")
+
+
+def supervisor(run: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "muster.py", "supervisor", run], capture_output=True, text=True)
+    assert done.returncode == WRONG_JOB and "Traceback" not in done.stderr
+    raise JobError("RUN", run, done.stderr, "")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [control.cancel, control.preempt, lambda run: submit_job(run, [], None, None),
+     lambda run: run_job(run, [], None, None), agent, supervisor],
+    ids=["cancel", "preempt", "submit", "run", "agent", "supervisor"],
+)  # fmt: skip
+def test_every_verb_that_acts_refuses_what_others_may_write(act: Callable[[str], None], run: RunFolder) -> None:
+    before = sorted(path.stat().st_mtime_ns for path in run.path.rglob("*"))
+    run.job.chmod(0o664)
+    with pytest.raises(JobError, match=rf"others than you may write to {run.job}: .*chmod -R go-w {run}"):
+        act(str(run))
+    assert sorted(path.stat().st_mtime_ns for path in run.path.rglob("*")) == before  # nor is anything written there
+    assert control.status(str(run))["state"] == "lost"  # who only looks is not refused
+
+
+@pytest.mark.parametrize(
+    "name", [".", "job.yaml", "plan", "plan/source.json", "attempts", "handle.json", "logs", "code/package/task.py"]
+)
+def test_what_is_acted_upon_is_ones_own(name: str, run: RunFolder) -> None:
+    check_owner(run)
+    path = run.path / name
+    path.chmod(path.stat().st_mode | 0o002)
+    with pytest.raises(JobError, match=rf"others than you may write to {path}"):
+        check_owner(run)
+
+
+def test_what_a_person_puts_there_is_left_alone(run: RunFolder) -> None:
+    (run.path / "notes.txt").touch()
+    (run.path / "notes.txt").chmod(0o666)
+    check_owner(run)
+
+
+@needs_root
+@pytest.mark.parametrize("name", [".", "job.yaml", "code/package"])
+def test_root_does_not_act_on_what_is_a_users(name: str, run: RunFolder) -> None:
+    os.chown(run.path / name, 1, -1)
+    with pytest.raises(JobError, match=r"belongs to daemon, and you are root: nothing .* Act as daemon, or submit"):
+        control.cancel(str(run))
+
+
+@needs_root
+def test_a_file_system_that_makes_everybody_the_same_user_is_no_stranger(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an NFS export with all_squash."""
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    check_owner(run)
