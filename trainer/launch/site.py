@@ -27,12 +27,16 @@ def expand(key: str, value: Any) -> Any:
 
 
 def template(folder: str, name: str) -> Path:
-    """A template: the working directory's, else that of this package. Raises JobError: neither exists."""
-    for root in (Path.cwd(), Path(trainer.__file__).resolve().parent.parent):
+    """A template: the working directory's, else ours: of the package, or beside it in a clone.
+
+    Raises JobError: there is none.
+    """
+    package = Path(trainer.__file__).resolve().parent
+    for root in (Path.cwd(), package / "templates", package.parent):
         path = root / folder / name
         if path.is_file():
             return path
-    remedy = f"Copy the folder {folder}/ of a clone of Muster to here"
+    remedy = "Install muster-train again: its templates are missing"
     raise JobError(f"{folder}/{name}", str(Path.cwd()), "there is no such file", remedy)
 
 
