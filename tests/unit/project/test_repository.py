@@ -72,7 +72,8 @@ def test_the_pins_are_exact_and_within_the_bounds_that_users_see() -> None:
 
 def test_pyproject_names_every_package() -> None:
     there = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("trainer/**/__init__.py")}
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == there
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == there | set(setuptools["package-dir"])
 
 
 def test_pyproject_names_every_file_of_the_packages_that_is_no_module() -> None:
