@@ -28,6 +28,7 @@ import measure
 from measure import BIN, SESSION, TRAINING, Mark, show, spread, table
 
 from trainer.records import read_lines
+from trainer.run.folder import RunFolder
 
 START_S, SETTLE_S, RECOVER_S = 90.0, 6.0, 30.0
 """Until the first step at most; from there to the kill; after the kill, until a job counts as not recovered."""
@@ -77,7 +78,7 @@ def read_task_marks(folder: Path) -> list[Mark]:
     for run in (folder / "runs").glob("*"):
         lines = read_lines(run / "metrics.jsonl")  # before the events: each line's attempt is among them then
         pids: dict[int, dict[str, int]] = {}
-        for event in read_lines(run / "events.jsonl"):
+        for event in RunFolder(run).read_events():
             if event["event"] == "ranks":
                 pids.setdefault(event["attempt"], {}).update(event["pids"])
         for line in lines:

@@ -121,7 +121,7 @@ def test_a_refused_job_leaves_nothing_and_a_refused_run_stays(client: SimpleName
     client.write("sbatch", "echo 'sbatch: error: QOS is over its limit' >&2; exit 1")
     with pytest.raises(JobError, match="over its limit"):
         submit_job(str(run), [], None, None)
-    assert "over its limit" in run.events.read_text() and run.exists(), "but a run that is continued stays"
+    assert "over its limit" in str(run.read_events()) and run.exists(), "but a run that is continued stays"
     expected = {"platform": "slurm", "site": None, "job_id": "8", "run": str(run)}
     assert json.loads(run.handle.read_text()) == expected
 

@@ -15,6 +15,7 @@ from muster_runs import Run
 from paths import ROOT
 
 from trainer.records import read_lines
+from trainer.run.folder import RunFolder
 
 JOB = ["nodes=2", "devices_per_node=1", "device=cpu", "train.steps=40", "checkpoint.every_steps=5"]
 
@@ -39,7 +40,7 @@ def wait_for(folder: Path, event: str, count: int = 1) -> list[dict[str, Any]]:
     """The events of that name in node 0's folder, once there are so many."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        found = [line for line in read_lines(folder / "node-0" / "events.jsonl") if line["event"] == event]
+        found = [line for line in RunFolder(folder / "node-0").read_events() if line["event"] == event]
         if len(found) >= count:
             return found
         time.sleep(0.02)
@@ -69,7 +70,7 @@ def test_a_lost_rank_or_node_gets_the_checkpoint_of_rank_0(
     try:
         wait_for(tmp_path, "checkpoint", 2)
         if victim == "rank":
-            ranks = [line for line in read_lines(tmp_path / "node-1" / "events.jsonl") if line["event"] == "ranks"]
+            ranks = [line for line in RunFolder(tmp_path / "node-1").read_events() if line["event"] == "ranks"]
             os.kill(ranks[-1]["pids"]["1"], signal.SIGKILL)
         else:
             agents[1].kill()

@@ -15,6 +15,7 @@ from paths import ROOT, SUPPORT
 from stopwatch import Stopwatch
 
 from trainer.records import read_lines
+from trainer.run.folder import RunFolder
 
 MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SUPPORT)}
@@ -98,7 +99,7 @@ def test_killed_it_ends_with_the_same_bits(tmp_path: Path, gpus: int) -> None:
     killed = False
     while process.poll() is None:
         time.sleep(0.05)
-        events = [event for file in tmp_path.glob(f"{name}-*/events.jsonl") for event in read_lines(file)]
+        events = [event for folder in tmp_path.glob(f"{name}-*") for event in RunFolder(folder).read_events()]
         if not killed and any(event["event"] == "checkpoint" for event in events):
             pids = next(event["pids"] for event in events if event["event"] == "ranks")
             os.kill(pids[str(gpus - 1)], signal.SIGKILL)
@@ -106,7 +107,7 @@ def test_killed_it_ends_with_the_same_bits(tmp_path: Path, gpus: int) -> None:
     assert process.stdout is not None
     assert process.returncode == 0 and killed, process.stdout.read()
     (run,) = tmp_path.glob(f"{name}-*")
-    [resume] = [event for event in read_lines(run / "events.jsonl") if event["event"] == "resume"]
+    [resume] = [event for event in RunFolder(run).read_events() if event["event"] == "resume"]
     assert resume["folder"] == "memory"
     same_bits(calm, run)
 

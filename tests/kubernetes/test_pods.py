@@ -21,6 +21,7 @@ from stopwatch import Stopwatch
 from trainer.launch import control
 from trainer.launch.submit import run_job, submit_job
 from trainer.records import read_json, read_lines
+from trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to build the image
 STEPS = 150
@@ -61,7 +62,7 @@ class Runs:
             time.sleep(0.5)
 
     def events(self, run: Path, name: str) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.claim / run.name / "events.jsonl") if line["event"] == name]
+        return [line for line in RunFolder(self.claim / run.name).read_events() if line["event"] == name]
 
     def until(self, run: Path, what: Callable[[], Any]) -> Any:
         """What `what` returns, once it is true."""

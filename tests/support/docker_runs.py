@@ -13,6 +13,8 @@ import torch
 from engine import Engine
 from engine_image import ROOT, Image
 
+from trainer.run.folder import RunFolder
+
 MUSTER = Path(sys.executable).with_name("muster")
 
 
@@ -66,14 +68,13 @@ def until(ready: Callable[[], Any], run: Path, timeout_s: float = 120) -> Any:
     end = time.monotonic() + timeout_s
     while not (value := ready()):
         logs = "".join(f"--- {log.name}\n{log.read_text()[-1500:]}" for log in sorted((run / "logs").glob("*.log")))
-        assert time.monotonic() < end, (run / "events.jsonl").read_text()[-2000:] + logs
+        assert time.monotonic() < end, f"{RunFolder(run).read_events()[-20:]}{logs}"
         time.sleep(0.05)
     return value
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["event"] == name]
+    return [event for event in RunFolder(run).read_events() if event["event"] == name]
 
 
 def wait_step(run: Path, step: int) -> None:

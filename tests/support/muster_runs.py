@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.records import read_json, read_lines
+from trainer.records import read_json
+from trainer.run.folder import RunFolder
 
 HERE = Path(__file__).parent
 MUSTER = str(Path(sys.executable).with_name("muster"))
@@ -98,7 +99,7 @@ class Run:
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         """The events of some kinds, in order."""
-        return [event for event in read_lines(self.folder / "events.jsonl") if event["event"] in names]
+        return [event for event in RunFolder(self.folder).read_events() if event["event"] in names]
 
     def wait(self, name: str, count: int = 1, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """The so-manieth event of a kind."""

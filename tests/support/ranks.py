@@ -146,7 +146,7 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
     """The events of one kind."""
-    return [line for line in read_lines(folder / "events.jsonl") if line["event"] == name]
+    return [event for event in RunFolder(folder).read_events() if event["event"] == name]
 
 
 def order_of_samples(folder: Path) -> dict[int, list[int]]:

@@ -39,9 +39,8 @@ class Run:
         return str(json.loads((self.folder / "handle.json").read_text())["job_id"])
 
     def events(self, *names: str) -> list[dict[str, Any]]:
-        path = self.folder / "events.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        return [line for line in lines if not names or line["event"] in names]
+        found = RunFolder(self.folder).read_events()
+        return [event for event in found if not names or event["event"] in names]
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(muster("status", self.folder, "--json").stdout)

@@ -14,8 +14,9 @@ from trainer.agent.script import report_separate_ranks
 from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
 from trainer.errors import DONE, STOPPED, WRONG_JOB, JobError
-from trainer.records import tell_platform, write_json
+from trainer.records import tell_platform, write_json, write_text
 from trainer.run.abilities import check_abilities
+from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder, run_of
 from trainer.run.summary import plain_table, separate_ranks
 from trainer.wiring.node import Wiring, wire
@@ -55,8 +56,9 @@ def run_node(path: Path, overrides: list[str]) -> int:
         named = RunFolder(Path(job.runs).resolve() / f"{job.name}-{wiring.job_id}")
         run = RunFolder.create(job.runs, job.name, text) if wiring.platform == "alone" else named
     _open(run)
+    write_as(wiring.node_rank)
     if wiring.node_rank == 0 and not run.job.exists():
-        run.job.write_text(text)
+        write_text(run.job, text)
     run.record(
         "wired", node=wiring.node_rank, master=wiring.master_addr, platform=wiring.platform, launch=wiring.launch,
         visible_devices=wiring.visible_devices, pid=os.getpid(),

@@ -17,7 +17,7 @@ def rank_variables(job: Job, wiring: Wiring, local_rank: int, agreed: Round) -> 
     each = job.ranks_per_node
     rank, world_size = wiring.node_rank * each + local_rank, wiring.nodes * each
     values = {
-        names.RANK: rank, names.LOCAL_RANK: local_rank, "GROUP_RANK": wiring.node_rank, "ROLE_RANK": rank,
+        names.RANK: rank, names.LOCAL_RANK: local_rank, names.GROUP_RANK: wiring.node_rank, "ROLE_RANK": rank,
         names.WORLD_SIZE: world_size, names.LOCAL_WORLD_SIZE: each, "GROUP_WORLD_SIZE": wiring.nodes,
         "ROLE_WORLD_SIZE": world_size, "ROLE_NAME": "default",
         names.MASTER_ADDR: agreed.master_addr, names.MASTER_PORT: agreed.master_port,

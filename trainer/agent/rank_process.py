@@ -23,9 +23,11 @@ from trainer.config.given import JOBS
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError, Stopped
 from trainer.records import write_json
+from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder
 from trainer.signals import set_parent_death_signal
 from trainer.wiring.rank import rank_wiring
+from trainer.wiring.variables import group_rank
 
 OWN_FRAMES = (__file__, run_script.__code__.co_filename)
 STACKS = signal.SIGQUIT
@@ -41,6 +43,7 @@ def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Pa
     os.setpgid(0, 0)  # the agent ends it with all that it started
     os.environ.update(environment)
     wiring = rank_wiring()
+    write_as(group_rank())
     with contextlib.suppress(OSError):  # a sandbox may refuse; `top` and `pgrep muster-rank` tell ranks by this name
         Path("/proc/self/comm").write_text(f"muster-rank-{wiring.rank}")
     _redirect(run.rank_log(wiring.rank))

@@ -163,7 +163,7 @@ def watch_process_group(run: RunFolder, wiring: RankWiring) -> None:
 
 def report_separate_ranks(job: Job, run: RunFolder, say: Callable[[str], None]) -> None:
     """Record and say so when the ranks of a script that is done never met."""
-    joined = last_event(run.read_events(), "process_group", "attempt", "restart")
+    joined = last_event(run.read_main_events(), "process_group", "attempt", "restart")
     if job.script and job.world_size > 1 and (joined or {}).get("ranks", 1) == 1:
         run.record("separate_ranks", ranks=job.world_size)
         say(separate_ranks(run))

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DONE, STOPPED, JobError
-from trainer.launch.follow import values
 from trainer.launch.handle import read_handle
 from trainer.launch.moved import copied_from
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.waiting import is_waiting, waited
-from trainer.records import read_lines, write_json
+from trainer.records import write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail, nobody_reads
 from trainer.run.ownership import check_owner
+from trainer.run.progress import last_evaluation, newest_step
 from trainer.run.summary import separate_ranks
 
 
@@ -51,22 +51,18 @@ def status(run_path: str) -> dict[str, Any]:
     run = RunFolder.open(run_path)
     handle, ask = status_of(run)
     now = ask()
-    events = run.read_events()
-    metrics = read_lines(run.metrics)
-    evaluated = [line for line in metrics if line["kind"] == "evaluation"]
-    training = last_event(events, "training") or {}
-    steps = [event for event in events if event["event"] in ("training", "checkpoint", "stopped")] + metrics
-    since = [line["step"] for line in steps if line["time"] >= training.get("time", 0)]  # a restart goes back
-    attempts = last_event(events, "attempt", "restart") or {}
     good = now.is_active or now.phase == Phase.DONE
+    events = run.read_main_events() if good else run.read_events()
+    training = last_event(events, "training") or {}
+    attempts = last_event(events, "attempt", "restart") or {}
     note = separate_ranks(run) if now.phase == Phase.DONE else ""
     reason = now.reason or (note if good else why_ended(run, events) or likely_end(run, events))
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
         "waiting": waited(run) if is_waiting(now) else "",
-        "code": now.code, "step": max(since, default=None), "steps": training.get("steps"),
-        "attempt": attempts.get("attempt"), "handle": handle, "metrics": values(evaluated[-1]) if evaluated else {},
+        "code": now.code, "step": newest_step(run, events), "steps": training.get("steps"),
+        "attempt": attempts.get("attempt"), "handle": handle, "metrics": last_evaluation(run),
     }  # fmt: skip
 
 

@@ -14,9 +14,11 @@ from trainer.errors import FAILED, WRONG_JOB
 from trainer.launch.platform import JobStatus, Phase
 from trainer.launch.waiting import Waiting
 from trainer.records import parse_lines
-from trainer.run.folder import Event, RunFolder
+from trainer.run.event_files import Event
+from trainer.run.folder import RunFolder
 from trainer.run.history import likely_end, restarts_text, why_ended
-from trainer.run.log_tail import Tail
+from trainer.run.log_tail import EventTail, Tail
+from trainer.run.progress import measured
 from trainer.run.summary import plain_table, resume_command, separate_ranks
 
 POLL_S = 0.1
@@ -31,7 +33,7 @@ def follow(
 
     Of a script, what rank 0 prints is shown as under torchrun; `all_ranks`: what every rank prints.
     """
-    events, metrics, waiting = Tail(run.events), Tail(run.metrics), Waiting(run)
+    events, metrics, waiting = EventTail(run), Tail(run.metrics), Waiting(run)
     ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
     output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
     with ExitStack() as stack:
@@ -41,7 +43,7 @@ def follow(
                 now = status()
                 if text := waiting.line(now):
                     show.say(text)
-                for event in parse_lines(events.lines()):
+                for event in events.events(last=not now.is_active):
                     show.event(event)
                 for line in parse_lines(metrics.lines()):
                     show.metrics(line)
@@ -132,14 +134,9 @@ class Bar(Lines):
         self.bar.update(self.task, completed=line["step"], text=text)
 
 
-def values(line: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of an evaluation."""
-    return {name: value for name, value in line.items() if name not in ("kind", "step", "attempt", "time")}
-
-
 def numbers(line: dict[str, Any]) -> str:
     """What a line of `metrics.jsonl` measured, in words."""
-    found = values(line)
+    found = measured(line)
     speed = f"{found.pop('samples_per_s'):,.0f} samples/s" if "samples_per_s" in found else ""
     if "mean_loss" in found:  # of a task
         found = {"loss": found["mean_loss"]}

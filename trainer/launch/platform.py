@@ -46,10 +46,9 @@ class Plan(Generic[SiteT]):
         paths = self.run.logs, self.run.events, self.run.code, self.run.job
         logs, events, code, job = (shlex.quote(str(path)) for path in paths)
         mask = "umask go-w  # nobody else may write what is acted upon"
-        marker = f"touch {events}  # marks it as a run's folder, so that nobody makes another"
         modules = [f"mkdir -p {code}  # copy modules of your own here"] if has_code else []
         text = [f"cat >{job} <<'END_OF_JOB'", *self.job_text.splitlines(), "END_OF_JOB"]
-        return [mask, f"mkdir -p {logs}", marker, *modules, *text]
+        return [mask, f"mkdir -p {logs} {events}", *modules, *text]
 
 
 class Phase(str, Enum):

@@ -80,7 +80,7 @@ def _of_runs(source: Path, runs: Path) -> Callable[[Path], bool]:
         if folder == source:
             return False
         here = RunFolder(folder)
-        is_run = here.events.exists() and (here.job.exists() or here.sweep.exists())
+        is_run = here.has_events() and (here.job.exists() or here.sweep.exists())
         return is_run or folder == runs or is_of_runs(folder.parent)
 
     return is_of_runs

@@ -36,7 +36,7 @@ def is_waiting(status: JobStatus) -> bool:
 def waited(run: RunFolder) -> str:
     """For how long nothing was heard of a run, once that is a minute or more: `for 5 min`."""
     newest = 0.0
-    for path in (run.handle, run.events, *run.logs.glob("*.*")):
+    for path in (run.handle, *run.event_files(), *run.logs.glob("*.*")):
         with contextlib.suppress(OSError):
             newest = max(newest, path.stat().st_mtime)
     minutes = int(time.time() - newest) // 60 if newest else 0

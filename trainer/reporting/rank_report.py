@@ -19,7 +19,9 @@ from trainer.parallel.base import DeferredScalar, Parallel
 from trainer.records import write_json
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.metrics import Sink, make_sinks
+from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder
+from trainer.wiring.variables import group_rank
 
 
 class Report:
@@ -28,6 +30,7 @@ class Report:
     def __init__(self, job: Job, run: RunFolder, attempt: int, parallel: Parallel, pulse: Pulse) -> None:
         self.job, self.run, self.attempt, self.parallel, self.pulse = job, run, attempt, parallel, pulse
         self.is_first = parallel.rank == 0
+        write_as(group_rank())
         self.shown = bool(job.script) and pulse.heartbeat is not None
         """Whether `muster run` shows what this rank prints."""
         self.sinks: list[Sink] = []
@@ -151,7 +154,7 @@ class Report:
 
     def was_training(self) -> bool:
         """Whether an earlier attempt came as far as its first step."""
-        begun = [event for event in self.run.read_events() if event["event"] == "training"]
+        begun = [event for event in self.run.read_main_events() if event["event"] == "training"]
         return any(event.get("attempt", self.attempt) < self.attempt for event in begun)
 
     def say(self, text: str) -> None:

@@ -1,6 +1,6 @@
-"""What happens to a run: the one table of the events in `events.jsonl`, each with its fields.
+"""What happens to a run: the one table of the events in the folder `events`, each with its fields.
 
-A line of the file is {"event": name, "time": seconds since 1970, **fields}. Fields that a kind lists may be missing:
+A line of its files is {"time": seconds since 1970, "event": name, **fields}. Fields that a kind lists may be missing:
 older runs, and ranks that no agent watches, say less.
 """
 

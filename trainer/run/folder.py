@@ -7,20 +7,24 @@ Never imports torch: both sides of a submission use it. What the files hold is w
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import JobError
-from trainer.records import append_line, read_json, read_lines, write_json
+from trainer.records import read_json, write_json, write_text
+from trainer.run import event_files
 from trainer.run.abilities import check_abilities
+from trainer.run.event_files import Event
 from trainer.run.events import EVENTS
+from trainer.run.line_file import LineFile, warn
 from trainer.wiring.variables import RUN, SLURM_ARRAY_TASK_ID, array_task, read_path
 
-Event = dict[str, Any]
 JOB = "job.yaml"
 CHECKPOINT = "step-"
 
@@ -53,8 +57,10 @@ class RunFolder:
     sweep = Entry("sweep.json", "The runs of a sweep; only in the folder of one.")
 
     # What happened.
-    events = Entry("events.jsonl", "A line for each event: see `trainer.run.events`.")
+    events = Entry("events", "A folder: a file for each writer of events. See `trainer.run.events`.")
+    old_events = Entry("events.jsonl", "The events of older versions, in one file.")
     metrics = Entry("metrics.jsonl", "A line for each logged training step and each evaluation.")
+    evaluation = Entry("evaluation.json", "What the last evaluation measured.")
     tensorboard = Entry("tensorboard", "A folder: the same values for TensorBoard.")
     profile = Entry("profile", "A folder: profiler traces.")
     checkpoints = Entry("checkpoints", "A folder: `step-*`, each committed by its rename.")
@@ -98,19 +104,38 @@ class RunFolder:
 
     # Events.
     def record(self, event: str, **fields: Any) -> None:
-        """Append an event. It must be one of `trainer.run.events.EVENTS`, with that kind's fields."""
+        """Append an event. It must be one of `trainer.run.events.EVENTS`, with that kind's fields.
+
+        One that cannot be written is printed, and written with the next one, if that can be.
+        """
         kind = EVENTS[event]
         assert kind.more or fields.keys() <= set(kind.fields), (event, fields)
-        append_line(self.events, {"event": event, "time": round(time.time(), 3), **fields})
+        line = event_files.make_event(self.events, self.old_events, event, fields)
+        file = _event_file(event_files.own_file(self.events))
+        file.write(line)
+        if file.waiting:
+            warn(f"not recorded yet: {line}")
 
     def read_events(self) -> list[Event]:
         """All events, the oldest first."""
-        return read_lines(self.events)
+        return event_files.read(self.events, self.old_events)
+
+    def event_files(self, *parts: str) -> list[Path]:
+        """The files of events, of all writers or of some; new ones may come."""
+        return event_files.files(self.events, self.old_events, parts)
+
+    def read_main_events(self) -> list[Event]:
+        """Those of node 0 and of the submitting side, which tell how the run goes: few files, however many nodes."""
+        return event_files.read(self.events, self.old_events, event_files.MAIN)
 
     # What can be told from the files alone.
     def exists(self) -> bool:
         """Whether this is the folder of a run, and not that of a job file which is called job.yaml."""
-        return self.job.is_file() and self.events.exists()
+        return self.job.is_file() and self.has_events()
+
+    def has_events(self) -> bool:
+        """Whether this is the folder of a run or of a sweep."""
+        return self.events.exists() or self.old_events.exists()
 
     def steps_committed(self) -> int:
         """The step of the newest checkpoint, -1 before the first."""
@@ -137,12 +162,12 @@ class RunFolder:
                 (root / ".gitignore").write_text("*\n")  # no repository, and no snapshot of its code, takes runs along
             check_abilities(root)
             run = cls(_make_unique(root, name))
-            run.logs.mkdir()
-            run.plan.mkdir()
+            for folder in (run.logs, run.plan, run.events):
+                folder.mkdir()
             here = os.getcwd()
             places = {"working_directory": here, "job_folder": str(job_folder or here), "run": str(run)}
             write_json(run.source, places)
-            run.job.write_text(job_text)
+            write_text(run.job, job_text)
         except OSError as error:
             problem = f"cannot be written: {error}"
             raise JobError("runs", runs, problem, "Give a writable folder: runs=...") from None
@@ -167,6 +192,11 @@ class RunFolder:
         return sorted((run for run in runs if run.exists()), key=lambda run: run.job.stat().st_mtime)
 
 
+@functools.cache
+def _event_file(path: Path) -> LineFile:
+    return LineFile(path, retry_s=0, stays_open=False)
+
+
 def _make_unique(root: Path, name: str) -> Path:
     while True:
         path = root / f"{name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -175,7 +205,7 @@ def _make_unique(root: Path, name: str) -> Path:
             return path
 
 
-def last_event(events: list[Event], *names: str) -> Event | None:
+def last_event(events: Sequence[Event], *names: str) -> Event | None:
     """The newest event with one of the names."""
     return next((event for event in reversed(events) if event["event"] in names), None)
 
@@ -197,4 +227,4 @@ def run_of(job_file: Path) -> RunFolder | None:
     if (given := read_path(RUN)) is not None:
         return RunFolder(given)
     run = RunFolder((job_file if job_file.is_dir() else job_file.parent).resolve())
-    return run if (job_file.is_dir() or job_file.name == JOB) and run.events.exists() else None
+    return run if (job_file.is_dir() or job_file.name == JOB) and run.has_events() else None

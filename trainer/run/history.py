@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from trainer.errors import STOPPED, WRONG_JOB
 from trainer.records import read_json
-from trainer.run.folder import Event, RunFolder, last_event
+from trainer.run.event_files import Event
+from trainer.run.folder import RunFolder, last_event
 from trainer.run.log_tail import last_lines
 
 ENDS = ("failure", "stopped", "ended", "done", "agent_lost", "requeued")
@@ -20,7 +21,7 @@ def restart_causes(events: Sequence[Event]) -> list[str]:
     for event in events:
         kind = event["event"]
         if kind == "failure":  # of one of several nodes it is known already that its agent was lost
-            pending = pending if pending and event["kind"] == "peer lost" else event.get("cause") or event["kind"]
+            pending = pending if pending and event.get("kind") == "peer lost" else _cause(event)
         elif kind == "agent_lost":
             pending = "agent lost"
         elif kind == "requeued" or (kind == "wired" and event.get("node") == 0 and event.get("launch", 0) > 0):
@@ -31,6 +32,10 @@ def restart_causes(events: Sequence[Event]) -> list[str]:
             causes += [pending] if pending else []
             pending = ""
     return causes
+
+
+def _cause(event: Event) -> str:
+    return str(event.get("cause") or event.get("kind") or "unknown")
 
 
 def restarts_text(events: Sequence[Event]) -> str:
@@ -69,8 +74,9 @@ def likely_end(run: RunFolder, events: Sequence[Event]) -> str:
     recent = _recent(events)
     lost = last_event(recent, "agent_lost")
     if lost is not None:
-        how = f"ended by signal {-lost['code']}" if lost["code"] < 0 else f"exit {lost['code']}"
-        return f"the agent of node {lost['node']} was lost ({how}), more often than agent.restarts allows"
+        code = lost.get("code")
+        how = f"ended by signal {-code}" if isinstance(code, int) and code < 0 else f"exit {code}"
+        return f"the agent of node {lost.get('node')} was lost ({how}), more often than agent.restarts allows"
     since = recent[0]["time"] if recent else 0.0
     for log in (*sorted(run.logs.glob("node-*.log")), *sorted(run.logs.glob("s*.*"))):  # of Slurm, the supervisor
         lines = last_lines(log).split("\n") if log.stat().st_mtime >= since else []

@@ -1,9 +1,17 @@
-"""Following files that others append to: logs, and files of JSON lines."""
+"""Following files that others append to: logs, events, and other files of JSON lines."""
 
 import os
 import select
 import sys
+import time
 from pathlib import Path
+
+from trainer.records import parse_lines
+from trainer.run.event_files import Event, is_event
+from trainer.run.folder import RunFolder
+
+EACH_S = 0.001
+"""For how long a file of events is left alone for each that there is: a thousand nodes have as many."""
 
 
 class Tail:
@@ -16,6 +24,8 @@ class Tail:
     def read(self) -> bytes:
         """All that is new."""
         try:
+            if self.path.stat().st_size == self.offset:
+                return b""
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 new = file.read()
@@ -38,6 +48,27 @@ class Tail:
             new = new[os.write(sys.stdout.fileno(), new) :]
 
 
+class EventTail:
+    """The events that are recorded from now on, by whatever writer."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.tails = {path: Tail(path) for path in run.event_files()}
+        self.next = 0.0
+
+    def events(self, last: bool = False) -> list[Event]:
+        """The new ones, those that come together in the order of their times; `last`: nobody asks again."""
+        if not last and time.monotonic() < self.next:
+            return []
+        for path in self.run.event_files():
+            if path not in self.tails:
+                self.tails[path] = Tail(path)
+                self.tails[path].offset = 0
+        self.next = time.monotonic() + EACH_S * len(self.tails)
+        found = [event for tail in self.tails.values() for event in parse_lines(tail.lines())]
+        return sorted(filter(is_event, found), key=lambda event: float(event["time"]))
+
+
 def nobody_reads() -> bool:
     """Whether standard output is a pipe whose reader has ended, as with `| head`."""
     poll = select.poll()
@@ -46,8 +77,11 @@ def nobody_reads() -> bool:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file; 0 when there is none."""
-    return path.stat().st_size if path.exists() else 0
+    """Bytes of a file; 0 when there is none, or its server does not answer now."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def last_lines(path: Path, begin: int = 0, most: int = 4000) -> str:

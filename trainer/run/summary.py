@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.records import read_json, read_lines
+from trainer.records import read_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.history import restarts_text, training_times
+from trainer.run.progress import mean_speed
 
 
 def plain_table(run: RunFolder) -> str:
@@ -17,7 +18,7 @@ def plain_table(run: RunFolder) -> str:
     result = read_json(run.result)
     if result is None:
         return ""
-    events = run.read_events()
+    events = run.read_main_events()
     metrics = result["metrics"].items()
     memory = (f"rank {item['rank']} {item['device']} {item['peak_mb']:,.0f} MiB" for item in result["peak_memory_mb"])
     table = {name: f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}" for name, value in metrics} | {
@@ -35,15 +36,14 @@ def _speed(run: RunFolder, result: dict[str, Any], times: Sequence[float]) -> di
     """Samples per second, and the time of the training: over all attempts, and not of the last one alone."""
     speed, time, attempts = result["samples_per_s"], result["train_s"], ""
     if len(times) > 1:
-        logged = [line["samples_per_s"] for line in read_lines(run.metrics) if line.get("samples_per_s", 0) > 0]
-        speed = len(logged) / sum(1 / each for each in logged) if logged else speed  # each of as many steps
+        speed = mean_speed(run) or speed
         time, attempts = sum(times), f" in {len(times)} attempts"
     return {"samples/s": f"{speed:,.0f}", "time": f"{time:.1f} s for {result['steps']} steps{attempts}"}
 
 
 def separate_ranks(run: RunFolder) -> str:
     """What to know about a script whose ranks never met in its last launch; empty when they did."""
-    event = last_event(run.read_events(), "separate_ranks", "attempt")
+    event = last_event(run.read_main_events(), "separate_ranks", "attempt")
     if event is None or event["event"] == "attempt":
         return ""
     return (
@@ -59,6 +59,6 @@ def resume_command(run: RunFolder) -> str:
         program = str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
     words = [program, "run", str(run)]
     if not run.platform.exists() and not run.handle.exists():  # started by hand
-        wired = last_event(run.read_events(), "wired")
+        wired = last_event(run.read_main_events(), "wired")
         words += ["--on", wired["platform"]] if wired and wired["platform"] not in ("alone", "local") else []
     return shlex.join(words)

@@ -40,6 +40,7 @@ MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
 RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 RUN_ID = "TORCHELASTIC_RUN_ID"
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # True: ranks are clients of a store that their agent serves
+GROUP_RANK = "GROUP_RANK"  # the node's
 OF_RANKS = (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
 CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -82,6 +83,12 @@ def read_path(name: str) -> Path | None:
 def read_words(name: str) -> list[str]:
     """The value of a variable that holds several paths: `MEMORY`. Empty: it is not set."""
     return os.environ.get(name, "").split()
+
+
+def group_rank() -> int:
+    """The number of the node that this process is a rank of, or of the rank, where a launcher counts no nodes."""
+    text = os.environ.get(GROUP_RANK) or os.environ.get(RANK) or ""
+    return int(text) if text.isdecimal() else 0
 
 
 def run_is_shared() -> bool:

@@ -20,7 +20,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def age(run: RunFolder, seconds: float) -> None:
-    os.utime(run.events, times=(time.time() - seconds,) * 2)
+    for path in run.event_files():
+        os.utime(path, times=(time.time() - seconds,) * 2)
 
 
 def test_a_reason_is_said_once_and_again_after_a_while(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

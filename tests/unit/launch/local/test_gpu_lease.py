@@ -19,7 +19,6 @@ from trainer.errors import JobError
 from trainer.launch.local.gpu_lease import try_lease
 from trainer.launch.local.platform import Nodes
 from trainer.launch.local.supervisor import Supervisor
-from trainer.records import read_lines
 from trainer.run.folder import RunFolder
 from trainer.wiring.devices import visible_devices, wanted_devices
 
@@ -117,7 +116,7 @@ def test_a_job_waits_for_its_devices_and_says_so(supervisor: Supervisor, tmp_pat
     soon.start()
     assert supervisor.take_lease()
     assert supervisor.lease.devices == ["0"] and not held.handles
-    (event,) = read_lines(tmp_path / "events.jsonl")
+    (event,) = RunFolder(tmp_path).read_events()
     assert (event["event"], event["reason"]) == (
         "pending",
         "waiting for GPUs: 1 of 0; it starts when other runs here release them",
