@@ -108,8 +108,9 @@ def test_logs_are_copied_once_and_follow_a_replaced_pod(cluster: Cluster, tmp_pa
 def test_a_nodes_word_on_a_log_is_no_part_of_it(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     run = submit(tmp_path, site)
     put_pod(cluster, run, 0, "aaaaa", **RUNNING)
+    put_pod(cluster, run, 1, "bbbbb", **RUNNING)
     answers = ["unable to retrieve container logs for containerd://1\n", "2026-01-01T00:00:01.1Z step 1/9  loss 2\n"]
-    cluster.read_log = lambda *_: answers.pop(0) if answers else ""
+    cluster.read_log = lambda pod, *_: answers.pop(0) if "-0-" in pod and answers else ""
     assert control.status(str(run))["reason"] == ""
     assert control.status(str(run))["reason"] == "step 1/9  loss 2"
     assert (run / "logs/node-0.log").read_text() == "step 1/9  loss 2\n"

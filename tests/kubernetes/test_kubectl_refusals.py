@@ -10,7 +10,7 @@ import pytest
 from fake_api_server import Cluster
 from kubernetes_runs import submit
 
-from trainer.errors import JobError
+from trainer.errors import JobError, MaybeAccepted
 from trainer.launch import control
 from trainer.launch.submit import submit_job
 from trainer.records import write_json
@@ -54,6 +54,44 @@ def test_a_job_that_the_cluster_may_have_taken_keeps_its_run(cluster: Cluster, t
         submit(tmp_path, site)
     (job,) = tmp_path.glob("**/digits-*/job.yaml")
     assert "did not complete" in control.status(str(job.parent))["reason"]
+
+
+@pytest.mark.parametrize("refused", ["networkpolicies", "services", "jobs"])
+def test_what_was_made_before_a_refusal_is_removed(cluster: Cluster, tmp_path: Path, site: Path, refused: str) -> None:
+    """The API server agrees when it is asked, and refuses one object when they are made."""
+    posted: list[str] = []
+
+    def refuse(method: str, plural: str, body: Any) -> tuple[int, str, str] | None:
+        posted.extend([plural] * (method == "POST"))
+        late = method == "POST" and plural == refused and posted.count(plural) > 1
+        return (403, "Forbidden", f'{plural} is forbidden: User "me" cannot create it') if late else None
+
+    cluster.refusal = refuse
+    site.write_text("claim: runs\nclaim_size: 1Gi\n")
+    with pytest.raises(JobError, match="auth can-i") as caught:
+        submit(tmp_path, site)
+    assert not isinstance(caught.value, MaybeAccepted)
+    assert list(cluster.objects) == [("persistentvolumeclaims", "runs")]
+    assert posted.count("jobs") == (2 if refused == "jobs" else 1), "the Job was made without what it needs"
+    assert list(tmp_path.glob("**/digits-*/job.yaml")) == []
+
+
+def test_a_claim_that_is_there_is_left_alone(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    """A real API server refuses another size, with words about rights."""
+    site.write_text("claim: runs\nclaim_size: 100Gi\n")
+    cluster.put("persistentvolumeclaims", {"metadata": {"name": "runs"}, "spec": {"resources": "1Gi"}})
+    before = dict(cluster.objects["persistentvolumeclaims", "runs"])
+    run = submit(tmp_path, site)
+    assert cluster.objects["persistentvolumeclaims", "runs"] == before
+    assert ("jobs", run.name) in cluster.objects
+
+
+def test_a_missing_namespace_is_named_once(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    site.write_text("claim: runs\nnamespace: nowhere\n")
+    cluster.refusal = lambda *_: (404, "NotFound", 'namespaces "nowhere" not found')
+    with pytest.raises(JobError, match="Make that namespace") as caught:
+        submit(tmp_path, site)
+    assert str(caught.value).count('namespaces "nowhere" not found') == 1
 
 
 def test_a_missing_jobset_api_is_named(cluster: Cluster, tmp_path: Path, site: Path, monkeypatch: Any) -> None:

@@ -76,8 +76,13 @@ def gang(documents: list[Manifest]) -> Iterator[str]:
         yield "not Indexed with completions: pods have no index"
     if spec.get("parallelism") != spec.get("completions"):
         yield "parallelism differs from completions: the nodes would wait for one that is not started"
-    if "backoffLimitPerIndex" in spec or "maxFailedIndexes" in spec:
-        yield "backoffLimitPerIndex lets one node fail alone"
+    if only(documents, "Job", "JobSet")["kind"] == "Job":
+        # Without a limit for each index, the pods of a gang share one pause, which doubles with each of them (the Job
+        # controller's backoff_utils.go counts evicted pods, too). With one, an index may fail alone, unless none may.
+        if not isinstance(spec.get("backoffLimitPerIndex"), int):
+            yield "backoffLimitPerIndex is missing: each lost pod doubles the pause of all others"
+        elif spec.get("maxFailedIndexes") != 0:
+            yield "backoffLimitPerIndex without maxFailedIndexes 0 lets one node fail alone"
     for field in ("backoffLimit", "activeDeadlineSeconds"):
         if not isinstance(spec.get(field), int):
             yield f"{field} is missing: a job that fails or hangs would not end"

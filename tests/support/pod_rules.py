@@ -10,6 +10,7 @@ from manifest_rules import (
     SHM_MARGIN,
     Manifest,
     container,
+    job,
     job_spec,
     number,
     only,
@@ -144,6 +145,20 @@ def placement(documents: list[Manifest]) -> Iterator[str]:
             yield "the spread constraint does not count the job's pods"
 
 
+def dead_nodes(documents: list[Manifest]) -> Iterator[str]:
+    """Only a real control plane taints nodes and evicts by it (concepts/scheduling-eviction/taint-and-toleration): it
+    adds 300 s for these two taints to a pod that does not name them (the plugin DefaultTolerationSeconds), and of
+    several tolerations for one taint the shortest counts.
+    """
+    wait_s = job(documents)["agent"]["rejoin_timeout_s"]
+    for taint in ("unreachable", "not-ready"):
+        key = f"node.kubernetes.io/{taint}"
+        found = [each for each in pod_spec(documents).get("tolerations", []) if each.get("key") == key]
+        seconds = [each.get("tolerationSeconds", 300) for each in found if each.get("effect") == "NoExecute"]
+        if not seconds or min(seconds) + 50 > wait_s:
+            yield f"{key} is tolerated for longer than the other agents wait"
+
+
 def texts(documents: list[Manifest]) -> Iterator[str]:
     """Annotations, selectors and data are strings: the API refuses numbers and booleans."""
     for document in documents:
@@ -167,4 +182,4 @@ def owner_is_last(documents: list[Manifest]) -> Iterator[str]:
         yield "the Job is not applied last"
 
 
-RULES += [restricted, least_privilege, volumes, memory, network, placement, texts, owner_is_last]
+RULES += [restricted, least_privilege, volumes, memory, network, placement, dead_nodes, texts, owner_is_last]

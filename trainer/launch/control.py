@@ -54,15 +54,17 @@ def status(run_path: str) -> dict[str, Any]:
     good = now.is_active or now.phase == Phase.DONE
     events = run.read_main_events() if good else run.read_events()
     training = last_event(events, "training") or {}
-    attempts = last_event(events, "attempt", "restart") or {}
+    attempts = now.progress | (last_event(events, "attempt", "restart") or {})
+    step = newest_step(run, events)
     note = separate_ranks(run) if now.phase == Phase.DONE else ""
     reason = now.reason or (note if good else why_ended(run, events) or likely_end(run, events))
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
         "waiting": waited(run) if is_waiting(now) else "",
-        "code": now.code, "step": newest_step(run, events), "steps": training.get("steps"),
-        "attempt": attempts.get("attempt"), "handle": handle, "metrics": last_evaluation(run),
+        "code": now.code, "step": now.progress.get("step") if step is None else step,
+        "steps": training.get("steps", now.progress.get("steps")), "attempt": attempts.get("attempt"), "handle": handle,
+        "metrics": last_evaluation(run) or now.progress.get("metrics", {}),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -79,6 +79,9 @@ class JobStatus:
 
     waits: bool = False
     """Whether it runs, and something that it needs is not there yet: `reason` says what."""
+
+    progress: dict[str, Any] = field(default_factory=dict)
+    """`step`, `steps`, `attempt`, `metrics` as far as the platform knows them, where the run folder here does not."""
 
     @property
     def is_active(self) -> bool:

@@ -1,21 +1,20 @@
-"""kubectl, through which all requests to a cluster go, and what the pods print, copied into the run folder here."""
+"""kubectl, through which all requests to a cluster go, and what ends its refusals."""
 
 import json
 import re
 import subprocess
-from datetime import datetime, timedelta
 from typing import Any
 
 from trainer.errors import JobError
-from trainer.launch.kubernetes.state import Pod
-from trainer.records import read_json, write_json
-from trainer.run.folder import RunFolder
 
 KINDS = {"job": "jobs.batch", "jobset": "jobsets.jobset.x-k8s.io"}
 """The values of `kind` in the site file, and their names in the API."""
 REMEDIES = {
     "no matches for kind|doesn't have a resource type": "The cluster lacks that API: install it (JobSet's controller, "
     "Kueue), or set kind: job in the site file",
+    "persistentvolumeclaim.*(resize|immutable|less than)": "The claim is there already, with another size: set "
+    "claim_size: null in the site file to use it as it is",
+    "namespaces? .*not found": "Make that namespace, or name another one in the site file",
     "exceeded quota": "Ask for less in the site file (cpu, memory, gpu), or for more quota",
     "forbidden|unauthorized|provide credentials": "Ask for that right in this namespace: kubectl auth can-i --list",
     "field is immutable|being deleted|already exists": "An earlier submission of that name is still there: delete it "
@@ -24,13 +23,10 @@ REMEDIES = {
     "`kubectl cluster-info`, and context and namespace in the site file",
 }
 """Remedies by patterns in kubectl's message."""
-COPIED_UNTIL = ".kubernetes.json"
-"""The file in `logs/` that says, for each pod, up to which time its log was copied."""
-LINE = re.compile(r"^\[pod/([^/\s]+)/[^\]\s]+\] (\d{4}-\d\d-\d\dT[\d:.]+\S*)(?: (.*))?$", re.MULTILINE)
-"""A line of `kubectl logs --prefix --timestamps`: pod, time, text. One without a time is no part of the log but the
-node's own word on it, such as "unable to retrieve container logs"."""
-OVERLAP_S = 30
-"""Lines of different pods come in no order: ask again for the last ones, and drop what is known."""
+
+
+class Unanswered(JobError):
+    """kubectl gave no answer within its bound."""
 
 
 class Refused(RuntimeError):
@@ -60,9 +56,10 @@ class Kubectl:
             raise JobError("--on", "kubernetes", "there is no kubectl on this machine", remedy) from None
         except subprocess.TimeoutExpired:
             problem = f"gave no answer within {timeout_s:.0f} s"
-            raise JobError("kubectl", " ".join(argv), problem, "Check `kubectl cluster-info`") from None
+            raise Unanswered("kubectl", " ".join(argv), problem, "Check `kubectl cluster-info`") from None
         if done.returncode:
-            raise Refused(" ".join((done.stderr or done.stdout).split())[-2000:] or f"exit code {done.returncode}")
+            lines = dict.fromkeys((done.stderr or done.stdout).splitlines())  # kubectl repeats some for each object
+            raise Refused(" ".join(" ".join(lines).split())[-2000:] or f"exit code {done.returncode}")
         return done.stdout
 
     def run_or_raise(self, *argv: str, text: str = "") -> None:
@@ -77,27 +74,3 @@ class Kubectl:
         answer = json.loads(self.run("get", *argv, "--output=json", timeout_s=30))
         items: list[dict[str, Any]] = answer["items"] if answer["kind"].endswith("List") else [answer]
         return items
-
-
-def copy_logs(kubectl: Kubectl, selector: str, run: RunFolder, pods: list[Pod]) -> list[str]:
-    """Append what the pods printed since the last time to `logs/node-<i>.log`; return node 0's new lines."""
-    newest: dict[str, str] = read_json(run.logs / COPIED_UNTIL) or {}
-    words = ["logs", selector, "--prefix", "--timestamps", "--tail=-1", "--ignore-errors", "--max-log-requests=1000"]
-    if newest:
-        since = datetime.fromisoformat(max(newest.values())[:19]) - timedelta(seconds=OVERLAP_S)
-        words.append(f"--since-time={since.isoformat()}Z")
-    try:
-        lines = LINE.findall(kubectl.run(*words, timeout_s=60))
-    except Refused:  # pods that have not started have no logs yet
-        return []
-    nodes = {pod.name: pod.node for pod in pods}
-    texts: dict[int, list[str]] = {}
-    for pod, time, text in lines:
-        if pod in nodes and time > newest.get(pod, ""):
-            texts.setdefault(nodes[pod], []).append(text)
-            newest[pod] = time
-    for node, added in texts.items():
-        with run.node_log(node).open("a") as log:
-            log.writelines(f"{text}\n" for text in added)
-    write_json(run.logs / COPIED_UNTIL, newest)
-    return texts.get(0, [])

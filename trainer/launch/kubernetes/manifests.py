@@ -18,6 +18,8 @@ from trainer.launch.site import fabric_environment, template
 
 GRACE_MARGIN_S = 15
 """From the agent's own bound to the kubelet's kill: ranks are ended, the last word is written."""
+INSTANCE = "app.kubernetes.io/instance"
+"""The label that all objects of one submission carry, with their name; the claim does not."""
 LONGEST_LABEL = 63
 """Characters of a DNS label (RFC 1035): host names, pod names and Services are such."""
 TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
@@ -78,7 +80,7 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         resources[site.gpu] = str(job.devices_per_node)
     spread = {
         "maxSkew": 1, "topologyKey": site.spread, "whenUnsatisfiable": site.spread_policy,
-        "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": name}},
+        "labelSelector": {"matchLabels": {INSTANCE: name}},
     }  # fmt: skip
     return {
         "job": dataclasses.asdict(job),
@@ -88,6 +90,8 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         "job_yaml": plan.job_text,
         "exit_code": {"wrong_job": WRONG_JOB, "stopped": STOPPED, "failed": FAILED},
         "grace_s": math.ceil(job.agent.grace_s) + GRACE_MARGIN_S,
+        # Without a claim nothing is left of progress when pods are lost.
+        "kills": job.agent.restarts if site.claim is None else job.agent.restarts_total,
         "time_limit_s": site.time_limit_min * 60, "keep_finished_s": site.keep_finished_min * 60,
         "suspend": True if site.queue else None, "resources": resources,
         "spread": [spread] if site.spread and job.nodes > 1 else None,
@@ -108,8 +112,10 @@ def _escape(value: Any) -> Any:
 
 
 def _add_extras(pod: dict[str, Any], site: KubernetesSite) -> None:
-    """Append the site's own variables and claims to the lists of the template."""
+    """Append the site's own tolerations, variables and claims to the lists of the template."""
     container = pod["containers"][0]
+    theirs = {each.get("key") for each in site.tolerations}  # of two for one taint, the shorter would count
+    pod["tolerations"] = [each for each in pod["tolerations"] if each["key"] not in theirs] + _escape(site.tolerations)
     own = {**fabric_environment(site.fabric), **site.env}
     container["env"] += [{"name": name, "value": _escape(value)} for name, value in own.items()]
     for index, text in enumerate(site.mounts):

@@ -3,18 +3,22 @@
 import json
 import sys
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.errors import STOPPED, JobError, MaybeAccepted
-from trainer.launch.kubernetes.kubectl import COPIED_UNTIL, KINDS, Kubectl, Refused, copy_logs
-from trainer.launch.kubernetes.manifests import make_manifests, render_manifests
+from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
+from trainer.launch.kubernetes.manifests import INSTANCE, make_manifests, render_manifests
+from trainer.launch.kubernetes.pod_logs import COPIED_UNTIL, copy_logs, last_word, progress, what_agents_wait_for
 from trainer.launch.kubernetes.site import KubernetesSite
-from trainer.launch.kubernetes.state import Pod, newest_pods, read_pod, read_status
+from trainer.launch.kubernetes.state import Pod, missing_nodes, newest_pods, read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
-from trainer.run.log_tail import last_lines
+from trainer.run.log_tail import last_lines, size
 
+CLAIM = "PersistentVolumeClaim"
+HURRIED_S = 0.3
+"""How often the cluster is asked while pods end whose Job was deleted."""
 BY_TIME = "--sort-by=.metadata.creationTimestamp"
 Manifests = list[dict[str, Any]]
 """What kubectl applies: the Job or JobSet comes last."""
@@ -33,21 +37,25 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         return render_manifests(request)
 
     def submit(self, plan: Plan[KubernetesSite], request: Manifests, follow: bool) -> dict[str, Any]:
-        """Apply the manifests. Raises JobError: no kubectl, no cluster, or the API server refused."""
+        """Apply the manifests, the Job last. Raises JobError: no kubectl, no cluster, or the API server refused."""
         site, name = plan.site, request[-1]["metadata"]["name"]
-        handle = {"context": site.context, "namespace": site.namespace, "kind": KINDS[site.kind], "name": name}
-        kubectl, text = Kubectl(handle), self.render(request) + "\n"
+        handle = {
+            "context": site.context, "namespace": site.namespace, "kind": KINDS[site.kind], "name": name,
+            "log_begin": size(plan.run.node_log(0)),
+        }  # fmt: skip
+        kubectl = Kubectl(handle)
         for stale in (plan.run.exit, plan.run.logs / COPIED_UNTIL):
             stale.unlink(missing_ok=True)
         if plan.run.handle.exists():  # the run is continued, and what is left of it is in the way
-            remains = (kubectl.workload, f"configmap/{name}")
-            kubectl.run_or_raise("delete", *remains, "--ignore-not-found", "--cascade=foreground")
-        kubectl.run_or_raise("apply", "--filename=-", "--dry-run=server", text=text)  # nothing is made of half a job
+            self._delete_remains(kubectl, name)
+        *others, workload = self._without_claim(kubectl, request)
+        # Nothing is made of half a job: kubectl itself goes on after a refusal, and a Job would run without its policy.
+        kubectl.run_or_raise("apply", "--filename=-", "--dry-run=server", text=self.render([*others, workload]) + "\n")
         try:
-            kubectl.run_or_raise("apply", "--filename=-", text=text)
+            for part in (others, [workload]):
+                kubectl.run_or_raise("apply", "--filename=-", text=self.render(part) + "\n")
         except JobError as error:
-            remedy = f"{error.remedy}. `kubectl get {kubectl.workload}` says whether it was made all the same"
-            raise MaybeAccepted(error.key, error.value, error.problem, remedy) from None
+            self._take_back(kubectl, request, error)
         self._adopt(kubectl, request[:-1])
         if site.claim is None:
             note = "the site file names no claim, so this run cannot resume when its pods are replaced"
@@ -55,9 +63,48 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         self.following = follow
         return handle
 
+    def _without_claim(self, kubectl: Kubectl, request: Manifests) -> Manifests:
+        """The request less a claim that is there already: its size is not ours to change."""
+        claim = next((item for item in request if item["kind"] == CLAIM), None)
+        if claim is None:
+            return request
+        name = claim["metadata"]["name"]
+        try:
+            there = kubectl.run("get", f"{CLAIM}/{name}", "--ignore-not-found", "--output=name")
+        except Refused:  # who may make claims need not see them
+            return request
+        return [item for item in request if item is not claim] if there else request
+
+    def _delete_remains(self, kubectl: Kubectl, name: str) -> None:
+        """Delete what an earlier submission left. Raises JobError: it failed, or pods of it do not end."""
+        try:
+            remains = (kubectl.workload, f"configmap/{name}")
+            kubectl.run_or_raise("delete", *remains, "--ignore-not-found", "--cascade=foreground")
+        except Unanswered as error:
+            problem = "pods of the earlier submission have not ended"
+            remedy = (
+                f"`kubectl get pods --selector={INSTANCE}={name} --output=wide` shows them. One on a node that is gone"
+            )
+            remedy += " for good ends when that node is deleted, or tainted node.kubernetes.io/out-of-service"
+            raise JobError("kubectl", error.value, problem, remedy) from None
+
+    def _take_back(self, kubectl: Kubectl, request: Manifests, error: JobError) -> NoReturn:
+        """Remove what was made before the API server refused, the claim apart. Raises `error`; MaybeAccepted: it may
+        be there all the same.
+        """
+        selector = f"--selector={INSTANCE}={request[-1]['metadata']['name']}"
+        kinds = ",".join(dict.fromkeys(item["kind"] for item in reversed(request) if item["kind"] != CLAIM))
+        try:
+            kubectl.run("delete", kinds, selector, "--ignore-not-found", "--cascade=foreground", "--wait=false")
+        except (JobError, Refused):
+            remedy = f"{error.remedy}. `kubectl get {kubectl.workload}` says whether it was made all the same, and "
+            remedy += f"`kubectl delete {kinds} {selector}` removes it"
+            raise MaybeAccepted(error.key, error.value, error.problem, remedy) from None
+        raise error
+
     def _adopt(self, kubectl: Kubectl, manifests: Manifests) -> None:
         """Let the Job own what was made for it: when it is deleted, by hand or by its TTL, only the claim remains."""
-        others = [item for item in manifests if item["kind"] != "PersistentVolumeClaim"]
+        others = [item for item in manifests if item["kind"] != CLAIM]
         try:
             [owner] = kubectl.get(kubectl.workload)
             reference = {key: owner.get(key) or owner["metadata"][key] for key in ("apiVersion", "kind", "name", "uid")}
@@ -71,11 +118,12 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         """By the cluster's objects, or `exit.json`, which keeps the end, because objects of ended jobs are removed."""
         ended = read_json(run.exit)
         if ended is not None:  # runs of version 0.1 called the phase a word
-            return JobStatus(Phase(ended.get("phase") or ended["word"]), ended["reason"], ended["code"])
+            phase = Phase(ended.get("phase") or ended["word"])
+            return JobStatus(phase, ended["reason"], ended["code"], progress=ended.get("progress", {}))
         try:
             status = self._ask_cluster(run, handle)
         except Refused as error:
-            return JobStatus(Phase.UNKNOWN, f"kubectl failed: {error}. {error.remedy}")
+            return JobStatus(Phase.UNKNOWN, f"kubectl failed: {error}. {error.remedy}", progress=progress(run))
         if not status.is_active and status.phase != Phase.LOST:
             write_json(run.exit, asdict(status))
         return status
@@ -83,35 +131,49 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     def _ask_cluster(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By the cluster; what the pods print is copied to `logs/` on the way. Raises Refused: by kubectl."""
         kubectl, name = Kubectl(handle), handle["name"]
-        selector = f"--selector=app.kubernetes.io/instance={name}"
+        selector = f"--selector={INSTANCE}={name}"
         objects = kubectl.get(f"{handle['kind']},pods", selector)
         pods = [read_pod(item) for item in objects if item["kind"] == "Pod"]
+        owner = next((item for item in objects if item["kind"] != "Pod" and item["metadata"]["name"] == name), None)
         lines = copy_logs(kubectl, selector, run, pods) if any(pod.started for pod in pods) else []
         if self.following:
             print(*lines, sep="\n", end="\n" if lines else "", flush=True)
-        owner = next((item for item in objects if item["kind"] != "Pod" and item["metadata"]["name"] == name), None)
-        if owner is not None:
+        if owner is None:
+            status = self._deleted(run, handle, pods)
+        else:
             status = read_status(owner, pods, self._events(kubectl, owner, pods))
-            if status.phase == Phase.RUNNING and not status.reason:
-                steps = [line for line in last_lines(run.node_log(0)).splitlines() if line.startswith("step ")]
-                return replace(status, reason=steps[-1] if steps else "")
-            return status
+        if status.phase == Phase.RUNNING and not self.following:  # what is followed says so itself
+            status = _with_words(status, run, newest_pods(pods))
+        return replace(status, progress=progress(run))
+
+    def _deleted(self, run: RunFolder, handle: dict[str, Any], pods: list[Pod]) -> JobStatus:
+        """What became of a run whose Job is not there any more: by its pods, and by what their agents said last."""
+        if any(pod.lives for pod in pods):
+            self.poll_s = HURRIED_S  # pods without an owner vanish as soon as they have ended, with their last word
+            return JobStatus(Phase.RUNNING, "its Job was deleted: its pods save and stop")
         if handle.get("cancelled"):
             return JobStatus(Phase.CANCELLED, code=STOPPED)
-        return JobStatus(Phase.LOST, f"{kubectl.workload} is gone: it was deleted by hand, or removed after its end")
+        word, what = last_word(run, handle.get("log_begin", 0)), f"{handle['kind']}/{handle['name']} is gone"
+        if word is None:
+            hint = "it was deleted by hand, or removed keep_finished_min after its end; its claim says how it ended"
+            return JobStatus(Phase.LOST, f"{what}: {hint}")
+        code, reason = word
+        return JobStatus(Phase.STOPPED if code == STOPPED else Phase.FAILED, f"{reason} ({what})", code)
 
     def _events(self, kubectl: Kubectl, owner: dict[str, Any], pods: list[Pod]) -> list[dict[str, Any]]:
         """What the cluster says about the first pod that waits; or why there are none, as after an exceeded quota."""
-        late = [pod.name for pod in newest_pods(pods) if pod.waiting]
-        if pods and not late:
+        newest = newest_pods(pods)
+        late = [pod.name for pod in newest if pod.waiting]
+        if pods and not late and not missing_nodes(owner, newest):
             return []
         name = late[0] if late else owner["metadata"]["name"]
         queued = "involvedObject.kind=Workload" if owner["spec"].get("suspend") else "type=Warning"
         which = f"--field-selector={f'involvedObject.name={name}' if late else queued}"
         try:
-            return [item for item in kubectl.get("events", which, BY_TIME) if name in item["involvedObject"]["name"]]
-        except Refused:  # who may see pods need not see events
+            found = [item for item in kubectl.get("events", which, BY_TIME) if name in item["involvedObject"]["name"]]
+        except (Refused, Unanswered):  # who may see pods need not see events
             return []
+        return [item for item in found if late or item["involvedObject"].get("kind") != "Pod"]
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Delete the Job: its pods get SIGTERM and their grace period to save."""
@@ -125,3 +187,11 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         kubectl.run_or_raise("patch", kubectl.workload, "--type=merge", '--patch={"spec":{"suspend":true}}')
         kubectl.run_or_raise("wait", kubectl.workload, "--for=condition=Suspended", "--timeout=60s")
         kubectl.run_or_raise("patch", kubectl.workload, "--type=merge", '--patch={"spec":{"suspend":false}}')
+
+
+def _with_words(status: JobStatus, run: RunFolder, pods: list[Pod]) -> JobStatus:
+    """The status with what the agents say: what they wait for, else how far they are."""
+    if waits := what_agents_wait_for(run, pods):
+        return replace(status, reason="; ".join(filter(None, (status.reason, waits))), waits=True)
+    steps = [line for line in last_lines(run.node_log(0)).splitlines() if line.startswith("step ")]
+    return status if status.reason else replace(status, reason=steps[-1] if steps else "")

@@ -93,6 +93,8 @@ class KubernetesSite:
              "Raise memory, or lower shm"),
             (self.user_id < 1, "user_id", self.user_id, "must be at least 1: pods must not run as root", "Correct it"),
             (self.time_limit_min < 1, "time_limit_min", self.time_limit_min, "must be at least 1", "Correct it"),
+            (self.keep_finished_min < 1, "keep_finished_min", self.keep_finished_min,
+             "must be at least 1: an ended Job says how the run ended, and muster has to see it", "Correct it"),
         ])  # fmt: skip
         for text in self.mounts:
             split_mount(text)

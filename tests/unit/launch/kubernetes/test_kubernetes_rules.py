@@ -25,7 +25,8 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("digits", "Job.spec.completions", GONE, "Indexed"),
     ("digits", "Job.spec.completionMode", GONE, "Indexed"),
     ("digits", "Job.spec.parallelism", 1, "parallelism"),
-    ("digits", "Job.spec.backoffLimitPerIndex", 1, "fail alone"),
+    ("digits", "Job.spec.backoffLimitPerIndex", GONE, "doubles the pause"),
+    ("digits", "Job.spec.maxFailedIndexes", GONE, "fail alone"),
     ("digits", "Job.spec.activeDeadlineSeconds", GONE, "activeDeadlineSeconds"),
     ("digits", "Job.spec.backoffLimit", GONE, "backoffLimit"),
     ("digits", "Job.spec.ttlSecondsAfterFinished", GONE, "for ever"),
@@ -93,6 +94,8 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("digits", "NetworkPolicy.spec.egress.1", GONE, "DNS over UDP"),
     ("digits", "NetworkPolicy.spec.egress.1.ports.1", GONE, "DNS over TCP"),
     ("digits", f"{POD}.topologySpreadConstraints.0.labelSelector", OTHER, "spread"),
+    ("digits", f"{POD}.tolerations.0", GONE, "longer than the other agents wait"),
+    ("digits", f"{POD}.tolerations.1.tolerationSeconds", 300, "longer than the other agents wait"),
     ("digits", "Job.metadata.annotations.a", True, "no string"),
 ]
 

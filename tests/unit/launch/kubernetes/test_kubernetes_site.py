@@ -52,6 +52,7 @@ def test_the_sites_to_begin_from_are_accepted(path: Path) -> None:
         ("shm", "4Gi", ["memory='4Gi'", "does not cover shm=4Gi"]),
         ("user_id", 0, ["user_id=0", "at least 1", "root"]),
         ("time_limit_min", 0, ["time_limit_min=0", "at least 1"]),
+        ("keep_finished_min", 0, ["keep_finished_min=0", "at least 1", "says how the run ended"]),
         ("time_limit_min", "soon", ["time_limit_min='soon'", "int"]),
         ("claim_size", "1Ti", ["claim_size='1Ti'", "claim is null"]),
         ("claim_storage_class", "nfs", ["claim_storage_class='nfs'", "claim_size"]),
