@@ -22,8 +22,9 @@ LIMIT_MB = 100
 def take_snapshot(source: Path, run: RunFolder) -> Path:
     """Copy the tracked and unignored files of `source` to the run folder, read-only, and record their hash.
 
-    Links to folders stay links. What is left out is said. Raises JobError: they are larger than `LIMIT_MB`, or git
-    refuses to list them.
+    Nobody may do more with a copy than with its source; only this user gets into the folder of them at all. Links stay
+    links. What is left out, such as secrets, is said. Raises JobError: it is larger than `LIMIT_MB`, or git refuses to
+    list it.
     """
     if run.code.exists():  # a run that is continued keeps the code that it began with
         return run.code
@@ -32,13 +33,14 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
         raise JobError("RUN", str(run), problem, "Keep the folder of the sweep beside its runs")
     source = source.resolve()
     names, left_out = list_files(source, _of_runs(source, run.path.parent))
-    links = [name for name in names if (source / name).is_symlink() and (source / name).is_dir()]
+    links = [name for name in names if (source / name).is_symlink()]
     sizes = {name: (source / name).stat().st_size for name in names if name not in links}
     size = sum(sizes.values())
     if size > LIMIT_MB * 2**20:
         problem = f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {max(sizes, key=sizes.__getitem__)}"
         raise JobError("code", str(source), problem, "Add data to .gitignore, so that it is not copied")
     digest = hashlib.sha256()
+    run.code.mkdir(mode=0o700, parents=True)
     for name in sizes:
         copy = run.code / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +50,10 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
             raise JobError(
                 "code", name, f"cannot be copied: {error}", "Make it readable, or ignore it in git"
             ) from None
-        copy.chmod(0o555 if (source / name).stat().st_mode & 0o100 else 0o444)
+        copy.chmod((source / name).stat().st_mode & 0o555)
         digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(copy.read_bytes()).digest())
     for name in links:
         left_out += _link(source, run.code, name)
-    run.code.mkdir(exist_ok=True)
     facts = {"sha256": digest.hexdigest(), "files": len(sizes), "bytes": size, "left_out": left_out}
     write_json(run.plan / "code.json", facts)
     for note in left_out:
@@ -61,11 +62,11 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
 
 
 def _link(source: Path, code: Path, name: str) -> list[str]:
-    """Link to a folder as `source` does; return a note if it is outside of the snapshot."""
+    """Link as `source` does, to the place in the snapshot; return a note if it leads out of that. Nothing is copied."""
     target = (source / name).resolve()
     link = code / name
     link.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_relative_to(source) and (code / target.relative_to(source)).is_dir():
+    if target.is_relative_to(source) and (code / target.relative_to(source)).exists():
         link.symlink_to(os.path.relpath(code / target.relative_to(source), link.parent))
         return []
     link.symlink_to(target)

@@ -1,4 +1,7 @@
-"""Which files of a folder are code: those that git does not ignore; without git, what does not look like data."""
+"""Which files of a folder are code: those that git does not ignore; without git, what does not look like data.
+
+What looks like a secret by its name stays behind, whatever git says.
+"""
 
 import os
 import re
@@ -14,6 +17,13 @@ DATA = re.compile(
     re.IGNORECASE,
 )
 """Suffixes of what is not copied without git."""
+SECRET = re.compile(
+    r"(.*/)?(\.env(\.(?!example|sample|template|dist)[^/]*)?|[^/]+\.(pem|key|p12|pfx|jks|keystore|kdbx)|"
+    r"id_(rsa|dsa|ecdsa|ed25519)[^/]*|[._]netrc|\.git-credentials|\.pypirc|\.pgpass|\.htpasswd|kubeconfig|"
+    r"(credentials|secrets?\.)(?![^/]*\.pyi?$|pyi?$)[^/]*|\.docker/config\.json|\.(aws|ssh|gnupg|kube)(/.*)?)",
+    re.IGNORECASE,
+)
+"""Paths of what is never copied."""
 LARGE, MANY = 1 << 20, 1000
 """Bytes of a file, and files of a folder, from which on it is data."""
 
@@ -23,6 +33,16 @@ def list_files(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], l
 
     Raises JobError: git refuses.
     """
+    names, left_out = _list_all(source, skip)
+    secrets = [name for name in names if SECRET.fullmatch(name)]
+    if secrets:
+        which = ", ".join(secrets[:5]) + (f" and {len(secrets) - 5} more" if len(secrets) > 5 else "")
+        remedy = "If the code needs one, give its absolute path, which the nodes must see; if it is none, rename it"
+        left_out.append(f"not copied for the nodes, as by its name it is a secret: {which}. {remedy}")
+    return [name for name in names if name not in secrets], left_out
+
+
+def _list_all(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], list[str]]:
     names = _ask_git(source)
     if names is not None:
         return sorted(name for name in names if not skip((source / name).parent)), []

@@ -47,7 +47,8 @@ def _acted_upon(run: RunFolder) -> Iterator[Path]:
     yield from (run.path / name for name in NAMES)
     yield from run.plan.glob("*")
     for folder, folders, files in os.walk(run.code):
-        yield from (Path(folder, name) for name in (*folders, *files))
+        paths = (Path(folder, name) for name in (*folders, *files))
+        yield from (path for path in paths if not path.is_symlink())  # what it leads to was never copied
 
 
 def _owner_of_new_files(run: RunFolder) -> int | None:

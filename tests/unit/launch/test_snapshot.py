@@ -99,18 +99,62 @@ def test_submodules_nested_clones_and_links(source: Path, tmp_path: Path, capsys
     git("-C", source, "submodule", "add", "-q", library, "third party/lib")
     (source / "data.bin").unlink()
     (source / "linked").symlink_to("package")
+    (source / "same.py").symlink_to("package/module.py")
     (source / "alias.py").symlink_to(elsewhere / "module.py")
     (source / "outside").symlink_to(elsewhere)
     (source / "loop").symlink_to(source)
     run = tmp_path / "run"
     names = copied(source, run)
-    assert {"third party/lib/module.py", "package/module.py", "nested/module.py", "alias.py"} <= set(names)
+    assert {"third party/lib/module.py", "package/module.py", "nested/module.py", "same.py"} <= set(names)
     code = run / "code"
     assert (code / "linked").resolve() == code / "package" and not os.path.isabs(os.readlink(code / "linked"))
-    assert (code / "alias.py").read_text() == (code / "outside/module.py").read_text() == "elsewhere"
+    assert os.readlink(code / "same.py") == "package/module.py"
+    for name, target in (("alias.py", elsewhere / "module.py"), ("outside", elsewhere)):  # nothing is copied from there
+        assert (code / name).is_symlink() and Path(os.readlink(code / name)) == target
     assert (code / "loop").resolve() == code
-    (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith(f"note: outside is a link to {elsewhere}, which is not copied")
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.partition(", which is not copied")[0] for note in notes] == [
+        f"note: alias.py is a link to {elsewhere}/module.py", f"note: outside is a link to {elsewhere}",
+    ]  # fmt: skip
+
+
+def test_a_copy_is_for_this_user_alone_and_allows_no_more_than_its_source(source: Path, tmp_path: Path) -> None:
+    git("init", "--quiet", source)
+    modes = {"task.py": 0o600, "job.yaml": 0o664, "start.sh": 0o4750}
+    for name, mode in modes.items():
+        (source / name).chmod(mode)
+    run = tmp_path / "run"
+    copied(source, run)
+    assert {name: (run / "code" / name).stat().st_mode & 0o7777 for name in modes} == {
+        "task.py": 0o400, "job.yaml": 0o444, "start.sh": 0o550,
+    }  # fmt: skip
+    assert (run / "code").stat().st_mode & 0o777 == 0o700
+
+
+SECRETS = (".env", ".env.local", "a/server.pem", "tls.KEY", "id_rsa", "id_ed25519.old", ".netrc", ".aws/config",
+           "a/.ssh/x", "credentials.json", "credentials-prod", "store.p12", "secrets.yaml")  # fmt: skip
+NO_SECRETS = (".env.example", "credentials.py", "a/keys.py", "environment.yml", "secrets.py", "identity.txt")
+
+
+@pytest.mark.parametrize("kind", ["untracked", "tracked", "no git"])
+def test_secrets_stay_behind_by_name(
+    kind: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*SECRETS, *NO_SECRETS):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).touch()
+    (source / "linked.txt").symlink_to(".env")
+    if kind != "no git":
+        git("init", "--quiet", source)
+    if kind == "tracked":
+        git("-C", source, "add", "--force", ".")
+    names = set(copied(source, tmp_path / "run"))
+    hidden = {name for name in (*SECRETS, *NO_SECRETS) if name[0] == "." or "/." in name}
+    assert not names & set(SECRETS)
+    assert set(NO_SECRETS) - (hidden if kind == "no git" else set()) <= names
+    assert os.readlink(tmp_path / "run/code/linked.txt") == str(source / ".env"), "a link copies nothing"
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "by its name it is a secret" in line]
+    assert "absolute path" in said and ("credentials.json" in said or ".env" in said)
 
 
 def test_what_git_refuses_is_not_guessed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

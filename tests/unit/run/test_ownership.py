@@ -73,6 +73,7 @@ def test_what_is_acted_upon_is_ones_own(name: str, run: RunFolder) -> None:
 def test_what_a_person_puts_there_is_left_alone(run: RunFolder) -> None:
     (run.path / "notes.txt").touch()
     (run.path / "notes.txt").chmod(0o666)
+    (run.code / "data").symlink_to("/tmp")  # nor is what a link of the user's code leads to
     check_owner(run)
 
 
