@@ -1,8 +1,12 @@
-"""Stop requests: a signal only sets a flag, which the training loop reads at its next boundary."""
+"""Stop requests: a signal only sets a flag, which the training loop reads at its next boundary.
+
+And signals that we send: to processes that are known to be ours, because a number is somebody else's after its process.
+"""
 
 import ctypes
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -44,6 +48,51 @@ def set_parent_death_signal(parent: int, number: signal.Signals = signal.SIGTERM
     ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, prctl(2)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def process_stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat after the name: the state, the parent, ... (proc(5)); none of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def start_of(pid: int) -> str:
+    """When a process started, in clock ticks since boot, which tells it from a later one; empty of one that is gone."""
+    return "".join(process_stat(pid)[19:20])
+
+
+def send_signal(pid: int, start: str, number: signal.Signals) -> bool:
+    """Send a signal to the process that has this number and started then; False: it is gone."""
+    try:
+        handle = os.pidfd_open(pid)  # names this process, whoever gets its number later
+    except ProcessLookupError:
+        return False
+    try:
+        if start_of(pid) != start:
+            return False
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def kill_group(leader: int, has_ended: bool) -> bool:
+    """Kill a process with its group, or what an ended one left behind in its group; False: there is no such group.
+
+    While anything of a group lives, the kernel gives its number to no new process. So once the leader has ended, a
+    process of that number is a stranger's, and the group is gone.
+    """
+    if has_ended and process_stat(leader):
+        return False
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def ignore_signals() -> None:

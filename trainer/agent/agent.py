@@ -6,7 +6,6 @@ in `trainer.agent.rendezvous`; what went wrong is found out in `trainer.agent.di
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from multiprocessing import connection
@@ -34,7 +33,7 @@ from trainer.errors import FAILED, STOPPED, WRONG_JOB
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail
-from trainer.signals import FLAG, SIGNALS
+from trainer.signals import FLAG, SIGNALS, kill_group
 from trainer.wiring import variables
 from trainer.wiring.node import Wiring
 
@@ -142,9 +141,8 @@ class NodeAgent:
         """End ranks at once: what they would still do is lost, what is committed is not."""
         for process in self.processes:
             assert process.pid is not None
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # and what the rank started, such as loader workers
-            except (ProcessLookupError, PermissionError):  # gone, or it has not made its group yet
+            ended = process.exitcode is not None
+            if not kill_group(process.pid, ended) and not ended:  # with loader workers and the like; or it has none yet
                 process.kill()
         end = time.monotonic() + KILL_S
         for process in self.processes:

@@ -24,6 +24,7 @@ from trainer.records import read_json
 from trainer.reporting.heartbeat import FIRST_PHASES, PHASES, UNSEEN, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail, last_lines, size
+from trainer.signals import process_stat
 from trainer.wiring.node import Wiring
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
@@ -188,8 +189,9 @@ class Diagnosis:
 
     def _dump_stacks(self, processes: list[Any]) -> dict[int, list[Frame]]:
         """Make every rank write its Python stacks; return that of each main thread, which comes last."""
-        files = {index: Tail(self.run.stacks(self.first_rank + index)) for index in range(len(processes))}
-        for index, process in enumerate(processes):
+        living = {index: process for index, process in enumerate(processes) if process.exitcode is None}
+        files = {index: Tail(self.run.stacks(self.first_rank + index)) for index in living}
+        for index, process in living.items():  # the number of one that ended is somebody else's by now
             try:
                 os.kill(process.pid, STACKS)
                 os.kill(process.pid, signal.SIGCONT)  # a stopped process writes its stacks too, then is killed
@@ -232,7 +234,4 @@ def only_waits(stack: list[Frame]) -> bool:
 
 def process_state(pid: int) -> str:
     """The kernel's one-letter state of a process (proc(5)); empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+    return "".join(process_stat(pid)[:1])

@@ -26,7 +26,7 @@ def claim(run: RunFolder, attempt: int) -> None:
 
 def newest(run: RunFolder) -> int:
     """The number of the newest attempt, -1 before the first."""
-    return max((int(path.name) for path in run.attempts.glob("*") if path.name.isdigit()), default=-1)
+    return max((int(path.name) for path in run.attempts.glob("*") if path.name.isdecimal()), default=-1)
 
 
 def check_current(run: RunFolder, attempt: int) -> None:

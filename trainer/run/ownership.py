@@ -31,8 +31,8 @@ def check_owner(run: RunFolder) -> None:
         with suppress(OSError):  # it is not there, or a link to nothing
             facts = path.stat()
             if facts.st_uid != os.geteuid() and facts.st_uid != _owner_of_new_files(run):
-                owner = _name(facts.st_uid)
-                problem = f"{path} belongs to {owner}, and you are {_name(os.geteuid())}: nothing in it is believed"
+                owner = user_name(facts.st_uid)
+                problem = f"{path} belongs to {owner}, and you are {user_name(os.geteuid())}: nothing in it is believed"
                 raise ForeignRun(
                     "RUN", str(run), problem, f"Act as {owner}, or submit the job file as a run of your own"
                 )
@@ -58,7 +58,8 @@ def _owner_of_new_files(run: RunFolder) -> int | None:
     return None
 
 
-def _name(user: int) -> str:
+def user_name(user: int) -> str:
+    """The login name of a user id, or words for one that has none."""
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:

@@ -21,7 +21,14 @@ from trainer.launch.platform import JobStatus, Phase, Plan, Platform, SiteT, own
 from trainer.launch.snapshot import check_files
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
-from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
+from trainer.signals import (
+    ORPHANED,
+    SUPERVISOR_SIGNALS,
+    process_stat,
+    send_signal,
+    set_parent_death_signal,
+    start_of,
+)
 from trainer.wiring import variables as names
 from trainer.wiring.devices import visible_devices, wanted_devices
 
@@ -89,7 +96,7 @@ class Supervised(Platform[SiteT, list[str]]):
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
                 preexec_fn=functools.partial(_prepare, os.getpid() if follow else None),
             )  # fmt: skip
-        return {"pid": process.pid, "started": _state_and_start(process.pid)[1], "host": socket.gethostname()}
+        return {"pid": process.pid, "started": start_of(process.pid), "host": socket.gethostname()}
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
@@ -115,10 +122,9 @@ class Supervised(Platform[SiteT, list[str]]):
         self._signal(run, handle, signal.SIGUSR2)
 
     def _signal(self, run: RunFolder, handle: dict[str, Any], number: signal.Signals) -> None:
-        if not _is_alive(handle):
+        if not _is_alive(handle) or not send_signal(int(handle["pid"]), handle["started"], number):
             now = self.ask(run, handle)
             raise JobError("RUN", str(run), f"is not running here: it is {now.phase}", now.reason or "See its logs")
-        os.kill(int(handle["pid"]), number)
 
 
 def supervisor_argv(run: RunFolder) -> list[str]:
@@ -175,17 +181,8 @@ def _is_free(run: RunFolder) -> bool | None:
     return None
 
 
-def _state_and_start(pid: int) -> tuple[str, str]:
-    """A process's state and when it started, in clock ticks since boot, which tells it from a later one (proc(5))."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
 def _is_alive(handle: dict[str, Any]) -> bool:
     if handle.get("host", socket.gethostname()) != socket.gethostname():
         return False
-    state, started = _state_and_start(int(handle["pid"]))
-    return state not in ("", "Z") and started == handle["started"]
+    state = process_stat(int(handle["pid"]))[:1]
+    return state not in ([], ["Z"]) and start_of(int(handle["pid"])) == handle["started"]

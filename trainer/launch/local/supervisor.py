@@ -18,7 +18,7 @@ from types import FrameType
 
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
-from trainer.launch.local.gpu_lease import Lease, try_lease
+from trainer.launch.local.gpu_lease import Lease, holders, lock_folder, try_lease
 from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import find_platform
 from trainer.records import read_json, write_json
@@ -80,15 +80,22 @@ class Supervisor:
         """Wait for the GPUs that the job needs; False when asked to stop meanwhile."""
         visible = visible_devices()
         wanted = wanted_devices(self.job, visible)
-        lease = try_lease(wanted, visible)
+        if not wanted:
+            return True
+        folder, problem = lock_folder(visible)
+        if problem:
+            self.run.record("notice", message=problem)
+        lease = try_lease(wanted, visible, folder)
         if lease is None:
             which = f"{wanted} of {', '.join(visible)}"
-            self.run.record("pending", reason=f"waiting for GPUs: {which}; it starts when other runs here release them")
+            held = f" (held: {text})" if (text := holders(visible, folder)) else ""
+            reason = f"waiting for GPUs: {which}{held}; it starts when other runs here release them"
+            self.run.record("pending", reason=reason)
         while lease is None:
             if self.stop_requests:
                 return False
             time.sleep(0.5)
-            lease = try_lease(wanted, visible)
+            lease = try_lease(wanted, visible, folder)
         self.lease = lease
         return True
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +19,11 @@ import pytest
 
 from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.launch.local.gpu_lease import try_lease
+from trainer.launch.local.gpu_lease import lock_folder, try_lease
 from trainer.launch.local.platform import Nodes
 from trainer.launch.local.supervisor import Supervisor
 from trainer.run.folder import RunFolder
+from trainer.run.ownership import user_name
 from trainer.wiring.devices import visible_devices, wanted_devices
 
 FOUR = ["0", "1", "2", "3"]
@@ -100,12 +104,76 @@ def test_users_share_the_devices_whatever_their_umask() -> None:
         assert (lease_as(1002, 1, folder), lease_as(1001, 2, folder)) == (["3"], None)
 
 
+def make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 1001, 1001)
+
+
+def make_others(folder: Path) -> None:
+    """Where nobody else can make a file."""
+    folder.mkdir(mode=0o755)
+    os.chown(folder, 1001, 1001)
+
+
+def make_link(folder: Path) -> None:
+    folder.symlink_to("/")
+
+
+def make_pipe(folder: Path) -> None:
+    folder.mkdir()
+    os.mkfifo(folder / "1.lock")
+
+
+def make_file(folder: Path) -> None:
+    folder.touch()
+
+
+@pytest.mark.parametrize("make", [make_private, make_others, make_link, make_pipe, make_file])
+def test_whatever_somebody_made_of_the_shared_folder_is_no_obstacle(make: Callable[[Path], None]) -> None:
+    """Jobs of one user still get different devices, and what is not certain any more is said."""
+    if os.geteuid():
+        pytest.skip("needs root, to be two users")
+    with tempfile.TemporaryDirectory() as outer:
+        Path(outer).chmod(0o1777)  # as /tmp
+        shared = Path(outer, "gpus")
+        make(shared)
+        found = as_user(1002, lambda: [str(part) for part in lock_folder(FOUR, shared)])
+        folder, problem = found
+        assert folder == f"{shared}-1002" and "jobs of other users may get the same GPUs" in problem
+        assert lease_as(1002, 4, Path(folder)) == FOUR
+        shutil.rmtree(folder)
+        make_others(Path(folder))  # of user 1001, who was quicker there, too
+        assert "Remove" in as_user(1002, lambda: str(lock_folder(FOUR, shared)))[0]
+
+
+def as_user(user: int, work: Callable[[], object]) -> list[str]:
+    """What another user gets from `work`: texts, or the one of an error in the job."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of pytest may go on here
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            os.write(write, repr(work()).encode())
+        except JobError as error:
+            os.write(write, repr([str(error)]).encode())
+        except BaseException as error:
+            os.write(write, repr([f"no error for a user: {error!r}"]).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read) as pipe:
+        return list(ast.literal_eval(pipe.read()))
+
+
 @pytest.fixture
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     """Of a run on a machine with one GPU."""
     module = "trainer.launch.local.supervisor"
     monkeypatch.setattr(f"{module}.visible_devices", lambda: ["0"])
-    monkeypatch.setattr(f"{module}.try_lease", partial(try_lease, folder=tmp_path / "gpus"))
+    monkeypatch.setattr(f"{module}.lock_folder", partial(lock_folder, shared=tmp_path / "gpus"))
     return Supervisor(RunFolder(tmp_path), job(), Nodes(RunFolder(tmp_path), job()))
 
 
@@ -117,10 +185,11 @@ def test_a_job_waits_for_its_devices_and_says_so(supervisor: Supervisor, tmp_pat
     assert supervisor.take_lease()
     assert supervisor.lease.devices == ["0"] and not held.handles
     (event,) = RunFolder(tmp_path).read_events()
-    assert (event["event"], event["reason"]) == (
-        "pending",
-        "waiting for GPUs: 1 of 0; it starts when other runs here release them",
+    me = f"{re.escape(user_name(os.geteuid()))}, which began [A-Z][a-z]{{2}} [0-9]{{2}} [0-9:]{{5}}"
+    expected = (
+        rf"waiting for GPUs: 1 of 0 \(held: 0: process {os.getpid()} of {me}\); it starts when other runs here .*"
     )
+    assert event["event"] == "pending" and re.fullmatch(expected, event["reason"])
     soon.join()
 
 
