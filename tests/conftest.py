@@ -8,7 +8,7 @@ only in `make test-speed`. A test that proves more takes the fixture `stopwatch`
 count in `make test-speed` alone.
 
 With several workers, the tests of a file stay in one worker, as do all tests that share a Slurm cluster or a container
-engine: there is one of each on a machine.
+engine. Slurm's faults have a cluster of their own.
 """
 
 import os
@@ -24,9 +24,10 @@ from xdist.scheduler import LoadScopeScheduling
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
 TESTS = Path(__file__).parent
-ONE_WORKER = {"slurm": "slurm", "docker": "engine", "kubernetes/test_pods.py": "engine"}
-"""Tiers and files whose tests need something of which a machine has one: they run in the same worker."""
-FIRST = ("slurm", "engine", "cli/test_make_train.py", "cli/test_documents.py")
+APART = "slurm/test_faults.py"
+ONE_WORKER = {APART: APART, "slurm": "slurm", "docker": "engine", "kubernetes/test_pods.py": "engine"}
+"""Files and tiers whose tests share what takes long to start: they run in the same worker."""
+FIRST = ("slurm", "engine", APART, "cli/test_make_train.py", "cli/test_documents.py")
 """The longest groups of tests, which workers begin with."""
 LAST = "unit"
 """A tier of quick tests. They come last, so that no worker still has a long file when the others have nothing left."""
@@ -87,7 +88,7 @@ def pytest_make_collect_report(
 def group_of(nodeid: str) -> str:
     """The name of the tests that run in the same worker as this one."""
     file = nodeid.partition("::")[0].removeprefix("tests/")
-    return ONE_WORKER.get(file.partition("/")[0]) or ONE_WORKER.get(file) or file
+    return ONE_WORKER.get(file) or ONE_WORKER.get(file.partition("/")[0]) or file
 
 
 class Groups(LoadScopeScheduling):

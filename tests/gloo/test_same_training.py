@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from muster_runs import FULL
 from ranks import complete, losses, make_job, order_of_samples
 from torch import Tensor
 
@@ -22,6 +23,17 @@ MODES = {
 STEPS = 50
 COUNTS = {"whole batches": 96, "a batch of 5": 101, "a batch of 1": 97}
 """Of samples, in batches of 24: the last batch of an epoch; of 1 it leaves all ranks but one without a sample."""
+
+
+def modes_for(precision: str, count: str) -> list[str]:
+    """All of them with batches that do not divide; unless FULL, a few with what is a special case of that."""
+    if FULL or (precision, count) == ("float64", "a batch of 5"):
+        return list(MODES)
+    return {
+        "a batch of 1": ["dp 3", "ddp 2, accumulate 4", "ddp 4"],
+        "whole batches": ["dp 2, accumulate 4", "ddp 2"],
+        "a batch of 5": ["accumulate 4", "dp 2", "ddp 2"],
+    }[count]
 
 
 def relative_difference(some: list[float], others: list[float]) -> float:
@@ -47,9 +59,9 @@ def test_every_mode_gives_the_losses_of_a_single_process(
     complete(tmp_path / "single", make_job(*common, "parallel=single"))
     expected = losses(tmp_path / "single")
     assert expected[-1] < 0.2 * expected[0], "it learns nothing, so equal losses would prove nothing"
-    for mode, keys in MODES.items():
+    for mode in modes_for(precision, count):
         folder = tmp_path / mode
-        complete(folder, make_job(*common, *keys))
+        complete(folder, make_job(*common, *MODES[mode]))
         assert relative_difference(expected, losses(folder)) < limit, mode
         for name, weight in weights(tmp_path / "single").items():
             assert weight.dtype == getattr(torch, precision)

@@ -1,4 +1,4 @@
-"""Fixtures of the slurm tier: one real cluster for the session, put in order between tests.
+"""Fixtures of the slurm tier: one real cluster for all files but those with their own, put in order between tests.
 
 Where none can run, every test that asks for one is skipped with the reason and the remedy.
 """
@@ -15,18 +15,23 @@ from slurm_runs import Run, uninterrupted
 
 
 @pytest.fixture(scope="session")
-def slurm_session() -> Iterator[Cluster]:
-    """The cluster of this session. MUSTER_INSTALL=1 lets it install Debian packages first, as root."""
+def slurm_programs() -> None:
+    """What a cluster is made of. MUSTER_INSTALL=1 lets it install Debian packages first, as root."""
     try:
         slurm_packages.ensure(install=os.environ.get("MUSTER_INSTALL") == "1")
     except slurm_packages.Unavailable as reason:
         pytest.skip(f"no Slurm cluster: {reason}")
+
+
+@pytest.fixture(scope="session")
+def slurm_session(slurm_programs: None) -> Iterator[Cluster]:
+    """The cluster of this session."""
     with Cluster(shared=[ROOT]) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def reference(slurm_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def reference(slurm_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """What tests/support/slow.yaml trains when nothing interrupts it."""
     return uninterrupted(tmp_path_factory.mktemp("reference"))
 

@@ -124,8 +124,8 @@ def train(slurm: Cluster, folder: Path, fault: Strike | str) -> Struck:
 
 
 @pytest.fixture(scope="module")
-def cluster(slurm_session: Cluster) -> Iterator[Cluster]:
-    """A larger one; the session's only so that this skips where none can run."""
+def cluster(slurm_programs: None) -> Iterator[Cluster]:
+    """A larger one, of this file's own: these tests have a worker of their own too."""
     with Cluster(LAYOUT, shared=[ROOT]) as cluster, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", cluster.path)
         yield cluster

@@ -152,15 +152,6 @@ def test_what_slurm_ends_by_itself_is_not_requeued_by_the_script(
         assert slurm.job(job)["Restarts"] == "1"
 
 
-def test_the_time_limit_asks_the_agents_and_requeues(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
-    job = submit(["--time=5"], *AGENT, 75)
-    log(job, 0, "attempt=0")
-    # Slurm looks at time limits every 30 s.
-    slurm.run("scontrol", "update", f"jobid={job}", "endtime=now+60seconds")
-    slurm.until("the requeue", lambda: slurm.job(job)["Restarts"] == "1", 50)
-    assert "SIGUSR2" in log(job)
-
-
 def test_preemption_asks_the_agents_and_requeues(slurm: Cluster, submit: Submit, log: Callable[..., str]) -> None:
     job = submit(["--nodes=4", "--exclusive"], *AGENT, 75)
     for node in range(4):

@@ -3,6 +3,7 @@
 `struck.py FOLDER PLAN SCRIPT ARGUMENT ...`. FOLDER remembers what struck already. Plans, with commas between several:
 kill:N     SIGKILL in every step, at one of its N moments after the other: before or after the update of an optimizer or
            an evaluation, or after a call of `log`. One rank after the other, and in every fourth step all ranks at once
+kill:N/E   the same in every E-th step, from the first
 kill:all   SIGKILL at each of these moments
 kill-in:S  SIGKILL in step S, counted from 1, to the last rank
 stop-in:S  SIGTERM
@@ -57,7 +58,10 @@ class Strikes:
         if kind != "kill":
             return False
         mine = self.step % 4 == 3 or session.rank == self.step % session.world_size
-        return mine and (argument == "all" or self.turn == self.step % int(argument))
+        moments, _, every = argument.partition("/")
+        return mine and (
+            argument == "all" or (self.step % int(every or 1) == 0 and self.turn == self.step % int(moments))
+        )
 
 
 def watched(make: Callable[..., None], strikes: Strikes) -> Callable[..., None]:
