@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site:
     run = submit(tmp_path, site)
     rendered = list(yaml.safe_load_all((run / "plan" / "kubernetes.txt").read_text()))
     assert [document["kind"] for document in rendered] == ["NetworkPolicy", "ConfigMap", "Service", "Job"]
-    assert len(cluster.objects) == 4
-    for (_, name), found in cluster.objects.items():
+    assert len(cluster.objects) == 5
+    for (kind, name), found in cluster.objects.items():
+        if kind == "secrets":
+            continue
         (sent,) = (document for document in rendered if document["kind"] == found["kind"])
         assert name == sent["metadata"]["name"] == run.name
         for key in ("spec", "data", "immutable"):
@@ -30,8 +33,20 @@ def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site:
     job = cluster.objects["jobs", run.name]
     owners = [item["metadata"].get("ownerReferences") for item in cluster.objects.values() if item is not job]
     reference = {"apiVersion": "batch/v1", "kind": "Job", "name": run.name, "uid": job["metadata"]["uid"]}
-    assert owners == [[reference]] * 3
+    assert owners == [[reference]] * 4
     assert render_job(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
+
+
+def test_the_secret_is_in_its_secret_alone(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    run = submit(tmp_path, site)
+    secret = (run / "secret").read_text().strip()
+    assert cluster.objects["secrets", run.name]["stringData"] == {"secret": secret}
+    others = [found for (kind, _), found in cluster.objects.items() if kind != "secrets"]
+    kept = [path for path in run.rglob("*") if path.is_file() and secret in path.read_text() and path.name != "secret"]
+    assert secret not in json.dumps(others) and kept == []
+    [pod] = cluster.objects["jobs", run.name]["spec"]["template"]["spec"]["containers"]
+    (source,) = (entry["valueFrom"] for entry in pod["env"] if entry["name"] == "MUSTER_SECRET")
+    assert source == {"secretKeyRef": {"name": run.name, "key": "secret"}}
 
 
 def test_the_claim_belongs_to_nobody(cluster: Cluster, tmp_path: Path, site: Path) -> None:
@@ -45,7 +60,7 @@ def test_the_claim_belongs_to_nobody(cluster: Cluster, tmp_path: Path, site: Pat
 def test_a_jobset_makes_its_own_service(cluster: Cluster, tmp_path: Path, site: Path) -> None:
     site.write_text("kind: jobset\nclaim: runs\n")
     run = submit(tmp_path, site)
-    assert sorted(kind for kind, _ in cluster.objects) == ["configmaps", "jobsets", "networkpolicies"]
+    assert sorted(kind for kind, _ in cluster.objects) == ["configmaps", "jobsets", "networkpolicies", "secrets"]
     assert control.status(str(run))["state"] == "pending"
     job = cluster.objects["jobsets", handle_of(run)["name"]]
     job["status"]["conditions"] = [{"type": "Completed", "status": "True"}]
@@ -201,7 +216,9 @@ def test_a_run_is_continued_after_what_was_left_of_it_is_deleted(cluster: Cluste
     finish(cluster, run, "Complete")
     first = cluster.objects["jobs", run.name]["metadata"]["uid"]
     assert control.status(str(run))["state"] == "done"
+    secret = (run / "secret").read_text().strip()
     submit_job(str(run), ["train.epochs=20"], "kubernetes", site)
+    assert cluster.objects["secrets", run.name]["stringData"] == {"secret": secret}
     assert cluster.objects["jobs", run.name]["metadata"]["uid"] != first
     assert "epochs: 20" in cluster.objects["configmaps", run.name]["data"]["job.yaml"]
     assert control.status(str(run))["state"] == "pending"

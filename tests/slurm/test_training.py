@@ -1,6 +1,8 @@
 """Training on a real cluster: the shapes that a job can have, with nothing in its way."""
 
+import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,12 +27,45 @@ def test_the_main_job_trains_in_a_folder_with_spaces(slurm: Cluster, shared_path
     assert slurm.wait(run.job_id)["ExitCode"] == "0:0"
 
 
+def secrets_of(agents: str) -> list[str]:
+    """The secret that each process with these words in its command line has in its environment; srun is one, too."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if agents in (path / "cmdline").read_text():
+                found += re.findall(r"\bMUSTER_SECRET=([0-9a-f]{64})\b", (path / "environ").read_text())
+    return found
+
+
+def told_to_everybody(slurm: Cluster, job: str) -> str:
+    """What any user of the cluster gets to see of a job."""
+    told = [slurm.run("scontrol", "show", "--details", "job", job), slurm.run("squeue", "--Format=ALL", "--jobs", job)]
+    told += [slurm.run("scontrol", "write", "batch_script", job, "-"), slurm.run("scontrol", "show", "step", job)]
+    told.append(slurm.run("sacct", "--jobs", job, "--format=ALL", "--parsable2"))
+    lines = [line.stdout for line in told]
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines.append((path / "cmdline").read_text())
+    return "\n".join(lines)
+
+
 def test_the_template_by_hand(slurm: Cluster, shared_path: Path) -> None:
-    command = [sys.executable, "-m", "trainer", "jobs/digits.yaml", f"runs={shared_path}", "train.steps=5"]
+    """Its agents share a secret that nobody else is told."""
+    until = shared_path / "go on"
+    words = ["tests/support/slow.yaml", f"runs={shared_path}", "train.steps=20", f"task_args.until={until}"]
     options = ["--nodes=2", "--gpus-per-node=2", f"--output={shared_path}/batch.out"]
+    command = [sys.executable, "-m", "trainer", *words]
     job = slurm.sbatch(*options, "slurm/job.sbatch", f"--output={shared_path}/node-%n.out", *command, cwd=ROOT)
+    run = Run(shared_path / f"slow-{job}")
+    slurm.until("the first step", lambda: run.folder.exists() and run.events("first_step"))
+    found = secrets_of("trainer\0" + "\0".join(words))
+    assert len(found) >= 2 and len(set(found)) == 1
+    assert found[0] not in told_to_everybody(slurm, job)
+    until.touch()
     assert slurm.wait(job)["JobState"] == "COMPLETED"
-    assert Run(shared_path / f"digits-{job}").events("done")[0]["step"] == 5
+    assert run.events("done")[0]["step"] == 20
+    kept = [path for path in shared_path.rglob("*") if path.is_file() and found[0].encode() in path.read_bytes()]
+    assert kept == []
 
 
 def test_a_script_job(slurm: Cluster, shared_path: Path) -> None:

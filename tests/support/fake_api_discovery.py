@@ -9,6 +9,7 @@ RESOURCES = {
     "pods": ("Pod", "v1"),
     "services": ("Service", "v1"),
     "configmaps": ("ConfigMap", "v1"),
+    "secrets": ("Secret", "v1"),
     "events": ("Event", "v1"),
     "persistentvolumeclaims": ("PersistentVolumeClaim", "v1"),
     "jobs": ("Job", "batch/v1"),

@@ -32,7 +32,7 @@ def run_words(pod: Object, cluster: Cluster, folder: Path, image: str) -> list[s
     home = folder / "pods" / name
     home.mkdir(parents=True)
     words = [f"--name={name}", f"--hostname={spec['hostname']}"]
-    words += [f"--env={key}={value}" for key, value in variables(pod, container).items()]
+    words += [f"--env={key}={value}" for key, value in variables(pod, container, cluster).items()]
     words += security(spec["securityContext"], container["securityContext"])
     limits = container["resources"]["limits"]
     memory = int(bytes_of(limits["memory"]))
@@ -54,12 +54,15 @@ def run_words(pod: Object, cluster: Cluster, folder: Path, image: str) -> list[s
     return [*words, image, *container.get("command", [])[1:], *container["args"]]
 
 
-def variables(pod: Object, container: Object) -> dict[str, str]:
-    """Variables with the downward API filled in (concepts/workloads/pods/downward-api)."""
+def variables(pod: Object, container: Object, cluster: Cluster) -> dict[str, str]:
+    """Variables; some are labels (concepts/workloads/pods/downward-api) or Secrets (concepts/configuration/secret)."""
     found = {}
     for entry in container["env"]:
         if "value" in entry:
             found[entry["name"]] = entry["value"]
+            continue
+        if (wanted := entry["valueFrom"].get("secretKeyRef")) is not None:
+            found[entry["name"]] = cluster.objects["secrets", wanted["name"]]["stringData"][wanted["key"]]
             continue
         path = entry["valueFrom"]["fieldRef"]["fieldPath"]
         (key,) = re.fullmatch(r"metadata\.labels\['(.*)'\]", path).groups()

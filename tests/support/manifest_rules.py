@@ -220,6 +220,8 @@ def launch(documents: list[Manifest]) -> Iterator[str]:
     source = [entry.get("valueFrom") for entry in entries if entry["name"] == "MUSTER_JOB_ID"]
     if source != [{"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}}]:
         yield "MUSTER_JOB_ID is not the Job's uid: pods of an earlier Job of this name would be accepted"
+    if [entry.get("valueFrom") for entry in entries if entry["name"] == "MUSTER_SECRET"] != source:
+        yield "MUSTER_SECRET is not the Job's uid: nobody makes another one by hand"
     if "JOB_COMPLETION_INDEX" in given:
         yield "JOB_COMPLETION_INDEX is the Job controller's"
     if pod_spec(documents)["terminationGracePeriodSeconds"] < job(documents)["agent"]["grace_s"] + GRACE_MARGIN_S:

@@ -17,6 +17,7 @@ from trainer.launch.platform import AnyPlan, AnyPlatform, Phase, Plan, find_plat
 from trainer.records import read_json, write_json
 from trainer.run.folder import JOB, RunFolder
 from trainer.run.ownership import check_owner
+from trainer.wiring.secret import make_secret
 
 
 def _find_run(job_path: str) -> RunFolder | None:
@@ -115,11 +116,12 @@ def _removed_if_refused(folders: list[RunFolder]) -> Iterator[None]:
 
 
 def _place(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> dict[str, Any]:
-    """Keep where the runs go, before the platform is asked: they will be continued there."""
+    """Keep where the runs go, before the platform is asked: they will be continued there. Make their secrets."""
     place = {"platform": platform.name, "site": str(plan.site_file.resolve()) if plan.site_file else None}
     for run in runs:
         run.plan.mkdir(exist_ok=True)
         write_json(run.platform, place)
+        make_secret(run.secret)
     return place
 
 

@@ -4,7 +4,6 @@ Whoever can read it belongs to the run. Ranks and user code do not need it, so r
 environment that they inherit.
 """
 
-import contextlib
 import os
 import re
 import secrets
@@ -33,23 +32,38 @@ def read_secret(file: Path, environ: MutableMapping[str, str] = os.environ) -> b
 
 
 def make_secret(file: Path) -> None:
-    """Make the secret of a run, for its owner alone; one that is there stays. Raises JobError: it cannot be made."""
+    """Make the secret of a run, for its owner alone; one that is there stays, also one that another agent makes now.
+
+    Raises JobError: it cannot be made, or what is there is none.
+    """
+    pending = file.with_name(f".secret-{secrets.token_hex(8)}")
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(pending, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(descriptor, "w") as secret:
+                secret.write(secrets.token_hex(32) + "\n")
+                secret.flush()
+                os.fsync(descriptor)
+            _publish(pending, file)
+        finally:
+            pending.unlink(missing_ok=True)
     except FileExistsError:
         _read("secret", file)  # of a run that goes on: said now, rather than by its agents
-        return
     except OSError as error:
-        raise JobError("secret", str(file), f"cannot be made ({error.strerror})", "Give a writable folder") from None
+        remedy = "Give a writable folder with some space, or set MUSTER_SECRET for all agents of the run"
+        raise JobError("secret", str(file), f"cannot be made ({error.strerror})", remedy) from None
+
+
+def _publish(pending: Path, file: Path) -> None:
+    """Give a finished file its name, whole at once. Raises FileExistsError: there is one."""
     try:
-        with open(descriptor, "w") as secret:
-            secret.write(secrets.token_hex(32) + "\n")
-            secret.flush()
-            os.fsync(descriptor)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            file.unlink()
-        raise JobError("secret", str(file), f"cannot be written ({error.strerror})", "Free some space") from None
+        os.link(pending, file)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no links
+        if file.exists():
+            raise FileExistsError from None
+        pending.rename(file)
 
 
 def _read(key: str, file: Path) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,24 @@ def test_one_that_cannot_be_made_or_used_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "secret").touch()
     with pytest.raises(JobError, match="does not hold a secret"):
         make_secret(tmp_path / "secret")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_agents_that_make_it_at_once_have_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:  # then who comes second must have seen the first one's
+        monkeypatch.setattr(os, "link", refuse)
+    file = tmp_path / "secret"
+
+    def make(_: int) -> bytes | None:
+        make_secret(file)
+        return read_secret(file, {})
+
+    with ThreadPoolExecutor() as pool:
+        found = set(pool.map(make, range(40))) if links else {make(0), make(1)}
+    assert len(found) == 1 and None not in found
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]

@@ -22,6 +22,10 @@ INSTANCE = "app.kubernetes.io/instance"
 """The label that all objects of one submission carry, with their name; the claim does not."""
 LONGEST_LABEL = 63
 """Characters of a DNS label (RFC 1035): host names, pod names and Services are such."""
+LABELS = ("app.kubernetes.io/name", INSTANCE)
+"""What all objects of a job have."""
+SECRET_KEY = "secret"
+"""Under which the run's secret is in its Secret."""
 TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
 """Mappings whose values the API takes as strings only."""
 
@@ -97,9 +101,27 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         "spread": [spread] if site.spread and job.nodes > 1 else None,
         "image_pull_secrets": [{"name": name} for name in site.image_pull_secrets] or None,
         "secrets": [{"secretRef": {"name": name}} for name in site.secrets] or None,
+        "secret": _secret_source(plan, name),
         "run_shared": int(site.claim is not None),
         "claim": {"claimName": site.claim} if site.claim else None, "no_claim": None if site.claim else {},
     }  # fmt: skip
+
+
+def _secret_source(plan: Plan[KubernetesSite], name: str) -> dict[str, Any]:
+    """Where the pods find the run's secret: in the Secret that `submit` makes; by hand, where nobody makes one, the
+    Job's uid, which nobody can guess, and only who may look at the namespace's Jobs can see.
+    """
+    if plan.run.source.exists():
+        return {"secretKeyRef": {"name": name, "key": SECRET_KEY}}
+    return {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}}
+
+
+def secret_object(job: dict[str, Any], text: str = "") -> dict[str, Any]:
+    """The Secret that the pods of a Job or JobSet refer to; it is never rendered. Without `text`, what names it."""
+    metadata = {key: job["metadata"][key] for key in ("name", "namespace") if key in job["metadata"]}
+    metadata["labels"] = {key: job["metadata"]["labels"][key] for key in LABELS}
+    content = {"immutable": True, "stringData": {SECRET_KEY: text}} if text else {}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, **content}
 
 
 def _escape(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from trainer.errors import STOPPED, JobError, MaybeAccepted
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
-from trainer.launch.kubernetes.manifests import INSTANCE, make_manifests, render_manifests
+from trainer.launch.kubernetes.manifests import INSTANCE, make_manifests, render_manifests, secret_object
 from trainer.launch.kubernetes.pod_logs import COPIED_UNTIL, copy_logs, last_word, progress, what_agents_wait_for
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import Pod, missing_nodes, newest_pods, read_pod, read_status
@@ -15,6 +15,7 @@ from trainer.launch.platform import JobStatus, Phase, Plan, Platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines, size
+from trainer.wiring.secret import read_secret
 
 CLAIM = "PersistentVolumeClaim"
 HURRIED_S = 0.3
@@ -51,12 +52,15 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         *others, workload = self._without_claim(kubectl, request)
         # Nothing is made of half a job: kubectl itself goes on after a refusal, and a Job would run without its policy.
         kubectl.run_or_raise("apply", "--filename=-", "--dry-run=server", text=self.render([*others, workload]) + "\n")
+        # The secret is not applied, which would write it into an annotation, too, and not rendered.
+        secret, made = (read_secret(plan.run.secret, {}) or b"").decode(), [secret_object(workload), *request]
+        kubectl.run_or_raise("create", "--filename=-", text=json.dumps(secret_object(workload, secret)))
         try:
             for part in (others, [workload]):
                 kubectl.run_or_raise("apply", "--filename=-", text=self.render(part) + "\n")
         except JobError as error:
-            self._take_back(kubectl, request, error)
-        self._adopt(kubectl, request[:-1])
+            self._take_back(kubectl, made, error)
+        self._adopt(kubectl, made[:-1])
         if site.claim is None:
             note = "the site file names no claim, so this run cannot resume when its pods are replaced"
             print(f"note: {note}", file=sys.stderr)
@@ -78,7 +82,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     def _delete_remains(self, kubectl: Kubectl, name: str) -> None:
         """Delete what an earlier submission left. Raises JobError: it failed, or pods of it do not end."""
         try:
-            remains = (kubectl.workload, f"configmap/{name}")
+            remains = (kubectl.workload, f"configmap/{name}", f"secret/{name}")
             kubectl.run_or_raise("delete", *remains, "--ignore-not-found", "--cascade=foreground")
         except Unanswered as error:
             problem = "pods of the earlier submission have not ended"
