@@ -17,29 +17,14 @@ from trainer.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ("docker", "jobs", "k8s", "slurm")
-TASK = """
-from trainer.tasks.digits import Digits
-
-class Own(Digits):
-    pass
-"""
-JOB = """
-task: own:Own
-train: {steps: 3, batch_size: 8}
-nodes: 2
-devices_per_node: 1
-device: cpu
-"""
 
 
 class Project:
-    """A folder with a job and its task, and a `muster` from the wheel."""
+    """A folder that `muster init` filled, and a `muster` from the wheel."""
 
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.folder = folder / "project"
         self.folder.mkdir()
-        (self.folder / "own.py").write_text(TASK)
-        (self.folder / "job.yaml").write_text(JOB)
         environment = folder / "environment"
         venv.create(environment, with_pip=False, symlinks=True)
         self.python = environment / "bin/python"
@@ -49,6 +34,7 @@ class Project:
         # What it depends on is where this interpreter has it; path files there, such as of a clone, are not read.
         (packages / "dependencies.pth").write_text(str(Path(omegaconf.__file__).parents[1]))
         self.packages = packages
+        self.muster("init")
 
     def muster(self, *words: str) -> str:
         """What the command prints."""
@@ -63,7 +49,13 @@ class Project:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
     for name in names:
         if name.startswith((*TEMPLATES, "trainer/", "muster.py", "pyproject", "README", "LICENSE")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)

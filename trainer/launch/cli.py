@@ -27,6 +27,8 @@ On = Annotated[str | None, Option("--on", help=ON)]
 Site = Annotated[Path | None, Option("--site", help="Site file; default: the one of the run, or of the platform.")]
 RunFolder = Annotated[str, Argument(help="The folder of a run.", show_default=False)]
 RunsFolder = Annotated[Path, Argument(help="The folder of run folders.")]
+ProjectFolder = Annotated[Path, Argument(help="The folder of the project; default: this one.", show_default=False)]
+Script = Annotated[str | None, Option("--script", help="A script to run, which may exist. Default: a task.")]
 Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
 AllRanks = Annotated[bool, Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")]
 Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: submit a run for each value.")]
@@ -94,6 +96,14 @@ def compare(
     from trainer.launch.compare import runs as compare  # here: no other verb shall wait for it
 
     raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json))
+
+
+@app.command()
+def init(folder: ProjectFolder = Path(), script: Script = None) -> None:
+    """Write the files that a project of yours needs: job, site files, Dockerfile, Makefile. Overwrites nothing."""
+    from trainer.launch import init as project
+
+    print(*project.init(folder, script), sep="\n")
 
 
 @app.command("list")

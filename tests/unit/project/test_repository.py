@@ -78,7 +78,8 @@ def test_pyproject_names_every_package() -> None:
 
 def test_pyproject_names_every_file_of_the_packages_that_is_no_module() -> None:
     said = {f"{package.replace('.', '/')}/{glob}" for package, globs in PACKAGE_DATA.items() for glob in globs}
-    there = {path for path in ROOT.glob("trainer/**/*.*") if path.suffix not in (".py", ".pyc")}
+    modules = {path for path in ROOT.glob("trainer/**/*.py") if (path.parent / "__init__.py").exists()}
+    there = {path for path in ROOT.glob("trainer/**/*") if path.is_file() and path.suffix != ".pyc"} - modules
     assert there == {path for glob in said for path in ROOT.glob(glob)}
 
 

@@ -1,0 +1,113 @@
+"""What `muster init` writes into projects of several kinds, and what it leaves alone."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config.load import merge_job, to_job
+from trainer.errors import JobError
+from trainer.launch.docker.platform import DockerSite
+from trainer.launch.init import init
+from trainer.launch.kubernetes.site import KubernetesSite
+from trainer.launch.site import read_site
+from trainer.launch.slurm.platform import SlurmSite
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "My Flowers!"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    said = init(Path(), None)
+    found = files(folder)
+    assert sorted(found) == sorted([
+        ".dockerignore", ".gitignore", "Dockerfile", "Makefile", "docker/site.yaml", "job.yaml", "k8s/site.yaml",
+        "slurm/site.yaml", "training.py",
+    ])  # fmt: skip
+    assert all(any(name in line for line in said) for name in found)
+    assert said[-1] == "Edit training.py first, then job.yaml. Try it: muster run job.yaml"
+    job = to_job(merge_job(Path("job.yaml")))
+    assert job.name == "my-flowers" and job.task == "training:Training"
+    for name, kind in (("slurm", SlurmSite), ("docker", DockerSite), ("k8s", KubernetesSite)):
+        read_site(None, name, kind)  # each key is one
+    assert "$" not in found["job.yaml"] + found["docker/site.yaml"] + found["k8s/site.yaml"]
+    assert "$(MUSTER) run $(JOB)" in found["Makefile"]
+
+    init(Path(), None)
+    assert files(folder) == found
+
+
+def test_what_is_there_stays(tmp_path: Path) -> None:
+    mine = {name: f"mine: {name}\n" for name in ("Makefile", "Dockerfile", "train.py", "slurm/site.yaml")}
+    mine |= {".gitignore": "*.pt\nruns", "requirements.txt": "numpy\n"}
+    for name, text in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    said = init(tmp_path, "train.py")
+    found = files(tmp_path)
+    assert {name: found[name] for name in mine} == mine
+    assert yaml.safe_load(found["job.yaml"])["script"] == "train.py"
+    assert "docker-run:" in found["muster.mk"] and any("include muster.mk" in line for line in said)
+    assert said[-1].endswith(f"cd {tmp_path} && muster run job.yaml")
+
+
+def test_a_job_that_runs_something_else_is_named(tmp_path: Path) -> None:
+    init(tmp_path, None)
+    assert any("job.yaml was there and runs something else" in line for line in init(tmp_path, "other.py"))
+
+
+@pytest.mark.parametrize(("layout", "stub", "task"), [
+    ("src/flow/__init__.py", "src/flow/training.py", "flow.training:Training"),
+    ("src/notes.txt", "src/training.py", "training:Training"),
+    ("flow/__init__.py", "training.py", "training:Training"),
+])  # fmt: skip
+def test_the_task_lies_where_it_is_found(tmp_path: Path, layout: str, stub: str, task: str) -> None:
+    (tmp_path / layout).parent.mkdir(parents=True)
+    (tmp_path / layout).touch()
+    init(tmp_path, None)
+    assert (tmp_path / stub).exists() and yaml.safe_load((tmp_path / "job.yaml").read_text())["task"] == task
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("requirements.txt", "--requirement requirements.txt"), ("pyproject.toml", "--requirement /dev/stdin"),
+])  # fmt: skip
+def test_the_image_has_what_the_project_needs(tmp_path: Path, name: str, line: str) -> None:
+    (tmp_path / name).write_text('[project]\nname = "flow"\ndependencies = ["einops>=0.7", "tqdm"]\n')
+    init(tmp_path, None)
+    [run] = [each for each in (tmp_path / "Dockerfile").read_text().splitlines() if each.startswith("RUN")]
+    assert run.endswith(line)
+    if name == "pyproject.toml":
+        words = shlex.split(run.removeprefix("RUN ").partition(" | ")[0])
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == "einops>=0.7\ntqdm\n"
+
+
+def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+    for name in ("environment.yml", "trainer.py"):
+        (tmp_path / name).touch()
+    said = "\n".join(init(tmp_path, None))
+    assert "environment.yml is not read" in said and "your own module trainer" in said
+
+
+@pytest.mark.parametrize(("folder", "script", "word"), [
+    ("nowhere", None, "there is no such folder"), ("", "../train.py", "no Python file of the project"),
+    ("", "train.sh", "no Python file of the project"),
+])  # fmt: skip
+def test_mistakes(tmp_path: Path, folder: str, script: str | None, word: str) -> None:
+    with pytest.raises(JobError, match=word):
+        init(tmp_path / folder, script)
+    assert not files(tmp_path)
+
+
+def test_what_is_written_is_python(tmp_path: Path) -> None:
+    init(tmp_path, "train.py")
+    ast.parse((tmp_path / "train.py").read_text())
