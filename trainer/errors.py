@@ -11,11 +11,22 @@ WRONG_JOB = 64  # the job file or the command is wrong (EX_USAGE of sysexits.h):
 STOPPED = 75  # stopped on request with a checkpoint saved (EX_TEMPFAIL of sysexits.h): to be requeued
 
 
+HIDDEN: dict[str, str] = {}
+"""What the job of this process takes from environment variables, which may be secrets, and how the job writes it."""
+
+
+def hide(text: str) -> str:
+    """The text, with what comes from a variable as the job writes it: `${oc.env:NAME}`."""
+    for value in sorted(HIDDEN, key=len, reverse=True):
+        text = text.replace(value, HIDDEN[value])
+    return text
+
+
 class JobError(ValueError):
     """The user's input is wrong. The message names the key, the value and the remedy; exit code 64."""
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
-        shown = repr(value)
+        shown, problem, remedy = hide(repr(value)), hide(problem), hide(remedy)
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
         super().__init__(f"{key}={shown}: {problem}. {remedy}")
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy

@@ -29,7 +29,7 @@ from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
-from trainer.errors import FAILED, STOPPED, WRONG_JOB
+from trainer.errors import FAILED, HIDDEN, STOPPED, WRONG_JOB
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail
@@ -129,7 +129,7 @@ class NodeAgent:
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.environment
-            arguments = (environment, self.job, self.run, self.job_file, self.threads)
+            arguments = (environment, self.job, self.run, self.job_file, self.threads, HIDDEN)
             process = PROCESSES.Process(target=run_rank, args=arguments)
             process.start()
             self.processes.append(process)

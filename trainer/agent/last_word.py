@@ -8,7 +8,7 @@ import socket
 import traceback
 from pathlib import Path
 
-from trainer.errors import FAILED, WRONG_JOB, JobError
+from trainer.errors import FAILED, WRONG_JOB, JobError, hide
 from trainer.records import tell_platform
 from trainer.run.folder import RunFolder, find_job, run_of
 
@@ -21,7 +21,7 @@ def judge(error: Exception) -> tuple[int, str]:
     if isinstance(error, JobError):
         return WRONG_JOB, str(error)
     traceback.print_exc()
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(hide(f"{type(error).__name__}: {error}").split())
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return FAILED, f"the agent on {socket.gethostname()} failed: {text[:500]}{where}. Its log has the traceback"

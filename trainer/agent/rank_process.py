@@ -21,7 +21,7 @@ from trainer.agent.fork_server import REFUSED
 from trainer.agent.script import end_script, run_script, watch_process_group
 from trainer.config.given import JOBS
 from trainer.config.job import Job
-from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError, Stopped
+from trainer.errors import FAILED, HIDDEN, STOPPED, WRONG_JOB, JobError, Stopped, hide
 from trainer.records import write_json
 from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder
@@ -36,8 +36,11 @@ FORK_SERVER = os.getpid()
 """The process that imported this module: in a rank the fork server, which it was forked from."""
 
 
-def run_rank(environment: dict[str, str], job: Job, run: RunFolder, job_file: Path, threads: int) -> NoReturn:
+def run_rank(
+    environment: dict[str, str], job: Job, run: RunFolder, job_file: Path, threads: int, hidden: dict[str, str]
+) -> NoReturn:
     """The body of one rank process, which gets `environment`; 0, 75 or an error's code is its exit code."""
+    HIDDEN.update(hidden)
     set_parent_death_signal(FORK_SERVER, signal.SIGKILL)  # which itself goes with the agent
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the fork server's timer
     os.setpgid(0, 0)  # the agent ends it with all that it started
@@ -148,7 +151,7 @@ def _record_failure(path: Path, rank: int, error: BaseException) -> None:
     text = "" if isinstance(error, (JobError, SystemExit)) else "".join(traceback.format_exception(error))
     record = {
         "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": exit_code(error),
-        "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-8000:],
+        "exception": type(error).__name__, "message": hide(str(error))[:4000], "traceback": hide(text)[-8000:],
         "chain": [type(item).__name__ for item in chain], "from_outside": any(map(_is_from_outside, chain)),
     }  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed; the exit code and the log are left

@@ -19,7 +19,7 @@ from trainer.checkpoint.writer import Order
 from trainer.config.job import Job
 from trainer.config.load import read_sections
 from trainer.data.sampler import Position
-from trainer.errors import JobError
+from trainer.errors import JobError, hide
 from trainer.parallel.base import Parallel
 from trainer.reporting.rank_report import Report
 
@@ -111,7 +111,7 @@ class TrainingState:
     def _submit(self) -> None:
         position, job = self.position, self.job
         facts_of_run = {
-            "job": job.name, "epoch": position.epoch, "samples": position.samples, "seed": job.seed,
+            "job": hide(job.name), "epoch": position.epoch, "samples": position.samples, "seed": job.seed,
             "world_size": self.parallel.world_size, "parallel": job.parallel, "metrics": self.metrics,
             "config": self.config,
         }  # fmt: skip

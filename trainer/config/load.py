@@ -18,8 +18,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from trainer.config.job import Job
 from trainer.config.rules import check_job
 from trainer.config.user_code import add_import_paths
-from trainer.config.values import UNREADABLE, expand_path, is_text_type, parse_value, read_yaml
-from trainer.errors import JobError, did_you_mean, wrong_choice
+from trainer.config.values import UNREADABLE, expand_path, hidden_values, is_text_type, parse_value, read_yaml
+from trainer.errors import HIDDEN, JobError, did_you_mean, hide, wrong_choice
 
 
 def valid_keys(kind: type[Any] = Job, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -37,6 +37,7 @@ SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 TEXTS = {key for key, item in KEYS.items() if is_text_type(item.type)}
 PATHS = {key for key, item in KEYS.items() if item.metadata.get("path")}
 FREE = re.compile(r"^(task_args|train\.optimizer_args)\..*")  # keys below those that take any
+NOT_SET = re.compile(r"Environment variable '([^']*)' not found")
 LIMITS = {
     "minimum": ("at least", operator.ge), "maximum": ("at most", operator.le),
     "above": ("more than", operator.gt), "below": ("less than", operator.lt),
@@ -93,10 +94,14 @@ def name_of(file: str) -> str:
 
 def to_job(config: DictConfig) -> Job:
     """Resolve and check a merged configuration. Raises JobError: wrong range, or settings that contradict."""
+    hide_values_of(to_text(config))
     try:
         job = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = str(error.full_key or "?")
+        if missing := NOT_SET.search(str(error)):
+            remedy = f"Set {missing[1]} where the job runs: its value is kept nowhere, so each start needs it again"
+            raise JobError(key, f"${{oc.env:{missing[1]}}}", f"the variable {missing[1]} is not set", remedy) from None
         remedy = "Write ${section.key} for another key, ${oc.env:NAME} for a variable, and \\${ for the text itself"
         if isinstance(error, MissingMandatoryValue):
             raise JobError(key, "???", "stands for a value that is missing", "Write the value") from None
@@ -108,6 +113,12 @@ def to_job(config: DictConfig) -> Job:
             _check_limits(name, value, item.metadata)
     check_job(job)
     return job
+
+
+def hide_values_of(text: str) -> None:
+    """Let no error of this process show what a job takes from variables; `text`: the job as it is written."""
+    HIDDEN.clear()
+    HIDDEN.update(hidden_values(text))
 
 
 def to_text(config: DictConfig) -> str:
@@ -211,4 +222,4 @@ def _expected(key: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (hide(str(error)).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,10 @@ def reference() -> str:
              "You set a key in the job file or, for one run, as `key=value` on the command line, which wins. All other",
              "keys have these defaults. Muster refuses an unknown key, a wrong type or an impossible combination",
              "before anything starts, and names the nearest valid key (exit code 64).", "",
+             "`${oc.env:NAME}` is the value of an environment variable, such as a password. Each start of the run",
+             "reads it, so the variable must also be set where the run is continued or requeued. Muster writes the",
+             "value nowhere: the run folder, checkpoints and error messages have `${oc.env:NAME}`. What your own code",
+             "prints stays as it is.", "",
              "This page is generated: `python -m trainer.config.reference > docs/configuration.md`.", ""]  # fmt: skip
     lines += _table("Top level", Job, "")
     for item in dataclasses.fields(Job):

@@ -19,6 +19,7 @@ NAMED: dict[str, Any] = {
     "": None, "~": None, "null": None, "true": True, "false": False,
     ".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
 }  # fmt: skip
+FROM_ENVIRONMENT = re.compile(r"""\$\{\s*oc\.env\s*:\s*['"]?([^,}'"\s]+)""")
 COLOUR = re.compile(r"[ \t]+(#(?:[0-9a-fA-F]{3}){1,2})[ \t]*$", re.MULTILINE)
 ONE_OF_SEVERAL = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+""")
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
@@ -91,6 +92,19 @@ def _read_plain(text: str, as_text: bool) -> Any:
     if INTEGER.fullmatch(text):
         return int(text, 0)
     return float(text) if NUMBER.fullmatch(text) else text
+
+
+def hidden_values(text: str) -> dict[str, str]:
+    """What a job takes from variables, with the words that say so; `text`: the job as it is written.
+
+    Texts of three letters are no secrets, and paths that exist neither: messages are read more easily with them.
+    """
+    found: dict[str, str] = {}
+    for name in FROM_ENVIRONMENT.findall(text):
+        value = os.environ.get(name, "")
+        if len(value) > 3 and not os.path.exists(value):
+            found |= dict.fromkeys((value, repr(value)[1:-1]), f"${{oc.env:{name}}}")
+    return found
 
 
 def is_text_type(declared: object) -> bool:
