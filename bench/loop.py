@@ -69,7 +69,7 @@ def be_rank(
         own = folder / f"{size}-{lean}"
         own.mkdir(exist_ok=True)
         answer.send(alternate(Case(task, data, batch_size, parallel, own, lean), names, rounds))
-    parallel.gather_objects(None)  # wait for all
+    parallel.gather(None)  # wait for all
     os._exit(0)  # loops that never end hold the process group
 
 

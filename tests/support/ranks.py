@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import unpickling
 from faults import Fault, arm
 
 from trainer.config.job import Job
@@ -187,6 +188,8 @@ def _train_rank(job: Job, folder: Path, environment: dict[str, str], fault: Faul
     import trainer.training.rank
 
     torch.set_num_threads(1)
+    if not (job.data.workers or job.train.compile):  # loaders and compilers talk to processes of their own
+        unpickling.forbid()
     if fault is not None:
         arm(fault, folder)
     try:

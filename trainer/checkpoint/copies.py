@@ -182,17 +182,7 @@ class Copies:
 
 def read_copy(memory: Memory, index: int, seal: Seal) -> Contents:
     """The state in a sealed buffer, copied: it will be filled again."""
-    return copy_out(*open_copy(memory, index, seal))
-
-
-def open_copy(memory: Memory, index: int, seal: Seal) -> tuple[bytes, Any]:
-    """The head of the state in a sealed buffer, and the buffer."""
     with open(memory.buffers[index], "r+b") as file:
-        return read_raw(file.fileno(), seal)
-
-
-def copy_out(head: bytes, memory: Any) -> Contents:
-    """A state that does not depend on the memory where it was."""
-    tree, tensors = interpret(head, memory)
+        tree, tensors = interpret(*read_raw(file.fileno(), seal))
     contents: Contents = put_together(tree, [tensor.clone() for tensor in tensors])
     return contents

@@ -8,6 +8,7 @@ others. It becomes visible by one rename. What is saved, and when, is decided in
 import errno
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.serialization import get_crc32_options, set_crc32_options, set_default_mmap_options
 
 from trainer import __version__
 from trainer.run.attempts import check_current
@@ -110,47 +111,77 @@ def committed(root: Path) -> Iterator[Path]:
 
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises DamagedCheckpoint: naming file and difference."""
+    for path, facts in _files_of(folder).items():
+        _compare(path, facts)
+
+
+def read(folder: Path, beat: Callable[[], None]) -> list[Any]:
+    """What a checkpoint holds, in the order of `PAYLOAD`, without running any code that it may hold.
+
+    Each file is read from the disk once, into memory, where its tensors stay: what was verified is what is used.
+    `beat`: signs of life. Raises DamagedCheckpoint: as `verify`.
+    """
+    found: dict[str, Any] = {}
+    for path, facts in _files_of(folder).items():
+        with open(os.memfd_create("muster-checkpoint"), "wb") as copy:
+            _compare(path, facts, copy, beat)
+            copy.flush()
+            if path.name in PAYLOAD:
+                with set_default_mmap_options(mmap.MAP_SHARED):  # or what changes would be there twice
+                    file = f"/proc/self/fd/{copy.fileno()}"
+                    found[path.name] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return [found[name] for name in PAYLOAD]
+
+
+def _files_of(folder: Path) -> dict[Path, tuple[int, str]]:
+    """The files of a checkpoint, and how many bytes and which sha256 they have by its manifest."""
     try:
-        files = dict(json.loads((folder / "manifest.json").read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        files = {}
-    if set(PAYLOAD) - set(files):
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        found = {folder / name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found = {}
+    if {folder / name for name in PAYLOAD} - set(found):
         raise DamagedCheckpoint(f"{folder}: manifest.json is missing or unreadable")
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path}: is missing")
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {facts['bytes']}")
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != facts["sha256"]:
-            raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
+    return found
 
 
-def newest_good(root: Path) -> tuple[Path | None, dict[Path, str]]:
+def _compare(
+    path: Path, facts: tuple[int, str], copy: BinaryIO | None = None, beat: Callable[[], None] = lambda: None
+) -> None:
+    """Compare a file with what the manifest says of it; `copy` gets what is read."""
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path}: is missing")
+    expected, name = facts
+    size = path.stat().st_size
+    if size != expected:
+        raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {expected}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            beat()
+            digest.update(block)
+            if copy is not None:
+                copy.write(block)
+    if digest.hexdigest() != name:
+        raise DamagedCheckpoint(f"{path}: its sha256 is not the manifest's: bits have changed")
+
+
+def newest_good(root: Path, look: Callable[[Path], object] = verify) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and the folders of newer ones with what is wrong with them.
 
-    Raises DamagedCheckpoint: there are checkpoints and none is whole: starting over silently would lose work.
+    `look` verifies one. Raises DamagedCheckpoint: there are checkpoints and none is whole: starting over silently would
+    lose work.
     """
     refused: dict[Path, str] = {}
     for folder in committed(root):
         try:
-            verify(folder)
+            look(folder)
             return folder, refused
         except DamagedCheckpoint as error:
             refused[folder] = str(error)
     if refused:
         raise DamagedCheckpoint("every checkpoint is damaged: " + "; ".join(refused.values()))
     return None, refused
-
-
-def load(folder: Path, name: str) -> Any:
-    """Load one payload file without running any code that it may hold."""
-    return torch.load(folder / name, map_location="cpu", weights_only=True)
 
 
 class Hashing:

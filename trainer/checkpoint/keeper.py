@@ -7,11 +7,9 @@ memory`). Without an agent there is nothing to recover from; rank 0 copies what 
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
 
-import torch
-
-from trainer.checkpoint.copies import Contents, Copies, copy_out, open_copy
+from trainer.checkpoint.copies import Contents, Copies, read_copy
+from trainer.checkpoint.exchange import checksum, give_all
 from trainer.checkpoint.memory import MOMENTS, Memory
 from trainer.checkpoint.orders import Orders
 from trainer.checkpoint.snapshot import put_together, take_apart
@@ -67,49 +65,44 @@ class Keeper:
         self.copies = None
         return False
 
-    def recover(self, committed: int) -> Contents | None:
+    def recover(self, committed: int, beat: Callable[[], None]) -> Contents | None:
         """The newest state in the memory of the nodes, unless rank 0's checkpoint of the step `committed` is newer.
 
-        All ranks get the same; None when there is none. No file is read.
+        All ranks get the same; None when there is none. No file is read. `beat`: signs of life.
         """
         if not self.recovers:
             return None
         sealed = self.memory.sealed(self.run) if self.memory else {}
         index = max(sealed, key=lambda index: sealed[index], default=None)
         own = None if index is None else (sealed[index].moment, sealed[index].attempt)
-        reports = self.parallel.gather_objects((own, committed))
-        keys, committed = [key for key, _ in reports], reports[0][1]
+        reports = self.parallel.gather((own, committed))
+        keys, committed = [key and tuple(key) for key, _ in reports], reports[0][1]
         newest = max(filter(None, keys), default=None)
         if newest is None or newest[0] // MOMENTS < committed:
             return None
-        head, buffer = b"", None
-        if self.memory and index is not None and own == newest:
-            head, buffer = open_copy(self.memory, index, sealed[index])
-        if any(key != newest for key in keys):
-            head, buffer = self._hand_on(head, buffer, keys.index(newest), [key != newest for key in keys])
-        contents, problem = None, ""
-        try:
-            contents = copy_out(head, buffer)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = [each for each in self.parallel.gather_objects(problem) if each]
-        if not problems:
-            return contents
-        self.tell(f"the state in memory could not be read, so a checkpoint is: {problems[0]}")
+        lacking, source = any(key != newest for key in keys), keys.index(newest)
+        contents, problem, check = None, "", ""
+        if self.memory and index is not None and (not lacking or self.parallel.rank == source):
+            try:
+                contents = read_copy(self.memory, index, sealed[index])
+                check = checksum(contents) if self.parallel.world_size > 1 and not lacking else ""
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+        problem = self._compare(problem, check)
+        if not problem:
+            return give_all(self.parallel, contents, source, beat) if lacking else contents
+        self.tell(f"the state in memory could not be read, so a checkpoint is: {problem}")
         if self.copies is not None:
             self.copies.forget()  # it is not tried again
         return None
 
-    def _hand_on(self, head: bytes, buffer: Any, source: int, lacking: list[bool]) -> tuple[bytes, Any]:
-        """Give a copy to the ranks of nodes that lack it."""
-        head, size = self.parallel.share((head, buffer and len(buffer)), source)
-        needed = lacking[self.parallel.rank]
-        if needed:
-            buffer = bytearray(size)
-        mine = needed or self.parallel.rank == source
-        data = torch.frombuffer(buffer if mine else bytearray(1), dtype=torch.uint8)
-        self.parallel.hand_on(data, source, [rank for rank, lacks in enumerate(lacking) if lacks])
-        return head, buffer
+    def _compare(self, problem: str, check: str) -> str:
+        """What is wrong with the state that ranks read in memory; nothing, if they all read the same."""
+        said = self.parallel.gather((problem, check))
+        found = [each for each, _ in said if each]
+        if not found and len({check for _, check in said}) > 1:
+            found = ["nodes have different bits in it"]
+        return found[0] if found else ""
 
     def save(self, order: Order, moment: int, contents: Contents, beat: Callable[[], None]) -> None:
         """Rank 0 has a checkpoint committed: at once, or from a copy while training goes on. `beat`: signs of life.

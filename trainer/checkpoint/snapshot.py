@@ -156,7 +156,13 @@ def read_raw(handle: int, seal: Seal) -> tuple[bytes, mmap.mmap]:
 
 def interpret(head: bytes, memory: Any) -> tuple[Any, list[Tensor]]:
     """The state that was put somewhere, taken apart; the tensors are in that memory."""
+    tree, rows = read_head(head)
+    return tree, view(memory, rows)
+
+
+def read_head(head: bytes) -> tuple[Any, list[Row]]:
+    """What a head says: what the tensors hang from, and how each of them lies."""
     start = TABLE.size + TABLE.unpack_from(head)[0]
     with safe_globals([Place]):
         tree = torch.load(io.BytesIO(head[start:]), map_location="cpu", weights_only=True)
-    return tree, view(memory, json.loads(head[TABLE.size : start]))
+    return tree, json.loads(head[TABLE.size : start])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import files as checkpoint
+from trainer.checkpoint.exchange import read_once
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.memory import MOMENTS
 from trainer.checkpoint.tracked import MODEL, TrackedObjects, entries_of
@@ -47,6 +48,7 @@ class TrainingState:
         self.tracked = TrackedObjects(explain or self._explain)
         self.keeper = Keeper(job, parallel, report.run, report.attempt, self.tracked.has_buffers, report.notice)
         self.beat = partial(report.phase, "saving", self.position)
+        self.begin_beat = partial(report.phase, "starting", self.position)
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self.measured_at = -1
@@ -160,23 +162,22 @@ class TrainingState:
     def load_weights(self) -> None:
         """Start with the weights that the job names."""
         objects, options = self.tracked.objects, self.job.checkpoint
-        start_from(objects[MODEL], Path(str(options.load)), options.strict, self.report.say)
+        load = partial(read_once, self.parallel, beat=self.begin_beat)
+        start_from(objects[MODEL], Path(str(options.load)), options.strict, self.report.say, load)
         if "average" in objects:
             objects["average"].module.load_state_dict(objects[MODEL].state_dict())
 
     def find(self) -> Found | None:
         """The newest state to go on from: in the memory of the nodes, or a whole checkpoint; None: neither."""
-        kept = self.keeper.recover(self.report.run.steps_committed())
+        first, beat = self.parallel.rank == 0, self.begin_beat
+        kept = self.keeper.recover(self.report.run.steps_committed() if first else -1, beat)
         if kept is not None:
-            if self.parallel.rank == 0 and not self.job.checkpoint.asynchronous:  # else whoever writes does it
+            if first and not self.job.checkpoint.asynchronous:  # else whoever writes does it
                 checkpoint.sweep(self.root)
             self.report.event("resume", step=kept["position"]["step"], folder="memory")
             return Found("the copy in memory", kept["model"], kept)
-        self.keeper.await_others(self.beat)
-        found = self.parallel.share(self._find() if self.parallel.rank == 0 else None)
-        if isinstance(found, Exception):
-            raise found
-        return None if found is None else self._load(Path(found))
+        name, payload = read_once(self.parallel, lambda: self._read_newest(beat), beat)
+        return Found(name, *payload) if name else None
 
     def restore_object(self, found: Found, name: str) -> None:
         """Bring one object where it was, if the state has it. Raises JobError: it is something else now."""
@@ -204,28 +205,19 @@ class TrainingState:
         self.restored = state.get("facts", {})
         self.best = tuple(state["best"]) if state["best"] else None
 
-    def _find(self) -> str | Exception | None:
-        try:
-            checkpoint.sweep(self.root)
-            saved, refused = checkpoint.newest_good(self.root)
-        except checkpoint.DamagedCheckpoint as error:
-            return error
+    def _read_newest(self, beat: Callable[[], None]) -> tuple[str, list[Any]]:
+        """The name and the contents of the newest checkpoint, if there is one; damaged ones before it lose theirs."""
+        self.keeper.await_others(beat)
+        checkpoint.sweep(self.root)
+        payload: list[Any] = []
+        saved, refused = checkpoint.newest_good(self.root, lambda folder: payload.extend(checkpoint.read(folder, beat)))
         for folder, problem in refused.items():
             self.report.warn(f"checkpoint refused: {problem}", "checkpoint_refused", problem=problem)
             folder.rename(self.root / f"damaged-{folder.name}-{time.time_ns()}")  # or it would count as kept
         if saved is None:
-            return None
+            return "", []
         self.report.event("resume", step=checkpoint.step_of(saved), folder=saved.name)
-        return str(saved)
-
-    def _load(self, folder: Path) -> Found:
-        """Read a folder; rank 0 reads where some node does not see it: no shared volume, or one that lags."""
-        seen = not self.parallel.any(not (folder / "manifest.json").is_file())
-        payload = None
-        if seen or self.parallel.rank == 0:
-            payload = [checkpoint.load(folder, name) for name in checkpoint.PAYLOAD]
-        weights, state = payload if payload and seen else self.parallel.share(payload)
-        return Found(folder.name, weights, state)
+        return saved.name, payload
 
     def _explain(self, name: str, origin: str, error: Exception) -> JobError:
         """The error for what a task made, and a checkpoint does not fit."""

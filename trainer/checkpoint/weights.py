@@ -26,12 +26,16 @@ SHOWN = 5
 """Names in an error; a log shows all."""
 
 
-def start_from(model: nn.Module, path: Path, strict: bool, say: Callable[[str], None]) -> None:
+def start_from(
+    model: nn.Module, path: Path, strict: bool, say: Callable[[str], None],
+    once: Callable[[Callable[[], Any]], Any] = lambda read: read(),
+) -> None:  # fmt: skip
     """Give `model` the weights in a `.pt` or `.safetensors` file, or in a checkpoint's or Hugging Face's folder.
 
-    Raises JobError: they cannot be read; they do not fit, and the job is `strict`, or nothing fits.
+    `once` has one rank read them for all. Raises JobError: they cannot be read; they do not fit, and the job is
+    `strict`, or nothing fits.
     """
-    weights = load_weights(path)
+    weights = once(lambda: load_weights(path))
     try:
         model.load_state_dict(weights)
         return

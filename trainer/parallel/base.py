@@ -3,7 +3,7 @@
 The modes themselves are in `trainer.parallel.modes` (single, dp) and `trainer.parallel.ddp`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -135,24 +135,24 @@ class Parallel:
         """The names of weights that are not the same on all ranks, though they should be."""
         return []
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+    def any(self, flag: bool, beat: Callable[[], None] | None = None) -> bool:
+        """Whether the flag is set on any rank. `beat`: signs of life, where others may be long in coming."""
         return flag
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The means over the ranks of named numbers, of each name over those that have it."""
         return values
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Small picklable values of all ranks."""
+    def gather(self, value: Any) -> list[Any]:
+        """What all ranks say, by their ranks: what JSON can say, with tensors in it."""
         return [value]
 
     def share(self, value: Any, source: int = 0) -> Any:
-        """The value of rank `source`, on all ranks."""
+        """What rank `source` says, on all ranks: what JSON can say, with tensors in it."""
         return value
 
-    def hand_on(self, data: Tensor, source: int, ranks: Sequence[int]) -> None:
-        """Copy bytes, shape (n,), from rank `source` to `ranks`, in place; the data of others does not matter."""
+    def hand_out(self, parts: Sequence[Tensor], source: int, beat: Callable[[], None]) -> None:
+        """Give all ranks the bytes of rank `source`, in place, each part of shape (bytes,). `beat`: signs of life."""
 
     def close(self) -> None:
         """Leave the group when all ranks have come here."""

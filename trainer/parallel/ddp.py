@@ -1,5 +1,6 @@
 """DistributedDataParallel: how the ranks of a process group compute one step together, and agree."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,10 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config.job import Ddp, Job
 from trainer.errors import JobError
+from trainer.parallel import messages
 from trainer.parallel.base import DeferredScalar, Parallel
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.means import mean_over_ranks
 from trainer.parallel.module_state import is_dense
+from trainer.parallel.patience import TIMES, Patience
 from trainer.parallel.step import Step
 from trainer.wiring.rank import RankWiring
 
@@ -28,8 +31,6 @@ HALF = ("bf16", "fp16")
 
 UNSHARED = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that gloo does not know."""
-CHUNK = 1 << 28
-"""Bytes that are handed on at a time: a slow network does not make a collective give up."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """By their bytes; for others those of 8."""
 
@@ -215,38 +216,40 @@ class Distributed(Parallel):
         named = [(name, weight.detach()) for name, weight in self.step.model.named_parameters() if is_dense(weight)]
         # Bits as whole numbers: their sum is the same in any order, on any processor.
         bits = (weight.reshape(-1).view(INTEGERS.get(weight.itemsize, torch.int64)) for _, weight in named)
-        every = self.gather_objects([int(part.sum(dtype=torch.int64)) for part in bits])
-        return [name for (name, _), *found in zip(named, *every, strict=True) if len(set(found)) > 1]
+        sums = [int(part.sum(dtype=torch.int64)) for part in bits]
+        least = torch.tensor(sums, dtype=torch.int64, device="cpu")
+        most = least.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return [name for (name, _), differs in zip(named, (least != most).tolist(), strict=True) if differs]
 
     def meet(self) -> None:
         """Wait for all ranks: before the first step longer than a collective would."""
         nothing = torch.zeros(1, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
         dist.all_reduce(nothing, group=self.starting)
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: bool, beat: Callable[[], None] | None = None) -> bool:
         tensor = torch.tensor([float(flag)], dtype=torch.float32, device="cpu")
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=beat is not None)
+        if work is not None and beat is not None:
+            patience, pause = Patience(2 * TIMES * self.job.agent.hang_timeout_s, beat), 0.001
+            while not work.is_completed() and patience.look():
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+            work.wait()
         return bool(tensor.item())
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         return mean_over_ranks(values, self.world_size)
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, value)
-        return parts
+    def gather(self, value: Any) -> list[Any]:
+        return messages.gather(value, self.world_size)
 
     def share(self, value: Any, source: int = 0) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, source)
-        return box[0]
+        return messages.share(value, self.rank, source)
 
-    def hand_on(self, data: Tensor, source: int, ranks: Sequence[int]) -> None:
-        members = sorted({source, *ranks})
-        group = dist.new_group(members, backend="gloo")
-        _ended.append(group)
-        for part in data.split(CHUNK) if self.rank in members else ():
-            dist.broadcast(part, source, group)
+    def hand_out(self, parts: Sequence[Tensor], source: int, beat: Callable[[], None]) -> None:
+        messages.hand_out(parts, self.rank, source, self.device, beat)
 
     def close(self) -> None:
         """Wait for all ranks and destroy the process group.

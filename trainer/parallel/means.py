@@ -1,10 +1,11 @@
 """Means of named numbers over the ranks of a process group."""
 
 import zlib
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from trainer.parallel.messages import gather
 
 NAMES = 16
 """That one small collective takes."""
@@ -25,8 +26,7 @@ def mean_over_ranks(values: dict[str, float], world_size: int) -> dict[str, floa
     total, squares, unfit, *means = sums.tolist()
     if not unfit and total**2 == squares * world_size:
         return {name: mean / world_size for name, mean in zip(values, means, strict=False)}
-    every: list[Any] = [None] * world_size
-    dist.all_gather_object(every, values)
+    every = gather(values, world_size)
     names = dict.fromkeys(name for each in every for name in each)
     found = {name: [each[name] for each in every if name in each] for name in names}
     return {name: sum(some) / len(some) for name, some in found.items()}

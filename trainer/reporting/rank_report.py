@@ -164,7 +164,7 @@ class Report:
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """The run is done: write the result and the last event."""
-        memory = [line for lines in self.parallel.gather_objects(self._memory()) for line in lines]
+        memory = [line for lines in self.parallel.gather(self._memory()) for line in lines]
         if not self.is_first:
             return
         elapsed = time.perf_counter() - self.started

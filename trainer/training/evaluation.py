@@ -54,7 +54,7 @@ def evaluate(
                     sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
     finally:
         step.model = own
-    parts = parallel.gather_objects(map_tensors(sums, Tensor.cpu))
+    parts = parallel.gather(map_tensors(sums, Tensor.cpu))
     return [values for _, values in sorted(itertools.chain(*parts), key=lambda item: item[0])]
 
 

@@ -126,7 +126,8 @@ class Trainer(Boundary):
     def try_everything(self) -> bool:
         """Try what comes later, unless an earlier attempt of this launch has trained already; whether it was done."""
         # Nodes may count restarts differently under torchrun, and all ranks must do the same.
-        passed = self.parallel.share(self.parallel.restarts > 0 and self.report.was_training())
+        parallel = self.parallel
+        passed = parallel.share(parallel.rank == 0 and parallel.restarts > 0 and self.report.was_training())
         if not passed:
             used = min(self.sampler.count, self.steps * self.sampler.batch_size)
             check_smallest_batch(self.job, self.parallel, used, self.eval_count, self.read)

@@ -47,7 +47,7 @@ def evaluate_samples(
             sums.append((number, {name: value.double().sum(0).cpu() for name, value in values.items()}))
     finally:
         loader.close()
-    every = sorted(itertools.chain(*parallel.gather_objects(sums)), key=lambda item: item[0])
+    every = sorted(itertools.chain(*parallel.gather(sums)), key=lambda item: item[0])
     names = {name for _, values in every for name in values}
     missing = sorted(name for name in names if not all(name in values for _, values in every))
     if missing:

@@ -46,7 +46,7 @@ class Disk:
     def saved(self) -> dict[int, float]:
         """The weight in each checkpoint."""
         folders = files.committed(self.path / "checkpoints")
-        return {files.step_of(folder): float(files.load(folder, "model.pt")["weight"][0]) for folder in folders}
+        return {files.step_of(folder): float(files.read(folder, nothing)[0]["weight"][0]) for folder in folders}
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_classes_that_the_user_allows_are_written(
     with torch.serialization.safe_globals([Note]):
         kept.save(disk.order(1), 5, {**state(1.0), "note": Note()}, nothing)
         kept.wait(nothing)
-    assert disk.saved() == {1: 1.0}
+        assert disk.saved() == {1: 1.0}
 
 
 @pytest.fixture
@@ -189,13 +189,13 @@ def test_the_next_attempt_goes_on_from_the_newest_copy(under_agent: tuple[Memory
         first.boundary(4 * step + 1, lambda step=step: state(step))  # type: ignore[misc]
     first.close(nothing)
     assert memory.step == 2
-    found = start().recover(committed=2)
+    found = start().recover(2, nothing)
     assert found is not None and float(found["model"]["weight"][0]) == 2.0
     found["model"]["weight"].fill_(9)  # it is a copy: an optimizer goes on with such tensors
-    assert float(start().recover(committed=-1)["model"]["weight"][0]) == 2.0  # type: ignore[index]
-    assert start().recover(committed=3) is None, "the disk is newer"
-    assert start(in_memory=False).recover(committed=-1) is None
-    assert start("another session of the script").recover(committed=-1) is None
+    assert float(start().recover(-1, nothing)["model"]["weight"][0]) == 2.0  # type: ignore[index]
+    assert start().recover(3, nothing) is None, "the disk is newer"
+    assert start(in_memory=False).recover(-1, nothing) is None
+    assert start("another session of the script").recover(-1, nothing) is None
 
 
 def test_a_copy_that_cannot_be_read_is_not_tried_again(under_agent: tuple[Memory, Callable[..., Keeper]]) -> None:
@@ -204,7 +204,7 @@ def test_a_copy_that_cannot_be_read_is_not_tried_again(under_agent: tuple[Memory
     first.boundary(5, lambda: {"odd": threading.Event})  # not what weights_only reads
     first.close(nothing)
     assert memory.step == 1
-    assert start().recover(committed=0) is None
+    assert start().recover(0, nothing) is None
     assert memory.sealed() == {} and "could not be read" in told[-1]
 
 

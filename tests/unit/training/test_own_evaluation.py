@@ -39,7 +39,7 @@ class Rank(Parallel):
         super().__init__(Job(task="a:B"), RankWiring(rank, 3))
         self.parts = parts
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         self.parts.append(value)
         return self.parts
 
