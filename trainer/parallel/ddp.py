@@ -1,6 +1,5 @@
 """DistributedDataParallel: how the ranks of a process group compute one step together, and agree."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -232,10 +231,7 @@ class Distributed(Parallel):
         tensor = torch.tensor([float(flag)], dtype=torch.float32, device="cpu")
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=beat is not None)
         if work is not None and beat is not None:
-            patience, pause = Patience(2 * TIMES * self.job.agent.hang_timeout_s, beat), 0.001
-            while not work.is_completed() and patience.look():
-                time.sleep(pause)
-                pause = min(2 * pause, 0.1)
+            Patience(2 * TIMES * self.job.agent.hang_timeout_s, beat).watch(work.is_completed)
             work.wait()
         return bool(tensor.item())
 

@@ -25,3 +25,10 @@ class Patience:
             return False
         self.beat()
         return True
+
+    def watch(self, is_done: Callable[[], bool]) -> None:
+        """Give signs of life until something is done, or there was time enough."""
+        pause_s = 0.001
+        while not is_done() and self.look():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
