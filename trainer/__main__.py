@@ -19,6 +19,7 @@ from trainer.run.folder import find_job, run_of  # noqa: E402
 from trainer.run.ownership import ForeignRun, check_owner, forbid_group_writes  # noqa: E402
 from trainer.wiring.hardware import raise_open_files  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
+from trainer.wiring.secret import drop_secret, read_secret  # noqa: E402
 from trainer.wiring.variables import PLATFORM  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
@@ -58,11 +59,13 @@ def main(arguments: list[str]) -> int:
     if run is not None and run.exists() and os.environ.get(PLATFORM) not in IN_CONTAINERS:
         check_owner(run)
     if is_rank():
+        drop_secret()
         if "PYTHONHASHSEED" not in os.environ:  # read when Python starts: the order of sets
             os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": "0"})
         from trainer.agent.external_rank import run_external_rank
 
         return run_external_rank(path, overrides)
+    secret = read_secret(run.secret if run else None)  # before anything inherits our environment
     if "--explain" not in options:
         text = _read(path, overrides)
         prepare_fork_server("script" if re.search(NAMES_SCRIPT, text, re.MULTILINE) else "task")
@@ -70,7 +73,7 @@ def main(arguments: list[str]) -> int:
             ensure_fork_server()  # it imports torch while we go on
     from trainer.agent import node
 
-    return (node.explain if "--explain" in options else node.run_node)(path, overrides)
+    return node.explain(path, overrides) if "--explain" in options else node.run_node(path, overrides, secret)
 
 
 def _read(path: Path, overrides: list[str]) -> str:

@@ -18,9 +18,11 @@ import pytest
 from muster_runs import FULL, Run, alive, descendants, end_all, kill, result, start_agent, submitted, wait_for
 from stopwatch import Stopwatch
 
-from trainer.agent.kv_store import KeyValueServer
+from trainer.agent.kv_server import KeyValueServer
+from trainer.agent.proof import Membership
 from trainer.records import read_lines
 from trainer.wiring.network import candidate_ports
+from trainer.wiring.secret import make_secret, read_secret
 
 TWO_NODES = ["nodes=2", "devices_per_node=1"]
 SCRIPT = """
@@ -170,11 +172,13 @@ def test_foreign_listeners_on_the_candidate_ports(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     ports = candidate_ports(f"{run.job_id}/1")
-    other, old = KeyValueServer("another/0", 2), KeyValueServer(f"{run.job_id}/0", 2)
+    make_secret(run.folder / "secret")
+    known = read_secret(run.folder / "secret", {}) or b""
+    other, old = (KeyValueServer(Membership(launch, known), 2) for launch in ("another/0", f"{run.job_id}/0"))
     with ExitStack() as stack:
         for port, answer in zip(ports, (None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"), strict=False):
             stack.enter_context(listener(port, answer))
-        assert (other.listen("127.0.0.1", ports), old.listen("127.0.0.1", ports)) == (ports[3], ports[4])
+        assert (other.listen(["127.0.0.1"], ports), old.listen(["127.0.0.1"], ports)) == (ports[3], ports[4])
         with agents(run, "train.steps=5", MUSTER_LAUNCH="1") as both:
             assert codes(both) == [0, 0], (run.folder / "agent-1.txt").read_text()
     assert not other.clients and not old.clients

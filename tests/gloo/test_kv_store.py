@@ -1,112 +1,76 @@
-"""The agents' key-value store: what it keeps, whom it lets in, and whom it misses."""
+"""What the agents share: what is kept, whom node 0 lets in, and whom it misses."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from agents_peer import JOB, Peer, free_port
 from muster_runs import wait_for
 
-from trainer.agent import kv_store
-from trainer.agent.kv_store import KeyValueClient, KeyValueServer, PeerLost, bind
-
-JOB = "digits-1/0"
-
-
-def free_port() -> int:
-    with bind("127.0.0.1", 0) as probe:
-        port: int = probe.getsockname()[1]
-    return port
+from trainer.agent import kv_client, kv_server
+from trainer.agent.kv_client import KeyValueClient
+from trainer.agent.kv_server import KeyValueServer, bind
+from trainer.agent.kv_store import PeerLost
+from trainer.agent.proof import Membership, Seal, make_nonce, parse_hello, prove
 
 
 @pytest.fixture
 def served() -> Iterator[tuple[KeyValueServer, int]]:
     """A server for three nodes, and its port."""
     server = KeyValueServer(JOB, 3)
-    yield server, server.listen("127.0.0.1", [free_port()])
+    yield server, server.listen(["127.0.0.1"], [free_port()])
     server.close(linger_s=0)
 
 
-def connect(port: int, node: int = 1, identity: str = JOB) -> KeyValueClient:
-    return KeyValueClient("127.0.0.1", port, identity, node)
-
-
-GREETING = f"muster {JOB} 2\n".encode()
+def connect(port: int, node: int = 1, membership: Membership = JOB) -> KeyValueClient:
+    return KeyValueClient("127.0.0.1", port, membership, node)
 
 
 def test_all_sides_see_the_same_values(served: tuple[KeyValueServer, int]) -> None:
     server, port = served
-    first, second = connect(port), connect(port, 2)
-    first.set("plan", {"attempt": 3, "names": ["a", "b"]})
-    assert second.get("plan", "nothing") == [{"attempt": 3, "names": ["a", "b"]}, None]
-    assert [first.join("who", "1"), server.join("who", "0"), second.join("who", "2", "3")] == [1, 2, 4]
-    assert first.join("who", "1", "0") == 4, "who is in it already counts once"
-    assert server.get("who") == second.get("who") == [dict.fromkeys("1023", True)]
+    first = connect(port)
+    first.set("stop", True)
+    server.set("plan", {"attempt": 3, "names": ["a", "b"]})
+    second = connect(port, 2)
+    assert second.get("plan", "stop", "nothing") == [{"attempt": 3, "names": ["a", "b"]}, True, None]
+    first.add("1/who", "1")
+    server.add("1/who", "0")
+    second.add("1/who", "2", "1")
+    for side in (server, first, second):
+        wait_for("the words", lambda side=side: side.get("1/who") == [["1", "0", "2"]], 5)
     for client in (first, second):
         client.close()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"[" * 5_000_000,
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"\xff\xff\xff\xff" + b"x" * 100_000,
-        b"[" * 1000 + b"\n",
-        b"muster another/0 2\n",
-        f"muster {JOB} 3\n".encode(),
-        f"muster {JOB} 0\n".encode(),
-        f"muster {JOB} x\n".encode(),
-        f"muster {JOB} ".encode() + b"1" * 5000 + b"\n",
-        GREETING + b"[" * 50_000 + b"\n",
-        GREETING + b"\xff\xfe\n",
-        GREETING + b"7\n",
-        GREETING + b"[]\n",
-        GREETING + b'["set", [], 1]\n',
-        GREETING + b'["join", "text", "a"]\n',
-        GREETING + b'["join", "words", []]\n',
-        GREETING + b'["set", "key"]\n',
-        GREETING + b'["format", "disk"]\n',
-        GREETING + b'["set", "key", "' + b"x" * (1 << 20) + b'"]\n',
-        GREETING + json.dumps(["get", *["text"] * 2000]).encode() + b"\n",
-    ],
-    ids=lambda data: repr(data[:40]) + str(len(data)),
-)
-def test_whatever_a_stranger_or_a_broken_agent_sends_ends_its_own_connection_alone(
-    served: tuple[KeyValueServer, int], data: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_store, "GREETING_S", 1.0)
+def test_what_all_have_told_all_know_and_node_0_what_it_was(served: tuple[KeyValueServer, int]) -> None:
     server, port = served
-    agent = connect(port)
-    agent.set("text", "x" * 1000)
-    reset = contextlib.suppress(ConnectionError)  # it may be thrown out before it has sent everything
-    with socket.create_connection(("127.0.0.1", port), 5) as stranger, reset:
-        stranger.sendall(data)
-        while stranger.recv(1 << 16):
-            pass
-    assert agent.get("text") == server.get("text") == ["x" * 1000]
-    assert list(server.clients) == ([1, 2] if data.startswith(GREETING) else [1])
-    agent.close()
+    first, second = connect(port), connect(port, 2)
+    for side, value in ((first, "a"), (server, None), (first, "b")):
+        side.tell("1/report", value)
+        assert server.get("1/report") == first.get("1/report") == [None]
+    second.tell("1/report", {"c": 1})
+    assert server.told["1/report"] == {0: None, 1: "b", 2: {"c": 1}}
+    for side in (server, first, second):
+        wait_for("the word of all", lambda side=side: side.get("1/report") == [True], 5)
+    server.forget(2)
+    assert not server.told and server.get("1/report") == [None]
+    for client in (first, second):
+        client.close()
 
 
-def test_a_stranger_that_says_nothing_does_not_stay(
-    served: tuple[KeyValueServer, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_store, "GREETING_S", 0.2)
-    with socket.create_connection(("127.0.0.1", served[1]), 5) as stranger:
-        stranger.sendall(b"mu")
-        assert stranger.recv(1) == b""
-
-
-def test_another_job_is_refused(served: tuple[KeyValueServer, int]) -> None:
-    with pytest.raises(OSError):
-        connect(served[1], identity="digits-1/1")
-    assert not served[0].clients
+def test_who_waits_is_woken(served: tuple[KeyValueServer, int]) -> None:
+    server, port = served
+    for waits, changes in ((connect(port), server), (server, connect(port, 2))):
+        waits.clear()
+        began = time.monotonic()
+        threading.Timer(0.1, changes.add, ("1/words", str(id(waits)))).start()
+        waits.wait(20)
+        assert 0.05 < time.monotonic() - began < 10
 
 
 def test_an_agent_whose_connection_ends_is_missed_at_once_and_one_that_leaves_is_not(
@@ -127,37 +91,42 @@ def test_an_agent_whose_connection_ends_is_missed_at_once_and_one_that_leaves_is
 def test_an_agent_that_falls_silent_is_missed_though_its_connection_stays(
     served: tuple[KeyValueServer, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_store, "SILENT_S", 2.5)
+    monkeypatch.setattr(kv_server, "SILENT_S", 2.5)
     server, port = served
     beating = connect(port, 1)
-    with socket.create_connection(("127.0.0.1", port), 5) as silent:
-        silent.sendall(GREETING)
-        began = time.monotonic()
-        lost = wait_for("the loss", server.lost, 10)
-        assert lost[0] == 2 and "no beat of its agent" in lost[1]
-        assert time.monotonic() - began >= 2.4
-        assert beating.lost() is None
+    silent = Peer(port)
+    began = time.monotonic()
+    lost = wait_for("the loss", server.lost, 10)
+    assert lost[0] == 2 and "no beat of its agent" in lost[1]
+    assert time.monotonic() - began >= 2.4
+    assert beating.lost() is None
+    silent.connection.close()
     beating.close()
 
 
 @pytest.mark.parametrize("drips", [False, True])
 def test_a_server_that_does_not_answer_is_missed_within_the_bound(monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:
-    monkeypatch.setattr(kv_store, "ANSWER_S", 0.5)
+    monkeypatch.setattr(kv_client, "ANSWER_S", 0.5)
     with bind("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
-        held = []
+        held, port = [], listener.getsockname()[1]
 
-        def greet() -> None:
+        def prove_and_fall_silent() -> None:
             held.append(stack.enter_context(listener.accept()[0]))
-            held[0].sendall(f"muster {JOB} \n".encode())
+            file = stack.enter_context(held[0].makefile("rb"))
+            (node, nonce), own = parse_hello(file.readline().strip(), 3), make_nonce()
+            key = JOB.key(node, port, nonce, own)
+            held[0].sendall(own + b" " + prove(key, b"server") + b"\n")
+            file.readline()
+            held[0].sendall(Seal(key, b"server").close(b"[true, {}]"))
 
-        thread = threading.Thread(target=greet)
+        thread = threading.Thread(target=prove_and_fall_silent)
         thread.start()
-        client = connect(listener.getsockname()[1])
+        client = connect(port)
         thread.join()
         if drips:
             held[0].sendall(b'["pl')
         began = time.monotonic()
         with pytest.raises(PeerLost, match="does not answer"):
-            client.get("plan")
+            client.tell("plan")
         assert time.monotonic() - began < 3
         assert client.lost() is not None

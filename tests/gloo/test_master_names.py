@@ -19,6 +19,7 @@ from trainer.wiring.network import candidate_ports
 from trainer.wiring.node import Wiring
 
 NAME = "digits-0.digits"
+SECRET = b"0123456789abcdef" * 4
 real = socket.getaddrinfo
 JOBS: dict[int, str] = {}  # a job for each list of what its agents say
 KEPT: list[list[str]] = []  # so that no two lists have one id
@@ -55,7 +56,7 @@ def meet(node: int, bound_s: float, said: list[str]) -> NodeRendezvous:
     KEPT.append(said)
     ports = tuple(candidate_ports(job))
     wiring = Wiring("kubernetes", job, 0, 2, node, (NAME, "digits-1.digits"), NAME, ports, 1, None, 1, None, "", {})
-    return NodeRendezvous(wiring, bound_s, bound_s, lambda: False, lambda number, failures: 0, said.append)
+    return NodeRendezvous(wiring, SECRET, bound_s, bound_s, lambda: False, lambda number, failures: 0, said.append)
 
 
 @pytest.fixture
@@ -125,9 +126,9 @@ def test_the_masters_own_ranks_need_no_name(resolver: Resolver, master: Any) -> 
     resolver.address = "127.0.0.1"
     node = meet(1, 20, master[1])
     node.next_round()
-    for address, expected in ((None, "127.0.0.1"), ("127.0.0.5", "127.0.0.5"), ("192.0.2.1", "127.0.0.1")):
+    for address in (None, "127.0.0.5", "192.0.2.1"):
         resolver.address = address
-        assert master[0].master_addr() == expected
+        assert master[0].master_addr() == "127.0.0.1", "where the other came to"
     node.shutdown()
 
 

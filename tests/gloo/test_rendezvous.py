@@ -19,6 +19,7 @@ from trainer.errors import STOPPED, WRONG_JOB
 from trainer.wiring.network import candidate_ports
 from trainer.wiring.node import Wiring
 
+SECRET = b"0123456789abcdef" * 4
 Pair = tuple[NodeRendezvous, NodeRendezvous]
 told: list[list[Failure]] = []
 """The failures that node 0 was told of in each round of the present test."""
@@ -40,7 +41,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     both = [
         NodeRendezvous(
             Wiring("local", tmp_path.name, 0, 2, node, hosts, hosts[0], ports, 1, None, 1, None, "lo", {}),
-            20, 20, lambda: False, next_attempt, lambda text: None,
+            SECRET, 20, 20, lambda: False, next_attempt, lambda text: None,
         )
         for node in range(2)
     ]  # fmt: skip
@@ -93,13 +94,13 @@ def test_what_one_wants_the_other_sees(pair: Pair) -> None:
     meet(pair)
     assert pair[0].look() == pair[1].look() == Wishes()
     pair[1].alarm(failure(1, "peer lost"))
-    assert pair[0].look() == Wishes(next_round=True)
+    assert pair[0].look() == pair[1].look() == Wishes(next_round=True)
     pair[0].alarm(failure(0, "killed"))
-    assert pair[1].look() == Wishes(next_round=True, cause_known=True)
+    wait_for("the alarm", lambda: pair[1].look() == Wishes(next_round=True, cause_known=True), 5)
     meet(pair)
     assert pair[0].look() == pair[1].look() == Wishes()
     pair[0].stop_all()
-    assert pair[1].look() == Wishes(stop=True)
+    wait_for("the request", lambda: pair[1].look() == Wishes(stop=True), 5)
     for end in meet(pair):
         assert isinstance(end, Ended) and end.code == STOPPED
 

@@ -46,14 +46,14 @@ KILL_S = 10.0
 class NodeAgent:
     """Supervises the ranks of one node."""
 
-    def __init__(self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, folder: Path) -> None:
-        """`folder`: of this agent alone."""
+    def __init__(self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, secret: bytes, folder: Path) -> None:
+        """`secret`: of the run; `folder`: of this agent alone."""
         self.job, self.job_file, self.run, self.wiring, self.folder = job, job_file, run, wiring, folder
         self.memory = Memory.make()
         self.writer = CheckpointWriter(folder, self.memory)
         self.restarts = RestartPolicy(job, run, say, self.memory)
         self.rendezvous = NodeRendezvous(
-            wiring, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
+            wiring, secret, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
             self.restarts.next_attempt, say,
         )  # fmt: skip
         self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
@@ -165,7 +165,8 @@ class NodeAgent:
     def _watch(self) -> Failure | None:
         """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None)."""
         while True:
-            connection.wait([self.writer.wakes(), *(process.sentinel for _, process in self._living())], 0.1)
+            sentinels = [process.sentinel for _, process in self._living()]
+            connection.wait([self.writer.wakes(), self.rendezvous.wakes(), *sentinels], 0.1)
             self.writer.look()
             living = self._living()  # first: a rank that ends from here on is looked at, with its last lines, next time
             self._copy_logs()
@@ -228,7 +229,7 @@ class NodeAgent:
                 return False
             if self.rendezvous.lost_peer() is not None:
                 break  # the ranks here are done, and a task's end is agreed on by all ranks
-            time.sleep(0.02)
+            self.rendezvous.wait(0.1)
         return True
 
 

@@ -46,7 +46,7 @@ def _wire(path: Path, overrides: list[str]) -> tuple[Job, str, Wiring]:
     return job, to_text(config), wiring
 
 
-def run_node(path: Path, overrides: list[str]) -> int:
+def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
     """Wire, check, fork, watch and report; return the exit code."""
     job, text, wiring = _wire(path, overrides)
     os.environ[PRELOAD] = ",".join(job.preload)
@@ -66,7 +66,7 @@ def run_node(path: Path, overrides: list[str]) -> int:
     if not run_is_shared():
         say("the run folder goes with this node: the run resumes in place, but not on another node")
     try:
-        code, reason = _check_and_supervise(job, path, run, wiring)
+        code, reason = _check_and_supervise(job, path, run, wiring, secret or b"")
     except Exception as error:
         code, reason = judge(error)
     if code == DONE:
@@ -91,7 +91,7 @@ def _open(run: RunFolder) -> None:
         raise JobError("runs", str(run), f"cannot be written on {socket.gethostname()}: {error}", remedy) from None
 
 
-def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring) -> tuple[int, str]:
+def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring, secret: bytes) -> tuple[int, str]:
     """Check this node, and supervise its ranks to their end; return the exit code and, unless it is 0, the reason."""
     problems = check_node(job, wiring, run.state_bytes())
     run.record("preflight", node=wiring.node_rank, problems=[problem.text for problem in problems])
@@ -101,7 +101,7 @@ def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring) -
         if problem.fatal:
             return WRONG_JOB, f"node {wiring.node_rank} failed its preflight [{problem.kind}]: {problem.text}"
     with own_folder() as folder:
-        agent = NodeAgent(job, path, run, wiring, folder)
+        agent = NodeAgent(job, path, run, wiring, secret, folder)
         code, reason = agent.supervise()
     if wiring.node_rank == 0 and code not in (DONE, STOPPED):
         failures = [asdict(failure) for failure in agent.restarts.failures]

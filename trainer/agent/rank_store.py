@@ -9,7 +9,7 @@ import socket
 from datetime import timedelta
 
 from trainer.agent.fork_server import PROCESSES
-from trainer.agent.kv_store import bind
+from trainer.agent.kv_server import bind
 
 
 class RankStore:
@@ -19,7 +19,9 @@ class RankStore:
         """Serve on a free port of `address`; empty: on every interface."""
         with bind(address, 0) as listener:
             self.port: int = listener.getsockname()[1]
-            self.process = PROCESSES.Process(target=serve, args=(listener, self.port), name="muster-store")
+            self.process = PROCESSES.Process(
+                target=serve, args=(listener, address or "127.0.0.1", self.port), name="muster-store"
+            )
             self.process.start()
 
     def close(self) -> None:
@@ -27,13 +29,13 @@ class RankStore:
         self.process.join()
 
 
-def serve(listener: socket.socket, port: int) -> None:
+def serve(listener: socket.socket, address: str, port: int) -> None:
     """Serve until the agent is gone."""
     from torch.distributed import TCPStore
 
     descriptor = listener.detach()
     store = TCPStore(
-        "127.0.0.1", port, None, True, timedelta(seconds=10), wait_for_workers=False, master_listen_fd=descriptor
+        address, port, None, True, timedelta(seconds=10), wait_for_workers=False, master_listen_fd=descriptor
     )
     agent = multiprocessing.parent_process()
     assert agent is not None

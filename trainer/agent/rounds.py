@@ -7,12 +7,17 @@ Whoever wants the next round ends the current one. docs/faults.md explains launc
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from trainer import __version__
-from trainer.errors import WRONG_JOB
+from trainer.agent.failure import KINDS, Failure
+from trainer.errors import FAILED, WRONG_JOB
+
+CHARS = 4000
+"""Of each text that is told: what more it says is in the logs."""
 
 
 def torch_version() -> str:
@@ -63,10 +68,52 @@ class Wishes:
     cause_known: bool = False  # an agent has found a failure that is not the consequence of another one
 
 
-def check_versions(versions: Sequence[dict[str, str]]) -> None:
+def make_end(reason: str, code: int) -> list[Any]:
+    """What an agent tells the others of the end of the job."""
+    return [reason[:CHARS], code]
+
+
+def read_end(told: Any) -> Ended:
+    """The end that an agent told of."""
+    match told:
+        case [str(reason), int(code)] if 0 < code < 256:
+            return Ended(reason, code)
+    return Ended(f"an agent ended the job, with a reason that cannot be read: {str(told)[:100]}", FAILED)
+
+
+def make_report(versions: dict[str, str], failure: Failure | None) -> dict[str, Any]:
+    """What an agent tells node 0 when ranks have ended: in a size that can be sent."""
+    facts = asdict(failure) if failure else {}
+    short = {key: value[:CHARS] if isinstance(value, str) else value for key, value in facts.items()}
+    return {"versions": versions, "failure": short or None}
+
+
+def check_versions(versions: Sequence[Any]) -> None:
     """Refuse nodes whose packages differ from those of node 0. Raises Ended: some do."""
-    for node, theirs in enumerate(versions):
-        for package, version in theirs.items():
-            ours = versions[0].get(package)
-            if version != ours:
-                raise Ended(f"node {node} has {package} {version}, and node 0 {ours}: use one environment", WRONG_JOB)
+    for node, told in enumerate(versions):
+        theirs = told if isinstance(told, dict) else {}
+        for package, ours in versions[0].items():
+            if theirs.get(package) != ours:
+                what = f"node {node} has {package} {theirs.get(package)}, and node 0 {ours}"
+                raise Ended(f"{what}: use one environment", WRONG_JOB)
+
+
+def read_failures(reports: Sequence[Any]) -> list[Failure]:
+    """The failures that agents of this version report. Raises Ended: one of them makes no sense."""
+    failures = []
+    for node, report in enumerate(reports):
+        if told := report["failure"]:
+            try:
+                failures.append(Failure(**told))
+            except TypeError:
+                raise Ended(f"node {node} reports what cannot be read: {str(told)[:200]}", FAILED) from None
+            if not _is_sound(failures[-1], len(reports)):
+                raise Ended(f"node {node} reports what makes no sense: {str(told)[:200]}", FAILED)
+    return failures
+
+
+def _is_sound(failure: Failure, nodes: int) -> bool:
+    """Whether each field is of its type, and what others look up by it is there."""
+    types = {field.name: (int, float) if field.type is float else field.type for field in fields(failure)}
+    sound = all(isinstance(getattr(failure, name), kind) for name, kind in types.items())  # type: ignore[arg-type]
+    return sound and 0 <= failure.node < nodes and failure.kind in KINDS

@@ -49,11 +49,29 @@ def same_host(first: str, second: str) -> bool:
     return False
 
 
-def own_address(name: str) -> str:
-    """The address of this host that `name` leads to; the loopback while it leads nowhere or to another host."""
-    with contextlib.suppress(OSError):
-        for family, kind, _, _, target in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
-                probe.bind(target)  # fails for an address that is not ours
-                return str(target[0])
-    return "127.0.0.1"
+def own_addresses(name: str) -> list[str]:
+    """The addresses of this host that a name leads to. Raises OSError: it leads nowhere."""
+    found = []
+    for family, kind, _, _, target in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+            probe.bind(target)  # fails for an address that is not ours
+            found.append(str(target[0]))
+    return list(dict.fromkeys(found))
+
+
+def listening_addresses(name: str) -> tuple[list[str], str]:
+    """Where node 0 listens for other hosts, which reach it by this name; and why, if not there where the name leads.
+
+    An empty address stands for every interface.
+    """
+    try:
+        found = own_addresses(name)
+    except OSError as error:
+        found, why = [], f"{name} does not resolve here yet ({error.strerror})"
+        if name.partition(".")[0] == socket.gethostname().partition(".")[0]:  # a pod knows itself before DNS does
+            with contextlib.suppress(OSError):
+                found = own_addresses(socket.gethostname())
+    else:
+        why = f"{name} leads to {', '.join(found) or 'no address of this host'} here"
+    outside = [address for address in found if not address.startswith("127.") and address != "::1"]
+    return (outside, "") if outside else ([""], f"{why}: the agents listen on all interfaces")

@@ -43,6 +43,11 @@ class Wiring(NodeFacts):
     interface: str  # the interface that routes to the master; empty when unknown
     provenance: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether no other host has any business with this job: it has one node, or all of them are simulated here."""
+        return self.nodes == 1 or self.platform == "local"
+
     def explain(self) -> str:
         """Each value with where it came from, a line each."""
         rows = [f"{name:16} {value!s:40} {self.provenance.get(name, '')}" for name, value in vars(self).items()]

@@ -18,17 +18,23 @@ FORM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.
 REMEDY = "It must be 64 hexadecimal digits: `openssl rand -hex 32` prints such"
 
 
-def read_secret(file: Path, environ: MutableMapping[str, str] = os.environ) -> bytes | None:
+def read_secret(file: Path | None, environ: MutableMapping[str, str] = os.environ) -> bytes | None:
     """The secret: of the file that MUSTER_SECRET_FILE names, else of MUSTER_SECRET, else of `file` in the run folder.
 
-    None: there is none of them. Raises JobError: the first of them that is there cannot be read, or has another form.
+    Takes both variables out of the environment. None: there is no secret. Raises JobError: the first of these that is
+    there cannot be read, or has another form.
     """
-    named, text = environ.pop(SECRET_FILE, ""), environ.pop(SECRET, "")
+    named, text = drop_secret(environ)
     if named:
         return _read(SECRET_FILE, Path(named))
     if text:
         return _check(SECRET, text, "has not the form of a secret", "in the environment")
-    return _read("secret", file) if file.exists() else None
+    return _read("secret", file) if file and file.exists() else None
+
+
+def drop_secret(environ: MutableMapping[str, str] = os.environ) -> tuple[str, str]:
+    """Take the variables that lead to a secret out of the environment, and return their values."""
+    return environ.pop(SECRET_FILE, ""), environ.pop(SECRET, "")
 
 
 def make_secret(file: Path) -> None:

@@ -1,0 +1,44 @@
+"""An agent that has proven itself to node 0's, and then says whatever a test likes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+from trainer.agent.kv_server import bind
+from trainer.agent.proof import Membership, Seal, hello, make_nonce, parse_answer, prove
+
+JOB = Membership("digits-1/0", b"0123456789abcdef" * 4)
+
+
+class Peer:
+    """An agent of node 2 that has proven itself, and then sends what it likes."""
+
+    def __init__(self, port: int) -> None:
+        self.connection = socket.create_connection(("127.0.0.1", port), 5)
+        self.file, nonce = self.connection.makefile("rb"), make_nonce()
+        self.connection.sendall(hello(2, nonce) + b"\n")
+        theirs, proof = parse_answer(self.file.readline().strip())
+        key = JOB.key(2, port, nonce, theirs)
+        assert proof == prove(key, b"server")
+        self.connection.sendall(prove(key, b"client") + b"\n")
+        self.seal = Seal(key, b"client")
+        assert b"[true, {" in self.file.readline()
+
+    def send(self, message: bytes) -> None:
+        self.connection.sendall(self.seal.close(message))
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the other side ends a connection within its timeout."""
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(1 << 16):
+            pass
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody uses at present."""
+    with bind("127.0.0.1", 0) as probe:
+        port: int = probe.getsockname()[1]
+    return port
