@@ -92,8 +92,8 @@ test-gpu: setup-dev ## Run the tests that need an NVIDIA GPU
 test-speed: setup-dev ## Check limits on time, on a machine that does nothing else
 	@"$(BIN)/pytest" -m speed $(ARGS)
 
-test-full: setup-dev ## Kill, stop and restart as often as a release asks for: half an hour
-	@MUSTER_FULL=1 "$(BIN)/pytest" --timeout=3600 $(shell grep -lw FULL tests/gloo/test_*.py) $(ARGS)
+test-full: setup-dev ## Kill, stop and restart as often as a release asks for, MUSTER_SEED chooses: an hour
+	@MUSTER_FULL=1 "$(BIN)/pytest" --timeout=3600 $(shell grep -lw FULL tests/gloo/test_*.py tests/slurm/test_*.py) $(ARGS)
 
 checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/ruff" format --check . && "$(BIN)/ruff" check .

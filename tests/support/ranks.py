@@ -6,7 +6,6 @@ No agent and no launcher: what is under test is the rank. A run folder can be tr
 from __future__ import annotations
 
 import faulthandler
-import json
 import multiprocessing
 import os
 import random
@@ -163,11 +162,7 @@ def samples_of_steps(folder: Path) -> dict[tuple[int, int], list[int]]:
 
     What an attempt did after the checkpoint that the next one resumed from never happened to the weights.
     """
-    lines = [
-        json.loads(line)
-        for path in sorted(folder.glob("samples-rank*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
+    lines = [line for path in sorted(folder.glob("samples-rank*.jsonl")) for line in read_lines(path)]
     began = {event["attempt"]: event["step"] for event in events(folder, "training")}
     steps: dict[tuple[int, int], list[int]] = {}
     for line in sorted(lines, key=lambda line: line["step"]):  # stable: in a step, rank after rank

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from trainer.agent.awake_clock import CLOCK
 from trainer.agent.exception_place import is_ours, place_of
 from trainer.agent.failure import Failure, classify, describe_exit, first_failure, oom_kills
+from trainer.agent.fork_server import is_gone
 from trainer.agent.rank_process import STACKS
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
@@ -40,6 +41,8 @@ CAUSE_S = 3.0  # for a rank that is about to end with the cause, when others hav
 BRIEFLY_S = 60.0  # a script that fails the same way within this time of its start, twice, will do so every time
 CERTAIN = ("user code", "data")
 """Kinds that may be sure to repeat; all others come from outside of the code."""
+UNKNOWN_END = 255
+"""Exit code of a process whose fork server could not tell it any more; a program may choose it as well."""
 WORKER_LOST = "exited unexpectedly"
 """torch's words for a loader worker that was killed; kind `data`, but not the code's doing."""
 WORKER_WAITS = (
@@ -115,6 +118,8 @@ class Diagnosis:
             return self._raised(index, kind, record)
         if code is None or not self._is_failure(index, code):
             return None
+        if code == UNKNOWN_END and is_gone():
+            return self._of(rank, "killed", "the process that it was forked from was ended, and it with that", code)
         message = describe_exit(code) + (" in the middle of the training" if code == DONE else "")
         message += ": the kernel killed it for memory" if oom and code == -signal.SIGKILL else ""
         kind = classify(code, "", message, last_lines(self.run.rank_log(rank), self.log_sizes[rank], 8000), oom)

@@ -108,7 +108,7 @@ def classify(code: int, exception: str, message: str, log_tail: str, oom_killed:
         return "out of memory" if oom_killed else "killed"
     if number == signal.SIGBUS:
         return "shm"
-    if number > 0:
+    if 0 < number < signal.NSIG:
         mixed = number == signal.SIGABRT and re.search(str(KINDS["collectives"][1]), log_tail)  # gloo ends the process
         return "preempted" if number in SIGNALS else "collectives" if mixed else "crashed"
     for text in (f"{exception}: {message}", log_tail if not exception else ""):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -23,6 +24,8 @@ PRELOAD = "MUSTER_PRELOAD"
 REFUSED: list[JobError] = []
 """In the fork server, and so in each rank: why a module of `preload` cannot be used."""
 
+CLOSING_S = 0.5
+"""The longest that a process takes from closing its files to its end."""
 ROOT = str(Path(__file__).resolve().parents[2])
 """The folder that our package lies in."""
 
@@ -55,3 +58,21 @@ def ensure_fork_server() -> None:
         sys.path.remove(ROOT)
         os.chdir(here)
         os.close(here)
+
+
+def is_gone() -> bool:
+    """Whether the fork server has ended. Python's public way to ask starts another one, so this looks at its pid.
+
+    A process closes its files a moment before it has ended, by which its ranks are known to have.
+    """
+    pid, end = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None), time.monotonic() + CLOSING_S
+    while pid is not None:
+        try:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return True
+        except ChildProcessError:
+            return True
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    return False

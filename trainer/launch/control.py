@@ -13,6 +13,7 @@ from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.waiting import is_waiting, waited
 from trainer.records import write_json
 from trainer.run.folder import RunFolder, last_event
+from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail, nobody_reads
 from trainer.run.ownership import check_owner
@@ -56,11 +57,13 @@ def status(run_path: str) -> dict[str, Any]:
     training = last_event(events, "training") or {}
     attempts = now.progress | (last_event(events, "attempt", "restart") or {})
     step = newest_step(run, events)
+    share = goodput(events)
     note = separate_ranks(run) if now.phase == Phase.DONE else ""
     reason = now.reason or (note if good else why_ended(run, events) or likely_end(run, events))
     return {
         "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
+        "goodput": round(share.share, 4) if share else None, "goodput_text": f"goodput {share}" if share else "",
         "waiting": waited(run) if is_waiting(now) else "",
         "code": now.code, "step": now.progress.get("step") if step is None else step,
         "steps": training.get("steps", now.progress.get("steps")), "attempt": attempts.get("attempt"), "handle": handle,
@@ -91,7 +94,7 @@ def status_text(status: dict[str, Any]) -> str:
     if status["steps"]:
         lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
     if status["restarts"]:
-        lines.append(f"restarts {status['restarts_text']}")
+        lines += [f"restarts {status['restarts_text']}", status["goodput_text"]]
     lines += ["  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items()), status["reason"]]
     return "\n".join(line for line in lines if line)
 

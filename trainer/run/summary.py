@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.records import read_json
 from trainer.run.folder import RunFolder, last_event
+from trainer.run.goodput import goodput
 from trainer.run.history import restarts_text, training_times
 from trainer.run.progress import mean_speed
 
@@ -26,6 +27,7 @@ def plain_table(run: RunFolder) -> str:
         "mode": f"{result['parallel']}, {result['world_size']} rank(s), {result['device']}",
         "peak memory": "; ".join(memory),
         **({"restarts": text} if (text := restarts_text(events)) else {}),
+        **({"goodput": str(share)} if (share := goodput(events)) else {}),
         "run folder": str(run),
     }
     width = max(map(len, table))

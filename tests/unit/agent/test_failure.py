@@ -39,6 +39,7 @@ NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
         (137, "", "", "", "killed"),
         (-11, "", "", "", "crashed"),
         (134, "", "", "", "crashed"),
+        (255, "", "ended with exit code 255", "", "user code"),
         (-6, "", "", "gloo::EnforceNotMet: op.preamble.length <= op.nbytes. 8 vs 4.", "collectives"),
         (1, "RuntimeError", "Detected mismatch between collectives on ranks.", "", "collectives"),
         (-15, "", "", "", "preempted"),

@@ -1,0 +1,118 @@
+"""Random faults on one run after another: the weights of a calm run, each sample once, the cause named, nothing left.
+
+A small sample, always the same one, unless FULL: then MUSTER_SEED, or chance, chooses. What was chosen is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from campaign import Campaign
+from campaign_faults import FAULTS, NEEDS_SHIM, campaign_of
+from muster_runs import FULL, HERE, Run, submitted
+from ranks import complete, make_job, samples_of_steps
+from shim import Shim, compiler
+from states import difference, read_state
+
+from trainer.run.folder import RunFolder
+from trainer.run.goodput import goodput
+
+SEED = int(os.environ.get("MUSTER_SEED") or (random.randrange(1, 10**6) if FULL else 9))
+STEP_S = 0.02
+KEYS = [
+    "train.schedule=constant", "task_args.noise=true", "log.samples=true", "checkpoint.every_steps=10",
+    "agent.hang_timeout_s=4", "agent.restarts=1000", "agent.restarts_total=1000",
+]  # fmt: skip
+DISKS = ("full disk", "input/output errors")
+LONG = ("stop a rank", *DISKS)
+"""Takes as long as the patience with silent ranks; in the short run others show it."""
+TOPOLOGIES = {"one node": ["devices_per_node=2"], "two nodes": ["nodes=2", "devices_per_node=1"]}
+SmallDisk = Callable[[str], Path]
+
+
+def usable(*without: str) -> list[str]:
+    """The faults that can be made here."""
+    return [name for name in FAULTS if name not in without and (compiler() or name not in NEEDS_SHIM)]
+
+
+def assert_as_if_nothing_had_happened(run: Run, calm: Path, keys: list[str], whole: bool) -> None:
+    """Same weights; each step has its samples, in their order. `whole`: no line of that record was lost."""
+    job = make_job(*KEYS, *keys, f"train.steps={run.events('done')[-1]['step']}", file=HERE / "faulty.yaml")
+    complete(calm, job)
+    assert difference(read_state(calm), read_state(run.folder)) == ""
+    found, expected = samples_of_steps(run.folder), samples_of_steps(calm)
+    assert not whole or found.keys() == expected.keys()
+    different = [at for at in found if sorted(found[at]) != sorted(expected[at])]
+    assert not different if whole else len(different) < 0.2 * len(expected), different
+
+
+@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.parametrize("topology", TOPOLOGIES if FULL else ["one node"])
+def test_any_fault_at_any_moment(
+    tmp_path: Path, topology: str, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = usable(*(() if FULL else LONG))
+    chance = random.Random(SEED)
+    order = chance.sample(names, len(names)) + (chance.choices(names, k=20) if FULL else [])
+    disk, shim = small_disk("64m"), Shim(tmp_path) if compiler() else None
+    with monkeypatch.context() as patch:
+        for name, value in shim.variables.items() if shim else ():
+            patch.setenv(name, value)
+        keys = TOPOLOGIES[topology]
+        with submitted(disk, *KEYS, *keys, "train.steps=1000000", f"task_args.step_s={STEP_S}") as run:
+            with campaign_of(run, SEED, shim) as campaign:
+                for name in order:
+                    campaign.strike(name)
+                campaign.finish()
+            campaign.assert_nothing_left()
+            assert 0 < run.status()["goodput"] <= 1
+            patch.undo()
+            assert_as_if_nothing_had_happened(run, tmp_path / "calm", keys, whole=not set(order) & set(DISKS))
+
+
+def excess(campaign: Campaign, pace: float) -> dict[str, list[float]]:
+    """The seconds that each kind of fault cost beyond those of the steps that were made meanwhile."""
+    found = defaultdict(list)
+    for name, seconds, steps in campaign.costs:
+        found[name].append(max(0.0, seconds - steps * pace))
+    return found
+
+
+def usual_pace(run: Run) -> float:
+    """Seconds of a step, where nothing disturbs it."""
+    ticks = run.events("checkpoint")
+    pairs = [(one, two) for one, two in pairwise(ticks) if one["attempt"] == two["attempt"]]
+    return statistics.median((two["time"] - one["time"]) / (two["step"] - one["step"]) for one, two in pairs)
+
+
+if FULL:
+
+    @pytest.mark.timeout(3600)
+    def test_a_hundred_faults_cost_what_each_costs(tmp_path: Path) -> None:
+        """The run shows a goodput of at least 0.95 of what the model of recovery predicts: each fault of a kind costs
+        what the usual one of this kind costs, restart and repeated steps together, the last no more than the first.
+        """
+        chance = random.Random(SEED)
+        names = usable(*DISKS, *LONG, "kill the supervisor", "jump of the clock")
+        with submitted(tmp_path, *KEYS, *TOPOLOGIES["one node"], "train.steps=1000000", "task_args.step_s=0.02") as run:
+            with campaign_of(run, SEED) as campaign:
+                for name in chance.choices(names, k=100):
+                    campaign.strike(name)
+                campaign.finish()
+            campaign.assert_nothing_left()
+            found = goodput(RunFolder(run.folder).read_events())
+            lost = excess(campaign, usual_pace(run))
+            modelled = sum(len(each) * statistics.median(each) for each in lost.values())
+            predicted = 1 - modelled / sum(cost.seconds for cost in campaign.costs)
+            for name, each in sorted(lost.items()):
+                print(f"{len(each)} x {name}: median {statistics.median(each):.2f} s, largest {max(each):.2f} s")
+            print(f"{run.status()['goodput_text']}; predicted: {predicted:.1%}")
+            assert found is not None and found.share >= 0.95 * predicted
+            assert_as_if_nothing_had_happened(run, tmp_path / "calm", TOPOLOGIES["one node"], whole=True)
