@@ -19,7 +19,7 @@ from trainer.run.folder import find_job, run_of  # noqa: E402
 from trainer.run.ownership import ForeignRun, check_owner, forbid_group_writes  # noqa: E402
 from trainer.wiring.hardware import raise_open_files  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
-from trainer.wiring.secret import drop_secret, read_secret  # noqa: E402
+from trainer.wiring.secret import drop_secret, read_secret, source_of_secret  # noqa: E402
 from trainer.wiring.variables import PLATFORM  # noqa: E402
 
 USAGE = """usage: python -m trainer JOB.yaml [--explain] [key=value ...]
@@ -65,7 +65,9 @@ def main(arguments: list[str]) -> int:
         from trainer.agent.external_rank import run_external_rank
 
         return run_external_rank(path, overrides)
-    secret = read_secret(run.secret if run else None)  # before anything inherits our environment
+    secret_file = run.secret if run else None
+    source = source_of_secret(secret_file)
+    secret = read_secret(secret_file)  # before anything inherits our environment
     if "--explain" not in options:
         text = _read(path, overrides)
         prepare_fork_server("script" if re.search(NAMES_SCRIPT, text, re.MULTILINE) else "task")
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> int:
             ensure_fork_server()  # it imports torch while we go on
     from trainer.agent import node
 
-    return node.explain(path, overrides) if "--explain" in options else node.run_node(path, overrides, secret)
+    return node.explain(path, overrides, source) if "--explain" in options else node.run_node(path, overrides, secret)
 
 
 def _read(path: Path, overrides: list[str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from muster_runs import environment
 from paths import ROOT
 
+SECRET = "0123456789abcdef" * 4
 NODE_1_OF_2 = {
     "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": "digits-1", "MUSTER_NODES": "2", "MUSTER_NODE_RANK": "1",
     "MUSTER_HOSTNAMES": "127.0.0.1,127.0.0.2",
@@ -28,16 +29,18 @@ def explain(folder: Path, *overrides: str, **variables: str) -> subprocess.Compl
     ("variables", "rows"),
     [
         ({}, ["platform alone", "no scheduler variable", "GLOO_SOCKET_IFNAME=lo (one node:"]),
+        (NODE_1_OF_2, ["export MUSTER_SECRET=$(openssl rand -hex 32)"]),
+        (NODE_1_OF_2 | {"MUSTER_SECRET": SECRET}, ["secret given MUSTER_SECRET in the environment"]),
         (NODE_1_OF_2, ["platform local MUSTER_PLATFORM", "node_rank 1 submitit, MUSTER_NODE_RANK",
                        "master_addr 127.0.0.1 submitit's", "NCCL_SOCKET_IFNAME==lo (simulated nodes"]),
     ],
-    ids=["by hand", "one of two"],
+    ids=["by hand", "no secret", "a secret", "one of two"],
 )  # fmt: skip
 def test_each_value_has_its_source(tmp_path: Path, variables: dict[str, str], rows: list[str]) -> None:
     done = explain(tmp_path, *(["nodes=2"] if variables else []), **variables)
     assert (done.returncode, done.stderr) == (0, "")
     text = " ".join(done.stdout.split())
-    assert [row for row in rows if row not in text] == []
+    assert [row for row in rows if row not in text] == [] and SECRET not in text
 
 
 def test_what_would_stop_the_job_is_said(tmp_path: Path) -> None:

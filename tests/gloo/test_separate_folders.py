@@ -28,6 +28,7 @@ def start(folder: Path, node: int, job: Path | None = None) -> subprocess.Popen[
         "MUSTER_NODE_RANK": str(node), "MUSTER_HOSTNAMES": "127.0.0.1,127.0.0.2",
         "MUSTER_RUN": str(run), "MUSTER_RUN_SHARED": "0",
         "MUSTER_TERMINATION_LOG": str(folder / f"word-{node}"),
+        "MUSTER_SECRET": "0123456789abcdef" * 4,  # there is no folder where they could agree on one
     }  # fmt: skip
     with (folder / f"out-{node}").open("ab") as out:
         words = [str(job)] if job else ["jobs/digits.yaml", *JOB]

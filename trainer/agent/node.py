@@ -20,13 +20,18 @@ from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder, run_of
 from trainer.run.summary import plain_table, separate_ranks
 from trainer.wiring.node import Wiring, wire
+from trainer.wiring.secret import shared_secret
 from trainer.wiring.variables import run_is_shared
 
+NO_SECRET = "agents of several nodes make one in the run folder. If they share none, set the same on each: "
+NO_SECRET += "export MUSTER_SECRET=$(openssl rand -hex 32)"
 
-def explain(path: Path, overrides: list[str]) -> int:
-    """Print wiring, settings and problems of this node."""
+
+def explain(path: Path, overrides: list[str], secret: str) -> int:
+    """Print wiring, settings and problems of this node; `secret`: where it has the run's secret from, if it has one."""
     job, _, wiring = _wire(path, overrides)
     print(wiring.explain())
+    print(f"{'secret':16} {'given' if secret else 'none':40} {secret or NO_SECRET}")
     for name, (value, reason) in network_settings(wiring).items():
         print(f"{name}={value}  ({reason})")
     problems = check_node(job, wiring)
@@ -66,7 +71,8 @@ def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
     if not run_is_shared():
         say("the run folder goes with this node: the run resumes in place, but not on another node")
     try:
-        code, reason = _check_and_supervise(job, path, run, wiring, secret or b"")
+        secret = secret or shared_secret(run.secret, wiring.nodes)
+        code, reason = _check_and_supervise(job, path, run, wiring, secret)
     except Exception as error:
         code, reason = judge(error)
     if code == DONE:

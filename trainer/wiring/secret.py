@@ -7,11 +7,11 @@ environment that they inherit.
 import os
 import re
 import secrets
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from trainer.errors import JobError
-from trainer.wiring.variables import SECRET, SECRET_FILE
+from trainer.wiring.variables import SECRET, SECRET_FILE, run_is_shared
 
 FORM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 """What we make, or the uid of a Kubernetes Job, which all its pods are given and nobody can choose."""
@@ -30,6 +30,31 @@ def read_secret(file: Path | None, environ: MutableMapping[str, str] = os.enviro
     if text:
         return _check(SECRET, text, "has not the form of a secret", "in the environment")
     return _read("secret", file) if file and file.exists() else None
+
+
+def source_of_secret(file: Path | None, environ: Mapping[str, str] = os.environ) -> str:
+    """Where `read_secret` finds it; never what it is. Empty: nowhere."""
+    if environ.get(SECRET_FILE):
+        return f"{environ[SECRET_FILE]}, named by {SECRET_FILE}"
+    if environ.get(SECRET):
+        return f"{SECRET} in the environment"
+    return str(file) if file and file.exists() else ""
+
+
+def shared_secret(file: Path, nodes: int) -> bytes:
+    """The secret of a run that was given none: the agents share the run folder, and who comes first makes it there.
+
+    Raises JobError: several nodes without a common run folder, which could never agree on one.
+    """
+    if nodes == 1:
+        return secrets.token_hex(32).encode()  # for nobody else
+    if not run_is_shared():
+        problem = "is not set, and the nodes share no run folder, in which they could make one"
+        raise JobError(SECRET, None, problem, f"Set the same one on all nodes. {REMEDY}")
+    make_secret(file)
+    made = read_secret(file, {})
+    assert made is not None
+    return made
 
 
 def drop_secret(environ: MutableMapping[str, str] = os.environ) -> tuple[str, str]:

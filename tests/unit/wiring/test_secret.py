@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import JobError
-from trainer.wiring.secret import make_secret, read_secret
+from trainer.wiring.secret import make_secret, read_secret, shared_secret, source_of_secret
 
 ONE, OTHER, THIRD = ("0123456789abcdef" * 4, "fedcba9876543210" * 4, "00ff" * 16)
 
@@ -89,3 +89,25 @@ def test_agents_that_make_it_at_once_have_the_same(
         found = set(pool.map(make, range(40))) if links else {make(0), make(1)}
     assert len(found) == 1 and None not in found
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_agents_without_one_make_it_where_they_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secret"
+    made = shared_secret(file, 2)
+    assert shared_secret(file, 2) == made == read_secret(file, {})
+    monkeypatch.setenv("MUSTER_RUN_SHARED", "0")
+    with pytest.raises(JobError, match=r"MUSTER_SECRET=None: is not set.*Set the same one on all nodes\..*openssl"):
+        shared_secret(file, 2)
+    alone = tmp_path / "alone"
+    assert shared_secret(alone, 1) != shared_secret(alone, 1) and not alone.exists()
+
+
+def test_people_are_told_where_it_is_from_and_not_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    environ = {"MUSTER_SECRET_FILE": "/run/secret", "MUSTER_SECRET": ONE}
+    assert source_of_secret(file, environ) == "/run/secret, named by MUSTER_SECRET_FILE"
+    del environ["MUSTER_SECRET_FILE"]
+    assert source_of_secret(file, environ) == "MUSTER_SECRET in the environment"
+    assert source_of_secret(file, {}) == source_of_secret(None, {}) == ""
+    file.write_text(ONE)
+    assert source_of_secret(file, {}) == str(file)
