@@ -45,7 +45,7 @@ slurm-submit: setup ## Submit JOB to Slurm; SITE names another site file, ARGS a
 
 docker-build: ## Build the container image IMAGE, and train in it for some seconds
 	docker build --file docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --tag "$$IMAGE" .
-	docker run --rm "$$IMAGE" jobs/digits.yaml parallel=single device=cpu train.steps=50
+	docker run --rm --cap-drop ALL --security-opt no-new-privileges "$$IMAGE" jobs/digits.yaml parallel=single device=cpu train.steps=50
 
 docker-run: setup ## Train JOB in containers on this machine
 	@"$(BIN)/muster" run "$$JOB" --on docker $(SITE_OPTION) $(ARGS)

@@ -1,5 +1,6 @@
 """Faults of containers: what is killed or stopped comes back with the same weights in the end; what cannot says why."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,29 @@ def test_a_killed_container_is_replaced_and_its_run_ends_the_same(runs: Runs, re
 def test_a_stopped_container_saves_and_its_run_resumes_exactly(runs: Runs, reference: Path) -> None:
     run = runs.submit(*SLOW, "nodes=1", "devices_per_node=2", job=JOB)
     wait_step(run, 12)
+    is_confined(runs.engine, f"muster-{run.name}-0")
     runs.engine.docker("stop", f"muster-{run.name}-0")
     until(lambda: events(run, "requeued"), run)
     assert runs.wait_end(run)["state"] == "done"
     (stopped,) = events(run, "stopped")
     assert [event["step"] for event in events(run, "resume")] == [stopped["step"]]
     assert same_weights(run, reference)
+    assert runs.engine.docker("volume", "ls", "--quiet").stdout == ""
+
+
+def is_confined(engine: Engine, name: str) -> None:
+    """As pods and compose's containers are: no capabilities, nor a way to get some, and a root that nobody changes."""
+    look = (
+        "cat /proc/1/status /sys/fs/cgroup/pids.max /sys/fs/cgroup/pids/pids.max 2>/dev/null; "
+        "for folder in /etc /workspace /opt/muster/venv /tmp /dev/shm; do touch $folder/x && echo $folder; done; true"
+    )
+    said = engine.docker("exec", name, "sh", "-c", look).stdout.split()
+    facts = dict(itertools.pairwise(said))
+    assert {key: int(facts[key], 16) for key in ("CapEff:", "CapPrm:", "CapBnd:")} == {
+        "CapEff:": 0, "CapPrm:": 0, "CapBnd:": 0,
+    }  # fmt: skip
+    assert facts["NoNewPrivs:"] == "1" and "16384" in said
+    assert said[-2:] == ["/tmp", "/dev/shm"] and "/etc" not in said and "/opt/muster/venv" not in said
 
 
 def test_small_shared_memory_is_noticed_before_the_crash(runs: Runs) -> None:

@@ -81,7 +81,7 @@ def copy_context(target: Path) -> Path:
     target.mkdir(exist_ok=True)
     for name in ("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "muster.py", ".dockerignore"):
         shutil.copy2(ROOT / name, target / name)
-    for name in ("trainer", "jobs", "docker"):
+    for name in ("trainer", "jobs", "docker", "k8s", "slurm"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     return target
 

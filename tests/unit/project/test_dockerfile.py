@@ -17,10 +17,13 @@ def test_requirements_come_from_the_project(tmp_path: Path, before: str) -> None
     command = [sys.executable, "-c", before + program.replace("/mnt", str(ROOT))]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert any(line.startswith("omegaconf") for line in (tmp_path / "install.txt").read_text().splitlines())
-    assert {"dumb-init", "pip"} <= set((tmp_path / "tools.txt").read_text().splitlines())
+    tools, hashed = ((tmp_path / name).read_text() for name in ("tools.txt", "hashed.txt"))
+    assert re.findall("^[a-z-]+(?===)", tools, re.M) == ["dumb-init", "pip", "setuptools"]
+    assert "--hash=sha256:" in tools and "dumb-init==" not in hashed
     # The tests' environment is such a base: its torch stays, and nothing that came with it is pinned anew.
     import torch
 
     pins = (tmp_path / "pins.txt").read_text().splitlines()
+    assert "numpy==" not in hashed
     assert f"torch=={torch.__version__}" in pins and not [pin for pin in pins if pin.startswith("numpy==")]
     assert (tmp_path / "venv-options").read_text() == "--system-site-packages"

@@ -8,6 +8,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -118,3 +119,22 @@ def test_no_file_names_a_registry() -> None:
     )
     found = {str(path.relative_to(ROOT)): host.findall(path.read_text(errors="ignore")) for path in text_files()}
     assert {path: hosts for path, hosts in found.items() if hosts} == {}
+
+
+def test_the_image_gets_the_pinned_versions_by_their_hashes() -> None:
+    """All but torch, of which a build may come from any index. `.ci/lock` writes the file anew."""
+    blocks = re.findall(r"^(\S+?)==([^ ;]+)(?: ; ([^\\\n]+))? \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+                        (ROOT / "docker/lock.txt").read_text(), re.M)  # fmt: skip
+    apply = {name: version for name, version, marker, _ in blocks if not marker or Marker(marker).evaluate()}
+    exact = pins()
+    assert [name for name, version in apply.items() if not exact[name].specifier.contains(version)] == []
+    tools = [*PYPROJECT["dependency-groups"]["image"], *PYPROJECT["build-system"]["requires"]]
+    wanted = {canonicalize_name(Requirement(line).name) for line in tools}
+    wanted |= {
+        name
+        for name in needed([Requirement(line) for line in PROJECT["dependencies"]])
+        if not re.match("nvidia-|cuda-|triton$|torch$", name)
+    }
+    assert wanted - apply.keys() == set()
+    lines = (ROOT / "docker/lock.txt").read_text().splitlines()
+    assert len(lines) == 1 + sum(1 + hashes.count("--hash") for *_, hashes in blocks), "each line is understood"

@@ -30,6 +30,10 @@ SHM_BATCH_MB = 64
 STOP_MARGIN_S = 15
 NOT_STARTED = (125, 126, 127)
 """Exit codes of `docker run` when the engine does not start the container (docker run, "Exit status")."""
+CONFINED = ("--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--pids-limit=16384")
+"""What a training does not need: privileges, files of the image that it may change, processes without end."""
+TEMPORARY = re.compile(r"(.*[=:])?/tmp([:,].*)?")
+"""A word that puts something at /tmp."""
 OF_THE_RUN = ("--rm", "--name=", "--network=", "--network-alias=")
 """Options that only make sense once the run's own network exists."""
 
@@ -102,7 +106,7 @@ class DockerNodes(Nodes):
     def kill(self) -> None:
         """Remove the containers; killing `docker run` would end only the client."""
         for node in range(self.job.nodes):
-            run_quietly("rm", "--force", f"{self.name}-{node}")
+            run_quietly("rm", "--force", "--volumes", f"{self.name}-{node}")
 
     def command(self, node: int, launch: int, lease: Lease) -> tuple[list[str], dict[str, str]]:
         """`docker run` in the foreground: it forwards signals and exits with the agent's exit code."""
@@ -112,18 +116,26 @@ class DockerNodes(Nodes):
         argv = [
             "docker", "run", "--rm", f"--name={self.name}-{node}",
             f"--network={self.name if self.own_network else site.network}",
-            *self.user, f"--stop-timeout={stop_s}",
+            *self.user, f"--stop-timeout={stop_s}", *CONFINED,
             _mount(str(self.run), str(self.run)), f"--workdir={self.run.code}",
         ]  # fmt: skip
         if site.network != "host":
             argv += [f"--hostname=node{node}", f"--network-alias=node{node}"]
-        argv += self._processors(node) + self._shared_memory() + self._devices(node, lease, variables)
+        argv += (
+            self._temporary() + self._processors(node) + self._shared_memory() + self._devices(node, lease, variables)
+        )
         for mount in site.mounts:
             source, target, *mode = mount.split(":")
             argv.append(_mount(source, target, *mode))
         argv += [f"--env={name}={value}" for name, value in variables.items()]
         argv += [f"--env-file={site.env_file}"] if site.env_file else []
         return [*argv, *site.extra_args, site.reference, str(self.run.job)], {}
+
+    def _temporary(self) -> list[str]:
+        """A folder for what a container may write beside its mounts: on disk, because caches there can be large."""
+        targets = [mount.split(":")[1] for mount in self.site.mounts]
+        is_given = any(TEMPORARY.fullmatch(word) for word in (*targets, *self.site.extra_args))
+        return [] if is_given else ["--volume=/tmp"]  # without a name it goes with its container
 
     def _processors(self, node: int) -> list[str]:
         """A share of the cores; otherwise each agent would start one thread for every core of the machine."""
@@ -199,4 +211,4 @@ def check_container(nodes: DockerNodes) -> None:
         docker("network", "inspect", nodes.site.network)
     argv, _ = nodes.command(0, 0, Lease([]))
     created = docker("create", *(word for word in argv[2:] if not word.startswith(OF_THE_RUN)))
-    docker("rm", "--force", created.split()[-1])
+    docker("rm", "--force", "--volumes", created.split()[-1])

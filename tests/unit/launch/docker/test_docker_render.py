@@ -50,8 +50,9 @@ def test_the_whole_command_line(tmp_path: Path) -> None:
     (words,) = command_lines(tmp_path, text, "device=cpu", "agent.grace_s=20")
     assert own(words) == [
         "docker", "run", "--rm", "--name=muster-digits-ID-0", "--network=lan", f"--user={os.getuid()}:{os.getgid()}",
-        "--stop-timeout=35", f"--mount=type=bind,source={RUN},target={RUN}", f"--workdir={RUN}/code",
-        "--hostname=node0", "--network-alias=node0", "--shm-size=2g",
+        "--stop-timeout=35", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--pids-limit=16384",
+        f"--mount=type=bind,source={RUN},target={RUN}", f"--workdir={RUN}/code",
+        "--hostname=node0", "--network-alias=node0", "--volume=/tmp", "--shm-size=2g",
         f"--mount=type=bind,source={mount},target=/data,readonly", f"--mount=type=bind,source={mount},target=/more",
         "--env=NCCL_IB_GID_INDEX=3", "--env=NCCL_IB_TC=106", f"--env-file={tmp_path / 'secrets'}", "--cpus=16",
         "host:5000/team/muster", f"{RUN}/job.yaml",
@@ -135,6 +136,19 @@ def test_inside_it_is_the_same_user_whatever_the_engine_maps(
     monkeypatch.setattr(os, "getgroups", lambda: [os.getgid(), 4711])
     words = command_lines(tmp_path, "{}", "device=cpu")[-1]
     assert words[5 : 5 + len(expected) + 1] == [*expected, "--stop-timeout=45"]
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("mounts: ['{tmp}:/tmp']", False), ("extra_args: ['--tmpfs=/tmp:size=1g']", False),
+        ("extra_args: [-v, '/big:/tmp']", False), ("mounts: ['{tmp}:/tmpfiles']", True),
+    ],
+)  # fmt: skip
+def test_what_a_site_puts_at_tmp_stays_alone_there(tmp_path: Path, text: str, own: bool) -> None:
+    """The engine refuses two."""
+    words = command_lines(tmp_path, text.format(tmp=tmp_path), "device=cpu")[-1]
+    assert ("--volume=/tmp" in words) == own
 
 
 def test_paths_with_commas(tmp_path: Path) -> None:
