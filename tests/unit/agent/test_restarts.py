@@ -108,6 +108,8 @@ def test_an_attempt_has_one_owner(tmp_path: Path) -> None:
     for attempt in (2, 3):
         with pytest.raises(attempts.StaleAttempt):
             attempts.claim(RunFolder(tmp_path), attempt)
+    for name in ("²", "000009-copy", "notes"):  # what a person puts there is no attempt
+        (tmp_path / "attempts" / name).touch()
     attempts.claim(RunFolder(tmp_path), 4)
 
 
