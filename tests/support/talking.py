@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +81,11 @@ def exchange(parallel: Distributed) -> None:
         assert name == number and float(each["loss"]) == 1 / 3 + number
         assert each["pair"].shape == (number, 2) and each["pair"].dtype == torch.bool
     assert parallel.any(rank == 1, lambda: beats.append(None)) and not parallel.any(False, lambda: None)
+
+    # One comes late: the others are alive meanwhile.
+    beats.clear()
+    time.sleep(1.0 if rank == 0 else 0.0)
+    assert not parallel.any(False, lambda: beats.append(None)) and (rank == 0 or len(beats) > 3)
 
     # A state, in pieces that cut tensors and join them.
     messages.PIECE = 1000

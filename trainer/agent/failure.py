@@ -92,7 +92,8 @@ KINDS = {
         "DamagedCheckpoint|DataLoader worker|EOFError|UnpicklingError|FileNotFoundError"),
     "config": ("", None),  # what is wrong says how to correct it
     "preempted": ("Nothing is wrong: resume the run, it continues from its checkpoint", None),
-    "hung": ("Read logs/stacks-rank-*.txt; raise agent.hang_timeout_s if the step is really that slow", None),
+    "hung": ("Read logs/stacks-rank-*.txt; raise agent.hang_timeout_s if a step, or the disk, is that slow",
+        "nothing was committed for"),
     "killed": ("Something outside killed it: look at the scheduler's and the kernel's log of that host", None),
     "crashed": ("Native code crashed; the Python stack is in the rank's log", None),
     "user code": ("Correct the code at the line that the log names", None),

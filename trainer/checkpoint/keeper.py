@@ -13,9 +13,10 @@ from trainer.checkpoint.exchange import checksum, give_all
 from trainer.checkpoint.memory import MOMENTS, Memory
 from trainer.checkpoint.orders import Orders
 from trainer.checkpoint.snapshot import put_together, take_apart
-from trainer.checkpoint.writer import Order, commit
+from trainer.checkpoint.writer import Order, aside, commit
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
+from trainer.parallel.patience import TIMES, Patience
 from trainer.run.folder import RunFolder
 from trainer.wiring.variables import MEMORY, WRITER, read_path, read_words
 
@@ -29,7 +30,8 @@ class Keeper:
     ) -> None:  # fmt: skip
         """`differs`: whether what ranks hold now is not alike, and that of rank 0 counts. `tell` tells the user."""
         self.parallel, self.differs, self.tell = parallel, differs, tell
-        self.run = zlib.crc32(run.name.encode())
+        self.run, self.folder = zlib.crc32(run.name.encode()), run.checkpoints
+        self.limit_s = TIMES * job.agent.hang_timeout_s
         self.recovers = job.checkpoint.in_memory and bool(read_words(MEMORY))
         self.asynchronous = job.checkpoint.asynchronous
         self.memory = Memory.find()
@@ -109,6 +111,7 @@ class Keeper:
 
         Raises Exception: what went wrong with one before, or at once with this one.
         """
+        beat = self._bound(beat)
         copies, orders = self.copies, self.orders
         if self.asynchronous and copies is not None and orders is not None:
             while orders.hear(0):
@@ -122,15 +125,30 @@ class Keeper:
                 orders.send(order, *copies.hand_on())
                 return
         tree, tensors = take_apart(contents)
-        commit(order, put_together(tree, [tensor.cpu() for tensor in tensors]))
+        state = put_together(tree, [tensor.cpu() for tensor in tensors])
+        aside(lambda: commit(order, state), beat=beat)
 
     def wait(self, beat: Callable[[], None]) -> None:
         """Return when everything is committed. Raises Exception: what went wrong."""
         if self.orders is not None:
-            self.orders.wait(beat)
+            self.orders.wait(self._bound(beat))
+
+    def _bound(self, beat: Callable[[], None]) -> Callable[[], None]:
+        """Signs of life for one wait. They end with a TimeoutError when there was time enough for any disk."""
+        patience = Patience(self.limit_s, beat)
+
+        def look() -> None:
+            if not patience.look():
+                raise TimeoutError(
+                    f"nothing was committed for {self.limit_s:.0f} s, {TIMES} times agent.hang_timeout_s: the disk of "
+                    f"{self.folder} hangs, or is that slow"
+                )
+
+        return look
 
     def await_others(self, beat: Callable[[], None]) -> None:
         """Rank 0 waits until nothing of an earlier attempt is being committed any more."""
+        beat = self._bound(beat)
         while self.copies is not None and self.parallel.rank == 0 and not self.copies.all_free():
             time.sleep(0.01)
             beat()
@@ -142,7 +160,7 @@ class Keeper:
         """
         try:
             if self.orders is not None:
-                self.orders.close(beat)
+                self.orders.close(self._bound(beat))
         finally:
             if self.copies is not None:
                 self.copies.close()

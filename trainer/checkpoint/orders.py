@@ -49,7 +49,7 @@ class Orders:
             connection.connect(str(self.writer))
             return connection
         connection, other = socket.socketpair()
-        self.thread = threading.Thread(target=serve, args=(other, self.memory), name="checkpoint")
+        self.thread = threading.Thread(target=serve, args=(other, self.memory), name="orders", daemon=True)
         self.thread.start()
         return connection
 
@@ -85,14 +85,18 @@ class Orders:
 
         Raises Exception: what went wrong with it.
         """
+        hangs = False
         try:
             if self.thread is not None:
                 self.wait(beat)
             while self.hear(0):
                 pass
+        except TimeoutError:
+            hangs = True
+            raise
         finally:
             if self.connection is not None:
                 self.connection.close()
-            if self.thread is not None:
+            if self.thread is not None and not hangs:
                 self.thread.join()
             self.connection = self.thread = None

@@ -78,7 +78,7 @@ class TrainingState:
         Raises Exception: it, or the one before, could not be committed; on all ranks.
         """
         self._choose_best()
-        self._agree([self._submit, *([self._wait] if wait else [])])
+        self._agree([partial(self._submit, wait), *([self._wait] if wait else [])])
 
     def settle(self) -> None:
         """Return when everything is committed. Raises Exception: something could not be, on all ranks."""
@@ -95,7 +95,7 @@ class TrainingState:
                     action()
             except Exception as error:
                 problem = error
-        if self.parallel.any(problem is not None):
+        if self.parallel.any(problem is not None, self.beat):
             said = self.parallel.share(f"{type(problem).__name__}: {problem}")
             raise problem or RuntimeError(f"rank 0 could not save: {said}")
         self.report.pause(time.perf_counter() - started)
@@ -110,7 +110,7 @@ class TrainingState:
         except Exception as error:
             self.report.warn(f"the last checkpoint was not saved: {error}", "checkpoint_failed", problem=str(error))
 
-    def _submit(self) -> None:
+    def _submit(self, urgent: bool) -> None:
         position, job = self.position, self.job
         facts_of_run = {
             "job": hide(job.name), "epoch": position.epoch, "samples": position.samples, "seed": job.seed,
@@ -118,7 +118,7 @@ class TrainingState:
             "config": self.config,
         }  # fmt: skip
         run, best = str(self.report.run), self.best[1] if self.best else None
-        order = Order(run, position.step, self.report.attempt, facts_of_run, job.checkpoint.keep_last, best)
+        order = Order(run, position.step, self.report.attempt, facts_of_run, job.checkpoint.keep_last, best, urgent)
         self.keeper.save(order, self._moment(), self.contents(), self.beat)
 
     def boundary(self) -> None:

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from trainer.checkpoint.snapshot import interpret, put_together, read_raw
 from trainer.run.attempts import StaleAttempt
 from trainer.run.folder import RunFolder
 
-NICE = 15
-"""Beside a training that uses all cores, writing gets 3 % of one."""
+NICE = 5
+"""Beside a training that uses all cores, writing gets a quarter of one. Linux gives nobody priority back."""
+LOOK_S = 0.5
+"""Between two signs of life."""
 LENGTH = struct.Struct("<q")
 
 
@@ -40,6 +43,8 @@ class Order:
     keep_last: int
     best: str | None
     """The name of the checkpoint that is kept in any case."""
+    urgent: bool = False
+    """Whether nothing trains until it is committed."""
 
 
 def commit(order: Order, contents: dict[str, Any], owner: Callable[[], int] | None = None) -> None:
@@ -53,7 +58,6 @@ def commit(order: Order, contents: dict[str, Any], owner: Callable[[], int] | No
 
 def serve(connection: socket.socket, memory: Memory) -> None:
     """Commit what one rank orders, one after the other, until it has gone and all is done."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread alone, on Linux
     swept = False
     while (received := receive(connection)) is not None:
         message, [handle] = received
@@ -63,8 +67,9 @@ def serve(connection: socket.socket, memory: Memory) -> None:
                 files.sweep(RunFolder(Path(order.run)).checkpoints)
                 swept = True
             state = put_together(*interpret(*read_raw(handle, Seal(**message["seal"]))))
-            commit(order, state, lambda: memory.attempt)
-            del state
+            write = partial(commit, order, state, lambda: memory.attempt)
+            write() if order.urgent else aside(write, NICE)
+            del state, write
         except Exception as error:
             traceback.print_exc()
             problem = describe(error)
@@ -74,6 +79,28 @@ def serve(connection: socket.socket, memory: Memory) -> None:
         with contextlib.suppress(OSError):  # the rank was killed meanwhile
             send(connection, problem)
     connection.close()
+
+
+def aside(action: Callable[[], object], nice: int = 0, beat: Callable[[], None] = lambda: None) -> None:
+    """Do something in a thread of its own, and wait for it with signs of life. Raises Exception: what went wrong."""
+    problems: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            if nice:
+                own = threading.get_native_id()  # on Linux a thread has a priority of its own
+                os.setpriority(os.PRIO_PROCESS, own, max(nice, os.getpriority(os.PRIO_PROCESS, own)))
+            action()
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=act, name="checkpoint", daemon=True)  # a disk that hangs holds no process back
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        beat()
+    if problems:
+        raise problems[0]
 
 
 def send(connection: socket.socket, message: Any, handles: Sequence[int] = ()) -> None:

@@ -18,6 +18,7 @@ from trainer.parallel import messages
 from trainer.parallel.base import DeferredScalar, Parallel
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.means import mean_over_ranks
+from trainer.parallel.messages import broadcast, coalesced
 from trainer.parallel.module_state import is_dense
 from trainer.parallel.patience import TIMES, Patience
 from trainer.parallel.step import Step
@@ -74,8 +75,11 @@ class Distributed(Parallel):
         timeout = SUPERVISED if supervised else timedelta(seconds=job.agent.hang_timeout_s)
         if not dist.is_initialized():  # a script may have joined it
             dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
-        start = timedelta(seconds=job.agent.start_timeout_s)
-        self.starting = None if supervised else dist.new_group(timeout=start, backend="gloo")
+        self.saving_s = 2 * TIMES * job.agent.hang_timeout_s
+        self.starting = self.saving = None
+        if not supervised:
+            limits = job.agent.start_timeout_s, self.saving_s + job.agent.hang_timeout_s
+            self.starting, self.saving = (dist.new_group(timeout=timedelta(seconds=s), backend="gloo") for s in limits)
 
     def wrap(self, step: Step) -> None:
         options = self.job.ddp
@@ -229,9 +233,11 @@ class Distributed(Parallel):
 
     def any(self, flag: bool, beat: Callable[[], None] | None = None) -> bool:
         tensor = torch.tensor([float(flag)], dtype=torch.float32, device="cpu")
-        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=beat is not None)
-        if work is not None and beat is not None:
-            Patience(2 * TIMES * self.job.agent.hang_timeout_s, beat).watch(work.is_completed)
+        if beat is None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        else:
+            work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.saving, async_op=True)
+            Patience(self.saving_s, beat).watch(work.is_completed)
             work.wait()
         return bool(tensor.item())
 
@@ -259,21 +265,6 @@ class Distributed(Parallel):
 
 
 _ended: list[Any] = []
-
-
-def coalesced(change: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> None:
-    """Apply a collective to many tensors, in place, as to one tensor of each type."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        change(flat)
-        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def broadcast(flat: Tensor) -> None:
-    """Give all ranks what rank 0 has, whatever its type."""
-    dist.broadcast(flat.view(torch.uint8), 0)
 
 
 def add_comm_hook(ddp: DistributedDataParallel, options: Ddp) -> None:

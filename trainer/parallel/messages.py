@@ -114,3 +114,18 @@ def cut(parts: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
                 pieces, room = [], limit
     if pieces:
         yield pieces
+
+
+def coalesced(change: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> None:
+    """Apply a collective to many tensors, in place, as to one tensor of each type."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        change(flat)
+        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def broadcast(flat: Tensor) -> None:
+    """Give all ranks what rank 0 has, whatever its type."""
+    dist.broadcast(flat.view(torch.uint8), 0)

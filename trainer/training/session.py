@@ -219,7 +219,7 @@ class Session(Course):
         """The training is done: its last checkpoint is committed, and its result is there."""
         self._check_left()
         if self.begun and self.saved != self.place:
-            self.save(wait=False)
+            self.save(wait=True)
         self.state.settle()
         self.report.finish(self.state.metrics)
         self.parallel.close()

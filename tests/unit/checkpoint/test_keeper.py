@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import os
 import threading
@@ -139,6 +141,42 @@ def test_without_asynchronous_it_is_committed_at_once(disk: Disk, make: Callable
     disk.problem = OSError("full")  # type: ignore[assignment]
     with pytest.raises(OSError, match="full"):
         kept.save(disk.order(2), 9, state(2), nothing)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_whoever_waits_for_the_disk_is_alive_but_not_for_ever(
+    disk: Disk, make: Callable[..., Keeper], asynchronous: bool
+) -> None:
+    kept, beats = make(asynchronous=asynchronous), []
+    assert kept.limit_s == 3000, "ten times agent.hang_timeout_s"
+    kept.limit_s = 1.2
+    with pytest.raises(TimeoutError, match="nothing was committed for 1 s, 10 times"):
+        for step in (1, 2, 3):
+            kept.save(disk.order(step), 4 * step, state(step), lambda: beats.append(1))
+    assert beats and disk.saved() == {}
+    with pytest.raises(TimeoutError) if asynchronous else contextlib.nullcontext():
+        kept.close(nothing)
+    disk.ready.set()
+    kept.limit_s = 60.0
+
+
+def test_writing_beside_a_training_gives_way_and_not_when_nothing_trains(
+    disk: Disk, make: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, found, commit = make(), [], writer.files.commit
+
+    def look(*arguments: Any) -> Path:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return commit(*arguments)
+
+    monkeypatch.setattr(writer.files, "commit", look)
+    disk.ready.set()
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    for step, urgent in enumerate((False, True, False)):
+        kept.save(dataclasses.replace(disk.order(step), urgent=urgent), 4 * step, state(step), nothing)
+    kept.wait(nothing)
+    kept.close(nothing)
+    assert found == [max(usual, writer.NICE), usual, max(usual, writer.NICE)]
 
 
 def test_a_state_that_does_not_fit_is_saved_without_a_copy(
