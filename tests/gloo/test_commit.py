@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from commits import commit_until_killed, payload, value_of
+from foreign import missing, put_foreign
 from ranks import start
 
 from trainer.checkpoint import files as checkpoint
-from trainer.checkpoint.files import PAYLOAD, committed, newest_good, prune, step_of, sweep
+from trainer.checkpoint.files import PAYLOAD, newest_good, prune, sweep
 from trainer.run.attempts import StaleAttempt, claim
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, committed, step_of
 
 OLD, NEW = 1.0, 2.0
 
@@ -87,16 +88,22 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 
 def test_prune_leaves_what_a_person_put_there(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
     for step in range(1, 4):
-        checkpoint.commit(tmp_path, step, payload(OLD), {}, 0)
-    shutil.copytree(tmp_path / "step-000000001", tmp_path / "step-000000001-for-the-paper")
-    (tmp_path / "step-notes").mkdir()
-    prune(tmp_path, 1, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-000000001-for-the-paper", "step-000000003", "step-notes",
-    ]  # fmt: skip
-    saved, refused = newest_good(tmp_path)
+        checkpoint.commit(root, step, payload(OLD), {}, 0)
+    foreign = put_foreign(tmp_path)
+    for _ in range(2):
+        prune(root, 1, None)
+        sweep(root)
+    assert not missing(foreign)
+    assert [step_of(folder) for folder in committed(root)] == [3, 0], "and the link"
+    saved, refused = newest_good(root)
     assert saved is not None and step_of(saved) == 3 and not refused
+    assert RunFolder(tmp_path).steps_committed() == 3 and RunFolder(tmp_path).state_bytes() > 0
+    for step in (0, 999999998, 999999999):  # whose names we need now
+        target = checkpoint.commit(root, step, payload(NEW), {}, 0)
+        assert value_of(target) == NEW and not target.is_symlink()
+    assert len(list(root.glob("other-step-*"))) == 3 and (root / "best of all").is_dir()
 
 
 def test_a_stale_attempt_commits_nothing(tmp_path: Path) -> None:

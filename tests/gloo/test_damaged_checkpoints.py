@@ -11,6 +11,8 @@ from faults import Fault, fill_disk, supersede
 from ranks import complete, events, make_job, train
 from states import difference, read_state, steps_saved
 
+from trainer.records import read_lines
+
 KEYS = ["checkpoint.every_steps=3", "checkpoint.keep_last=3", "train.optimizer=sgd", "task_args.dropout=0.2"]
 
 
@@ -90,6 +92,8 @@ def test_a_stale_attempt_neither_starts_nor_saves(tmp_path: Path, asynchronous: 
     run = train(tmp_path, job, Fault(8, event=supersede))
     assert run.code == 1
     assert "attempt 0 of" in run.output() and "replaced by attempt 1" in run.output()
+    written = {name: read_lines(tmp_path / name)[-1]["step"] for name in ("metrics.jsonl", "samples-rank0.jsonl")}
+    assert written == {"metrics.jsonl": 7, "samples-rank0.jsonl": 7}, "metrics after a step, samples before it"
     saved = steps_saved(tmp_path)
     assert saved == [6, 7] or (asynchronous == "true" and saved in ([5, 6], [4, 5]))  # two were still being written
     again = train(tmp_path, job, attempt=0)

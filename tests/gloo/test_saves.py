@@ -7,10 +7,12 @@ import signal
 import time
 from pathlib import Path
 
-from muster_runs import Run, alive, children, kill, stat, submitted, wait_for
+from foreign import missing, put_foreign
+from muster_runs import Run, alive, children, kill, muster, stat, submitted, wait_for
 
-from trainer.checkpoint.files import newest_good, step_of
+from trainer.checkpoint.files import UNFINISHED, newest_good
 from trainer.records import read_lines
+from trainer.run.folder import step_of
 
 HANG_S = 5
 KEYS = ["devices_per_node=2", "task_args.step_s=0.004", "train.steps=1000000", "checkpoint.every_steps=10",
@@ -51,12 +53,14 @@ def stop(run: Run) -> tuple[int, int]:
 
 def leftovers(run: Run) -> set[Path]:
     """What is not a checkpoint yet, or any more."""
-    return set((run.folder / "checkpoints").glob(".*"))
+    return {path for path in (run.folder / "checkpoints").iterdir() if UNFINISHED.fullmatch(path.name)}
 
 
 def test_whoever_is_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     with submitted(tmp_path, *KEYS) as run:
         run.wait("checkpoint", 2)
+
+        foreign = put_foreign(run.folder)
 
         # Nobody: however long the disk takes, the ranks that wait for it do not hang.
         process, committed = stop(run)
@@ -95,3 +99,5 @@ def test_whoever_is_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None
         run.wait("checkpoint", len(run.events("checkpoint")) + 2)
         saved, refused = newest_good(run.folder / "checkpoints")
         assert saved is not None and step_of(saved) > committed and not refused
+        assert not missing(foreign)
+        assert run.status()["step"] > 0 and muster("list", tmp_path).returncode == 0

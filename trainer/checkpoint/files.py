@@ -23,20 +23,15 @@ from torch.serialization import get_crc32_options, set_crc32_options, set_defaul
 
 from trainer import __version__
 from trainer.run.attempts import check_current
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, committed
 
 PAYLOAD = ("model.pt", "state.pt")
-NAME = re.compile(r"step-[0-9]{9,}")
-"""Of a committed checkpoint's folder; what is called otherwise is not ours to read or to prune."""
+UNFINISHED = re.compile(r"\.(pending|replaced|pruned)-(step-[0-9]{9,})(-[0-9]+)?")
+"""The names of our own folders that are no checkpoints yet, or any more."""
 
 
 class DamagedCheckpoint(RuntimeError):
     """A checkpoint's files are not those of its manifest."""
-
-
-def step_of(folder: Path) -> int:
-    """Steps done when a checkpoint was saved."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def commit(
@@ -63,8 +58,10 @@ def commit(
         _sync_folder(pending)
         check_current(RunFolder(root.parent), owner() if owner else attempt)
         target = root / f"step-{step:09d}"
-        if target.exists():  # the same step again, after a resume from before it
+        if target.is_dir() and not target.is_symlink():  # the same step again, after a resume from before it
             target.rename(root / f".replaced-{target.name}-{time.time_ns()}")
+        elif os.path.lexists(target):  # whose it is, nobody knows
+            target.rename(root / f"other-{target.name}-{time.time_ns()}")
         pending.rename(target)
         _sync_folder(root)
     except BaseException:
@@ -76,37 +73,38 @@ def commit(
 
 def prune(root: Path, keep_last: int, best: str | None) -> None:
     """Remove what is neither among the newest `keep_last` nor named `best`; call only after a commit."""
-    for folder in list(committed(root))[keep_last:]:
+    ours = [folder for folder in committed(root) if not folder.is_symlink()]
+    for folder in ours[keep_last:]:
         if folder.name != best:
             doomed = root / f".pruned-{folder.name}"
             folder.rename(doomed)  # a half-removed folder must not look like a damaged checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
-    _remove(root, ".replaced-*")
+    _remove(root, "replaced")
 
 
 def sweep(root: Path) -> None:
     """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves."""
     _put_back(root)
-    _remove(root, ".pending-*")
-    _remove(root, ".pruned-*")
+    _remove(root, "pending")
+    _remove(root, "pruned")
 
 
-def _remove(root: Path, pattern: str) -> None:
-    for stale in root.glob(pattern):
+def _unfinished(root: Path, kind: str) -> list[tuple[Path, str]]:
+    """Our own folders of one kind, the newest first, and the names that they had or would have had."""
+    named = [(path, UNFINISHED.fullmatch(path.name)) for path in sorted(root.glob(f".{kind}-*"), reverse=True)]
+    return [(path, match[2]) for path, match in named if match is not None]
+
+
+def _remove(root: Path, kind: str) -> None:
+    for stale, _ in _unfinished(root, kind):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def _put_back(root: Path) -> None:
     """Give a checkpoint its name again whose replacement did not come."""
-    for stale in sorted(root.glob(".replaced-*"), reverse=True):
-        target = root / stale.name.removeprefix(".replaced-").rpartition("-")[0]
-        if not target.exists():
-            stale.rename(target)
-
-
-def committed(root: Path) -> Iterator[Path]:
-    """Committed checkpoints, the newest first; whether they are whole says `verify`."""
-    return (path for path in sorted(root.glob("step-*"), reverse=True) if NAME.fullmatch(path.name))
+    for stale, name in _unfinished(root, "replaced"):
+        if not os.path.lexists(root / name):
+            stale.rename(root / name)
 
 
 def verify(folder: Path) -> None:

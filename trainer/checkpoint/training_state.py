@@ -23,6 +23,7 @@ from trainer.data.sampler import Position
 from trainer.errors import JobError, hide
 from trainer.parallel.base import Parallel
 from trainer.reporting.rank_report import Report
+from trainer.run.folder import step_of
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class TrainingState:
             folder.rename(self.root / f"damaged-{folder.name}-{time.time_ns()}")  # or it would count as kept
         if saved is None:
             return "", []
-        self.report.event("resume", step=checkpoint.step_of(saved), folder=saved.name)
+        self.report.event("resume", step=step_of(saved), folder=saved.name)
         return saved.name, payload
 
     def _explain(self, name: str, origin: str, error: Exception) -> JobError:

@@ -20,6 +20,7 @@ from trainer.records import write_json
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.metrics import Sink, make_sinks
 from trainer.run.event_files import write_as
+from trainer.run.fence import Fence
 from trainer.run.folder import RunFolder
 from trainer.wiring.variables import group_rank
 
@@ -30,6 +31,7 @@ class Report:
     def __init__(self, job: Job, run: RunFolder, attempt: int, parallel: Parallel, pulse: Pulse) -> None:
         self.job, self.run, self.attempt, self.parallel, self.pulse = job, run, attempt, parallel, pulse
         self.is_first = parallel.rank == 0
+        self.fence = Fence(run, attempt)
         write_as(group_rank())
         self.shown = bool(job.script) and pulse.heartbeat is not None
         """Whether `muster run` shows what this rank prints."""
@@ -93,6 +95,7 @@ class Report:
             self._write(position.step, "train", {**values, "samples_per_s": speed})
 
     def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        self.fence.check()
         if not self.sinks:
             self.sinks = make_sinks(self.run, self.attempt, self.first_step - 1, self.job.log.tensorboard)
         for sink in self.sinks:
@@ -127,6 +130,7 @@ class Report:
     def samples(self, position: Position, micros: Sequence[tuple[MicroBatch, Any]]) -> None:
         """Record which samples this rank's part of the step consumed."""
         if self.samples_file is not None:
+            self.fence.check()
             numbers = [int(index) for micro, _ in micros for index in micro.indices[: micro.count]]
             line = {"attempt": self.attempt, "epoch": position.epoch, "step": position.step, "samples": numbers}
             self.samples_file.write(json.dumps(line) + "\n")
@@ -167,6 +171,7 @@ class Report:
         memory = [line for lines in self.parallel.gather(self._memory()) for line in lines]
         if not self.is_first:
             return
+        self.fence.check()
         elapsed = time.perf_counter() - self.started
         speed = self.samples_done / max(elapsed - self.paused_s, 1e-9)
         write_json(self.run.result, {

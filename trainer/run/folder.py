@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from trainer.run.line_file import LineFile, warn
 from trainer.wiring.variables import RUN, SLURM_ARRAY_TASK_ID, array_task, read_path
 
 JOB = "job.yaml"
-CHECKPOINT = "step-"
+CHECKPOINT = re.compile(r"step-([0-9]{9,})")
+"""The name of a committed checkpoint's folder. What is called otherwise is not ours to read or to remove."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,11 @@ class RunFolder:
 
     def steps_committed(self) -> int:
         """The step of the newest checkpoint, -1 before the first."""
-        steps = (path.name.removeprefix(CHECKPOINT) for path in self.checkpoints.glob(f"{CHECKPOINT}*"))
-        return max((int(step) for step in steps if step.isdecimal()), default=-1)
+        return max(map(step_of, committed(self.checkpoints)), default=-1)
 
     def state_bytes(self) -> int:
         """The size of the newest checkpoint, 0 before the first; of a damaged one, too."""
-        manifest = read_json(self.checkpoints / f"{CHECKPOINT}{self.steps_committed():09d}" / "manifest.json") or {}
+        manifest = read_json(self.checkpoints / f"step-{self.steps_committed():09d}" / "manifest.json") or {}
         return sum(facts.get("bytes", 0) for facts in manifest.get("files", {}).values())
 
     # Making and finding runs.
@@ -203,6 +204,17 @@ def _make_unique(root: Path, name: str) -> Path:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o755)
             return path
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """The folders of committed checkpoints, the newest first; a link to one counts, a file of such a name does not."""
+    found = (path for path in checkpoints.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when a checkpoint was saved, by the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def last_event(events: Sequence[Event], *names: str) -> Event | None:

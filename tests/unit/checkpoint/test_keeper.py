@@ -22,7 +22,7 @@ from trainer.checkpoint.writer import Order
 from trainer.config.job import Checkpoints, Job
 from trainer.parallel.base import Parallel
 from trainer.run.attempts import StaleAttempt
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, committed, step_of
 from trainer.wiring.rank import rank_wiring
 
 
@@ -47,8 +47,8 @@ class Disk:
 
     def saved(self) -> dict[int, float]:
         """The weight in each checkpoint."""
-        folders = files.committed(self.path / "checkpoints")
-        return {files.step_of(folder): float(files.read(folder, nothing)[0]["weight"][0]) for folder in folders}
+        folders = committed(self.path / "checkpoints")
+        return {step_of(folder): float(files.read(folder, nothing)[0]["weight"][0]) for folder in folders}
 
 
 @pytest.fixture
