@@ -33,7 +33,7 @@ def run_external_rank(path: Path, overrides: list[str]) -> int:
     run = run_of(path)  # None: the ranks choose one when they have met
     if wiring.rank == 0:  # so that `muster status` knows it
         chosen = run or RunFolder(choose_run(job, wiring))
-        chosen.logs.mkdir(parents=True, exist_ok=True)
+        chosen.make()
         if not chosen.job.exists():
             chosen.job.write_text(to_text(config))
     return end_with(lambda: train(job, run.path if run else None, path), print_error)

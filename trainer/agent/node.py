@@ -88,7 +88,7 @@ def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
 def _open(run: RunFolder) -> None:
     """Make the run folder if it is not there. Raises JobError: this node cannot write there what a run needs."""
     try:
-        run.logs.mkdir(parents=True, exist_ok=True)
+        run.make()
         check_abilities(run.path)
     except PermissionError as error:
         remedy = (

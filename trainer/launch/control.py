@@ -16,7 +16,7 @@ from trainer.run.folder import RunFolder, last_event
 from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
 from trainer.run.log_tail import Tail, nobody_reads
-from trainer.run.ownership import check_owner
+from trainer.run.ownership import check_owner, is_own
 from trainer.run.progress import last_evaluation, newest_step
 from trainer.run.summary import separate_ranks
 
@@ -28,7 +28,10 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
         return None, partial(by_events, run)
     if original := copied_from(run, handle):
         return None, partial(_by_copy, run, original)
-    return handle, partial(find_platform(handle["platform"]).status, run, handle)
+    platform = find_platform(handle["platform"])
+    if platform.copies_logs and not is_own(run):
+        return None, partial(by_events, run)
+    return handle, partial(platform.status, run, handle)
 
 
 def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:

@@ -102,6 +102,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     """For how long an answer is used again: following a run asks ten times a second. An object follows one run."""
     kept: tuple[float, JobStatus] | None = None
     """When the platform last answered, and what."""
+    copies_logs = False
+    """Whether asking it writes into the run folder, which only its owner may let it do: a log there can be a link."""
     has_arrays = False
     """Whether it has `submit_sweep`."""
 

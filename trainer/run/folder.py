@@ -149,6 +149,17 @@ class RunFolder:
         return sum(facts.get("bytes", 0) for facts in manifest.get("files", {}).values())
 
     # Making and finding runs.
+    def make(self) -> None:
+        """Make the folder and that of its logs, if they are not there.
+
+        A default ACL of the folder around it, as shares of groups have, would let others write, whatever the umask is:
+        nothing that is made in the folder gets it.
+        """
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or it is not ours to remove
+            os.removexattr(self.path, "system.posix_acl_default")
+        self.logs.mkdir(mode=0o755, exist_ok=True)
+
     @classmethod
     def create(cls, runs: str, name: str, job_text: str, job_folder: Path | None = None) -> RunFolder:
         """Make a new run folder `<runs>/<name>-<id>`. No two calls ever get the same.
@@ -163,7 +174,8 @@ class RunFolder:
                 (root / ".gitignore").write_text("*\n")  # no repository, and no snapshot of its code, takes runs along
             check_abilities(root)
             run = cls(_make_unique(root, name))
-            for folder in (run.logs, run.plan, run.events):
+            run.make()
+            for folder in (run.plan, run.events):
                 folder.mkdir()
             here = os.getcwd()
             places = {"working_directory": here, "job_folder": str(job_folder or here), "run": str(run)}

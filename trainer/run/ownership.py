@@ -10,7 +10,9 @@ from pathlib import Path
 from trainer.errors import JobError
 from trainer.run.folder import Entry, RunFolder
 
-NAMES = [entry.name for entry in vars(RunFolder).values() if isinstance(entry, Entry)]
+OF_RANKS = ("failures", "metrics.jsonl", "profile", "tensorboard")
+"""What ranks make, in whose processes user code may choose another umask; nothing is done because of it."""
+NAMES = [entry.name for entry in vars(RunFolder).values() if isinstance(entry, Entry) and entry.name not in OF_RANKS]
 
 
 class ForeignRun(JobError):
@@ -39,6 +41,15 @@ def check_owner(run: RunFolder) -> None:
             if facts.st_mode & 0o022:
                 problem = f"others than you may write to {path}: nothing in it is believed"
                 raise ForeignRun("RUN", str(run), problem, f"If you know what is in it: chmod -R go-w {run}")
+
+
+def is_own(run: RunFolder) -> bool:
+    """Whether `check_owner` lets this user act on it."""
+    try:
+        check_owner(run)
+    except ForeignRun:
+        return False
+    return True
 
 
 def _acted_upon(run: RunFolder) -> Iterator[Path]:

@@ -77,7 +77,7 @@ def _begin(run: str | Path | None, job: Job, wiring: RankWiring, config: DictCon
         folder = RunFolder.create(job.runs, job.name, to_text(config))
     else:
         folder = RunFolder(Path(run).resolve() if run is not None else choose_run(job, wiring))
-        folder.logs.mkdir(parents=True, exist_ok=True)
+        folder.make()
         if not folder.job.exists():
             folder.job.write_text(to_text(config))
     attempt = attempts.newest(folder) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ def run(tmp_path: Path) -> RunFolder:
 def test_what_a_platform_gave_is_taken(platform: str, run: RunFolder) -> None:
     write_json(run.handle, {"platform": platform, **GOOD[platform]})
     assert read_handle(run) == {"platform": platform, **GOOD[platform]}
+
+
+def test_who_only_looks_writes_nothing_into_what_others_may_write(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Kubernetes, a look copies logs; a log may be a link to a file of whoever looks."""
+    write_json(run.handle, {"platform": "kubernetes", **GOOD["kubernetes"]})
+    (tmp_path / "kubectl").write_text("#!/bin/sh\ntouch $0.was.asked; exit 1\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run.path.chmod(0o775)
+    assert control.status(str(run))["state"] == "pending" and not (tmp_path / "kubectl.was.asked").exists()
+    run.path.chmod(0o755)
+    control.status(str(run))
+    assert (tmp_path / "kubectl.was.asked").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,30 @@ def test_what_is_acted_upon_is_ones_own(name: str, run: RunFolder) -> None:
     path.chmod(path.stat().st_mode | 0o002)
     with pytest.raises(JobError, match=rf"others than you may write to {path}"):
         check_owner(run)
+
+
+def test_a_default_acl_of_the_folder_around_gives_nobody_rights(tmp_path: Path) -> None:
+    """As folders that a group shares have: it beats the umask."""
+    everybody = (1 << 32) - 1
+    entries = ((1, 7, everybody), (4, 7, everybody), (8, 7, 1000), (16, 7, everybody), (32, 5, everybody))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:  # this file system has none, so nobody can get such rights
+        return
+    run = RunFolder.create(str(tmp_path), "digits", "name: digits\n")
+    by_hand = RunFolder(tmp_path / "by hand")
+    by_hand.make()
+    by_hand.job.touch()
+    for each in (run, by_hand):
+        check_owner(each)
+
+
+def test_what_ranks_make_may_be_open_to_a_group(run: RunFolder) -> None:
+    """A script may set its own umask, and its run goes on all the same."""
+    run.tensorboard.mkdir()
+    run.tensorboard.chmod(0o775)
+    check_owner(run)
 
 
 def test_what_a_person_puts_there_is_left_alone(run: RunFolder) -> None:

@@ -29,6 +29,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     name, folder, site_type = "kubernetes", "k8s", KubernetesSite
     ids = {"kind": "|".join(KINDS.values()), "name": "[a-z0-9]([-a-z0-9.]*[a-z0-9])?"}  # noqa: RUF012
     poll_s = 2.0
+    copies_logs = True
     following = False
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
