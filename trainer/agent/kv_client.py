@@ -42,11 +42,11 @@ class KeyValueClient(KeyValueStore):
 
         Raises OSError: nobody listens there, or somebody else, or too slowly.
         """
+        self.connection = socket.create_connection((address, port), CONNECT_S)  # first: most tries end here
         super().__init__()
         self.problem, self.buffer = "", bytearray()
         self.requests, self.answers, self.asking = 0, 0, threading.Lock()
         self.beat_s = min(max(BEAT_S, nodes / BEATS_PER_S), LONGEST_BEAT_S)
-        self.connection = socket.create_connection((address, port), CONNECT_S)
         try:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.address: str = self.connection.getpeername()[0]
