@@ -109,9 +109,9 @@ class Pods(Kubelet):
                 job, "FailureTarget", True, "BackoffLimitExceeded", "Job has reached the backoff limit"
             )
         taken = done | {pod["metadata"]["annotations"][INDEX] for pod in active}
-        if time.monotonic() >= self.not_before.get(name, 0) and not self.hold:
+        if not self.hold:
             for index in range(spec["completions"]):
-                if str(index) not in taken:
+                if str(index) not in taken and time.monotonic() >= self.not_before.get(f"{name}-{index}", 0):
                     self._create(job, index)
         for pod in active:
             if pod["status"]["phase"] == "Pending" and pod["metadata"]["name"] not in self.known:
@@ -165,12 +165,20 @@ class Pods(Kubelet):
         owner = self.cluster.objects.get(("jobs", pod["metadata"]["ownerReferences"][0]["name"]))
         if owner is not None and not owner["spec"].get("suspend"):
             if code:
-                self.not_before[owner["metadata"]["name"]] = time.monotonic() + BACKOFF_S
+                self._delay(owner, pod["metadata"]["annotations"][INDEX])
                 self._decide(owner, pod, code)
             if pod["metadata"].get("deletionTimestamp"):
                 self.cluster.remove("pods", pod["metadata"]["name"])
         elif owner is not None:
             self.cluster.remove("pods", pod["metadata"]["name"])
+
+    def _delay(self, job: Object, index: str) -> None:
+        """The next pod of an index waits for itself, with backoffLimitPerIndex; else all wait ("Backoff limit per
+        index" in concepts/workloads/controllers/job).
+        """
+        own = "backoffLimitPerIndex" in job["spec"]
+        for each in [index] if own else map(str, range(job["spec"]["completions"])):
+            self.not_before[f"{job['metadata']['name']}-{each}"] = time.monotonic() + BACKOFF_S
 
     def _decide(self, job: Object, pod: Object, code: int) -> None:
         """The first rule of podFailurePolicy that matches (tasks/job/pod-failure-policy)."""

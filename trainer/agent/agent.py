@@ -25,13 +25,15 @@ from trainer.agent.rank_environment import rank_defaults, rank_variables, thread
 from trainer.agent.rank_process import run_rank
 from trainer.agent.rendezvous import NodeRendezvous
 from trainer.agent.restarts import RestartPolicy
-from trainer.agent.rounds import Ended, RendezvousTimeoutError
+from trainer.agent.rounds import Ended, RanksStopped, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import FAILED, HIDDEN, STOPPED, WRONG_JOB
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
+from trainer.run import attempts
 from trainer.run.folder import RunFolder
+from trainer.run.history import agents_killed
 from trainer.run.log_tail import Tail
 from trainer.signals import FLAG, SIGNALS, kill_group
 from trainer.wiring import variables
@@ -56,6 +58,9 @@ class NodeAgent:
             wiring, secret, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
             self.restarts.next_attempt, say,
         )  # fmt: skip
+        if wiring.platform == "kubernetes" and attempts.newest(run) >= 0:  # the nodes met before: one is not back yet
+            self.rendezvous.in_vain = STOPPED
+            self.restarts.killed = agents_killed(run.read_events())
         self.heartbeat = Heartbeat(folder / HEARTBEAT, job.ranks_per_node)
         (folder / LIMIT).write_text(str(max(job.agent.start_timeout_s, job.agent.hang_timeout_s)))
         self.threads = threads_per_rank(job, wiring)
@@ -86,8 +91,10 @@ class NodeAgent:
             known = end.code in (FAILED, STOPPED, WRONG_JOB) or self.wiring.platform != "kubernetes"
             return (end.code if known else FAILED), str(end)  # what else a script ends with would start its pod again
         except RendezvousTimeoutError as error:
-            failure = self.rendezvous.failure
-            return FAILED, paragraph(failure, f"Then {error}.") if failure else f"peer lost: {error}"
+            failure, code = self.rendezvous.failure, self.rendezvous.in_vain
+            if code == STOPPED:
+                return code, f"{error}. The last checkpoint stands, and the run goes on when all nodes are there"
+            return code, paragraph(failure, f"Then {error}.") if failure else f"peer lost: {error}"
         except Exception as error:
             code, reason = judge(error)
             self.rendezvous.end_all(reason, code)
@@ -100,22 +107,40 @@ class NodeAgent:
     def _run_rounds(self) -> int:
         """Rounds of rendezvous, start and watch, until all ranks are done; return their exit code."""
         while True:
-            failure = None
             try:
-                self._start()
-                failure = self._watch()
-                if failure is None and not self._living() and self._others_done():
-                    return max(process.exitcode or 0 for process in self.processes)
-            except PeerLost as error:
-                failure = self.diagnosis.lost_node(0, str(error))
-            except (EOFError, ConnectionError) as error:  # the fork server is gone; the next round starts another
-                failure = self.diagnosis.lost_fork_server(error)
-            if failure is not None and self._stop_requested():
-                meanwhile = f"meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands"
-                raise Ended(f"stopped on request; {meanwhile}", STOPPED)
-            self.rendezvous.failure = failure or self.rendezvous.failure
+                code = self._run_round()
+                if code is not None and not self._stays(code):
+                    return code
+            except RanksStopped as end:
+                if not self._stays(end.code):
+                    raise
             self._end_ranks()
             self._copy_logs()  # before the last word on it
+
+    def _run_round(self) -> int | None:
+        """One round; return the exit code of the ranks, None when there must be another round."""
+        failure = None
+        try:
+            self._start()
+            failure = self._watch()
+            if failure is None and not self._living() and self._others_done():
+                return max(process.exitcode or 0 for process in self.processes)
+        except PeerLost as error:
+            failure = self.diagnosis.lost_node(0, str(error))
+        except (EOFError, ConnectionError) as error:  # the fork server is gone; the next round starts another
+            failure = self.diagnosis.lost_fork_server(error)
+        if failure is not None and self._stop_requested():
+            meanwhile = f"meanwhile [{failure.kind}] {failure.message}; the last checkpoint stands"
+            raise RanksStopped(f"stopped on request; {meanwhile}", STOPPED)
+        self.rendezvous.failure = failure or self.rendezvous.failure
+        return None
+
+    def _stays(self, code: int) -> bool:
+        """Whether this agent goes on after a stop that others were asked for; it forgets the stop then."""
+        asked_elsewhere = self.stop_began is not None and FLAG.requested is None
+        stays = code == STOPPED and self.rendezvous.alone and asked_elsewhere
+        self.stop_began = None if stays else self.stop_began
+        return stays
 
     def _start(self) -> None:
         """Meet the other agents and start the ranks."""
@@ -125,6 +150,7 @@ class NodeAgent:
             problem = f"something removed {self.folder}, the folder of this node's agent, while the job ran. Its ranks "
             remedy = "cannot be started again without it. Set TMPDIR to a folder that nobody cleans up, and run again"
             raise Ended(problem + remedy, FAILED)
+        say(f"attempt {agreed.attempt} begins")
         self.diagnosis.start_attempt(agreed.attempt)
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
@@ -193,7 +219,7 @@ class NodeAgent:
             while time.monotonic() < end and self._living():
                 time.sleep(0.02)
             if all(code < 0 for code in codes):
-                raise Ended("stopped on request; the ranks were ended before they had trained a step", STOPPED)
+                raise RanksStopped("stopped on request; the ranks were ended before they had trained a step", STOPPED)
         failure = self.diagnosis.find_cause(self.processes, self._cause_is_elsewhere)
         assert failure is not None
         self.rendezvous.alarm(failure)
@@ -220,7 +246,7 @@ class NodeAgent:
         grace_s = self.job.agent.grace_s
         if CLOCK.now() - self.stop_began > grace_s:
             late = f"the ranks did not finish a step and a save within agent.grace_s={grace_s:.0f} s"
-            raise Ended(f"stopped on request, but {late}; the last checkpoint stands", STOPPED)
+            raise RanksStopped(f"stopped on request, but {late}; the last checkpoint stands", STOPPED)
 
     def _others_done(self) -> bool:
         """Wait until every node's ranks are done; False when one asks for another round instead."""

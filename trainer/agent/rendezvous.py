@@ -61,6 +61,9 @@ class NodeRendezvous:
         self.rank_store: RankStore | None = None
         self.is_local = wiring.is_one_machine
         self.done, self.next_progress, self.widen_at = 0, 0.0, 0.0
+        # Kubernetes asks each pod for itself, and replaces it: the others wait, instead of leaving with it.
+        self.alone = wiring.platform == "kubernetes" and wiring.nodes > 1
+        self.in_vain = FAILED  # the exit code when a node does not come
 
     def next_round(self) -> Round:
         """Meet all nodes. Raises Ended: the job ends. Raises RendezvousTimeoutError: some node did not come in time."""
@@ -70,6 +73,7 @@ class NodeRendezvous:
             try:
                 agreed = self._meet(deadline)
                 self.bound_s, self.failure = self.rejoin_s, None
+                self.in_vain = STOPPED if self.alone else FAILED  # nothing is wrong with how the nodes reach each other
                 return agreed
             except PeerLost as error:  # of node 0, which may be replaced
                 end = self._drop_store()
@@ -86,6 +90,8 @@ class NodeRendezvous:
             if self.round:  # the end of its predecessor is what ended that round
                 store.add(f"{self.round + 1}/wishes", "cause_known")
         if self.interrupted():
+            if self.alone:
+                raise self._stopped()
             store.set("stop", True)
         self._report(self.failure)
         self.round += 1
@@ -94,8 +100,8 @@ class NodeRendezvous:
                 self._plan(store, deadline)
             self._await(deadline, lambda: self._planned() == self.round, lambda: [0])
         except (Ended, RendezvousTimeoutError) as error:  # the others are here, or on their way
-            if store.get("end") == [None]:
-                end = error if isinstance(error, Ended) else Ended(f"peer lost: {error}", FAILED)
+            if store.get("end") == [None] and not (self.alone and self.interrupted()):
+                end = error if isinstance(error, Ended) else Ended(f"peer lost: {error}", self.in_vain)
                 store.set("end", make_end(str(end), end.code))
             raise
         [plan] = store.get("plan")
@@ -174,7 +180,7 @@ class NodeRendezvous:
     ) -> None:
         """Between two tries: notice a stop request and the bound, and show progress."""
         if stop or self.interrupted():
-            raise Ended("stopped on request before the ranks started", STOPPED)
+            raise self._stopped()
         now = CLOCK.now()
         if now > deadline:
             raise RendezvousTimeoutError(timeout())
@@ -190,6 +196,11 @@ class NodeRendezvous:
             self.store.wait(pause_s)
         else:
             time.sleep(pause_s)
+
+    def _stopped(self) -> Ended:
+        met = self.in_vain == STOPPED
+        when = "while other nodes were waited for; the last checkpoint stands" if met else "before the ranks started"
+        return Ended(f"stopped on request {when}", STOPPED)
 
     def master_addr(self) -> str:
         """Where the ranks find their store: the address that was reached, because the name may lead elsewhere by now.
@@ -224,8 +235,9 @@ class NodeRendezvous:
         store = self._store()
         store.clear()
         store.check()
-        stop, words = store.get("stop", f"{self.round + 1}/wishes")
-        return Wishes(bool(stop), *(word in (words or ()) for word in ("next_round", "hung", "cause_known")))
+        stop, found = store.get("stop", f"{self.round + 1}/wishes")
+        words = found or ()
+        return Wishes(bool(stop) or "stop" in words, *(word in words for word in ("next_round", "hung", "cause_known")))
 
     def alarm(self, failure: Failure | None) -> None:
         """Ask the others for a round and let them know why, as soon as it is noticed; the report may know more."""
@@ -243,8 +255,11 @@ class NodeRendezvous:
             self._store().check()
 
     def stop_all(self) -> None:
-        """Make the other agents stop their ranks too."""
-        self._store().set("stop", True)
+        """Make the other agents stop their ranks too: for good, or in this round where they stay."""
+        if self.alone:
+            self._store().add(f"{self.round + 1}/wishes", "stop")
+        else:
+            self._store().set("stop", True)
 
     def end_all(self, reason: str, code: int) -> None:
         """Let the other agents end as this one does: its `reason` is more than what they would see of it."""

@@ -22,12 +22,21 @@ class RestartPolicy:
         self.restarts_without_progress = 0
         self.last_step = -1
         self.attempt: int | None = None  # the last one of this launch
+        self.killed = (
+            0,
+            0,
+        )  # how often, and on which node, agents were killed without progress; where nobody else counts
 
     def next_attempt(self, round_number: int, failures: list[Failure]) -> int:
         """Decide how it goes on after the failures of all nodes; return the number of the next attempt.
 
         Raises Ended: it does not go on. Raises JobError: the run folder cannot be written.
         """
+        times, node = self.killed
+        if times > self.job.agent.restarts:
+            problem = f"the agent of node {node} was killed {times} times, and no checkpoint was saved in between"
+            remedy = "Only the platform knows why (kubectl describe pods). Often the memory limit is too low"
+            raise Ended(f"{problem}. {remedy}", FAILED)
         cause = first_failure(failures)
         if cause is not None:
             self._spend_restart(cause)

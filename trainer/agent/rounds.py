@@ -44,6 +44,10 @@ class Ended(RuntimeError):
         self.code = code
 
 
+class RanksStopped(Ended):
+    """The ranks here stopped because somebody asked for it, here or on another node."""
+
+
 class RendezvousTimeoutError(RuntimeError):
     """A node did not come within its bound."""
 

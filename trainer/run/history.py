@@ -38,6 +38,26 @@ def _cause(event: Event) -> str:
     return str(event.get("cause") or event.get("kind") or "unknown")
 
 
+def agents_killed(events: Sequence[Event]) -> tuple[int, int]:
+    """How often, and on which node, agents ended without a word since the run was submitted or saved a checkpoint.
+
+    Of several nodes it is the one where that happened most often.
+    """
+    killed: Counter[int] = Counter()
+    living = set()
+    for event in events:
+        kind, node = event["event"], event.get("node")
+        if kind in ("submitted", "continued", "checkpoint"):
+            killed.clear()
+        elif kind == "ended":
+            living.discard(node)
+        elif kind == "wired" and node is not None:
+            killed[node] += node in living
+            living.add(node)
+    [(node, times)] = killed.most_common(1) or [(0, 0)]
+    return times, node
+
+
 def restarts_text(events: Sequence[Event]) -> str:
     """Such as "7: ValueError at cells/bad.py:12 (7x)", the most frequent cause first; empty without a restart."""
     causes = restart_causes(events)

@@ -139,3 +139,14 @@ def test_a_folder_that_cannot_be_written_is_the_jobs_error(tmp_path: Path, monke
     monkeypatch.setattr(policy, "attempt", None)
     with pytest.raises(JobError, match=r"runs='.*': cannot be written .*Give a writable"):
         policy.fail()
+
+
+def test_agents_that_were_killed_without_progress_use_up_the_budget(tmp_path: Path) -> None:
+    """Where a platform makes new agents for ever, and node 0's is the one that dies, nobody else counts."""
+    policy = Policy(tmp_path, restarts=3)
+    policy.killed = 3, 1
+    policy.fail()
+    policy.killed = 4, 1
+    with pytest.raises(Ended, match="agent of node 1 was killed 4 times, and no checkpoint") as end:
+        policy.fail()
+    assert end.value.code == FAILED
