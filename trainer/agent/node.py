@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.agent.agent import NodeAgent, say
+from trainer.agent.earlier_run import note_earlier_run
 from trainer.agent.fork_server import PRELOAD, ensure_fork_server
 from trainer.agent.last_word import judge, leave
 from trainer.agent.preflight import check_node, network_settings
@@ -21,7 +22,7 @@ from trainer.run.folder import RunFolder, run_of
 from trainer.run.summary import plain_table, separate_ranks
 from trainer.wiring.node import Wiring, wire
 from trainer.wiring.secret import shared_secret
-from trainer.wiring.variables import run_is_shared
+from trainer.wiring.variables import is_by_hand, run_is_shared
 
 NO_SECRET = "agents of several nodes make one in the run folder. If they share none, set the same on each: "
 NO_SECRET += "export MUSTER_SECRET=$(openssl rand -hex 32)"
@@ -61,6 +62,9 @@ def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
         named = RunFolder(Path(job.runs).resolve() / f"{job.name}-{wiring.job_id}")
         run = RunFolder.create(job.runs, job.name, text) if wiring.platform == "alone" else named
     _open(run)
+    note = note_earlier_run(run, text) if is_by_hand() else ""
+    if note and wiring.node_rank == 0:
+        say(note)
     write_as(wiring.node_rank)
     if wiring.node_rank == 0 and not run.job.exists():
         write_text(run.job, text)
@@ -78,7 +82,7 @@ def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
     if code == DONE:
         if wiring.node_rank == 0:
             report_separate_ranks(job, run, say)
-        tell_platform(plain_table(run) or separate_ranks(run))
+        tell_platform("\n".join(filter(None, (note, plain_table(run) or separate_ranks(run)))))
     else:
         leave(run, code, reason, wiring.node_rank)
         say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {reason}")

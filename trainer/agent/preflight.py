@@ -24,6 +24,13 @@ OPEN_FILES = 40
 COPIES = 2
 """Of the state of a training, that a node keeps in memory."""
 
+MORE_CPUS = {
+    "slurm": "Ask for more (cpus_per_device in the site file), and pass --cpus-per-task to srun too",
+    "kubernetes": "Raise cpu in the site file",
+    "docker": "Give the containers more (docker run --cpus)",
+}
+"""By platform, what gives an agent more processors."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -73,7 +80,7 @@ def check_node(job: Job, wiring: Wiring, state: int = 0) -> list[Problem]:
         text += "memory, or set checkpoint.in_memory=false: then a failure costs the steps since the last checkpoint"
         problems.append(Problem("memory", text, False))
     if wiring.cpus < ranks:
-        text = f"{ranks} ranks share {wiring.cpus} CPUs. On Slurm pass --cpus-per-task to srun too"
+        text = f"{ranks} ranks share {wiring.cpus} CPUs. {MORE_CPUS.get(wiring.platform, 'Give them more')}"
         problems.append(Problem("config", text, False))
     return problems
 

@@ -20,6 +20,7 @@ LOCAL_TASK = "MUSTER_LOCAL_TASK"  # never set: the one task of a node is number 
 LAUNCH = "MUSTER_LAUNCH"  # how often the platform has started the job again
 RUN = "MUSTER_RUN"  # the run folder
 RUN_SHARED = "MUSTER_RUN_SHARED"  # 0 where the run folder goes with the node
+BY_HAND = "MUSTER_BY_HAND"  # 1 where the platform's own tool started the job: its name alone says which run it is
 VISIBLE_DEVICES = "MUSTER_VISIBLE_DEVICES"  # GPUs that a container was given, as it numbers them
 TERMINATION_LOG = "MUSTER_TERMINATION_LOG"  # the file whose text Kubernetes shows when a container has ended
 SECRET = "MUSTER_SECRET"  # by which the agents of a run know each other; see `trainer.wiring.secret`
@@ -94,6 +95,11 @@ def group_rank() -> int:
 def run_is_shared() -> bool:
     """Whether all nodes see the run folder, and it outlives them. A platform without a shared volume says no."""
     return os.environ.get(RUN_SHARED) != "0"
+
+
+def is_by_hand() -> bool:
+    """Whether nobody made the run folder for this submission, so that it may be that of an earlier one."""
+    return os.environ.get(BY_HAND) == "1"
 
 
 def is_placed() -> bool:

@@ -34,6 +34,8 @@ def test_a_sound_node_has_no_problem() -> None:
 def test_more_ranks_than_processors() -> None:
     ((text, fatal),) = problems(cpus=1)
     assert text.startswith("2 ranks share 1 CPUs") and "--cpus-per-task" in text and not fatal
+    ((text, _),) = problems(cpus=1, platform="kubernetes")
+    assert text.endswith("Raise cpu in the site file")
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

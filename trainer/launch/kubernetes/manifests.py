@@ -102,7 +102,7 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         "image_pull_secrets": [{"name": name} for name in site.image_pull_secrets] or None,
         "secrets": [{"secretRef": {"name": name}} for name in site.secrets] or None,
         "secret": _secret_source(plan, name),
-        "run_shared": int(site.claim is not None),
+        "by_hand": int(not plan.run.source.exists()), "run_shared": int(site.claim is not None),
         "claim": {"claimName": site.claim} if site.claim else None, "no_claim": None if site.claim else {},
     }  # fmt: skip
 
