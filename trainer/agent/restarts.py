@@ -67,7 +67,8 @@ class RestartPolicy:
         self.run.record("failure", **facts, step=step, restarts_left=max(left, 0))
         if (reason := self._why_not(cause, left, step)) is not None:
             raise Ended(paragraph(cause, reason), self._exit_code(cause))
-        outcome = f"Restarting from step {max(step, 0)}; {left} restarts without progress are left."
+        older = ", or an older one that all nodes have" if self.job.nodes > 1 and step > 0 else ""
+        outcome = f"Restarting from step {max(step, 0)}{older}; {left} restarts without progress are left."
         self.say(paragraph(cause, outcome))
 
     def _why_not(self, cause: Failure, left: int, step: int) -> str | None:

@@ -92,8 +92,11 @@ def name_of(file: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", plain)[:63].strip("-._") or "job"
 
 
-def to_job(config: DictConfig) -> Job:
-    """Resolve and check a merged configuration. Raises JobError: wrong range, or settings that contradict."""
+def to_job(config: DictConfig, code_is_here: bool = True) -> Job:
+    """Resolve and check a merged configuration. Raises JobError: wrong range, or settings that contradict.
+
+    `code_is_here`: whether the user's modules must be on this machine.
+    """
     hide_values_of(to_text(config))
     try:
         job = OmegaConf.to_object(config)
@@ -111,7 +114,7 @@ def to_job(config: DictConfig) -> Job:
         value = operator.attrgetter(name)(job)
         if value is not None:
             _check_limits(name, value, item.metadata)
-    check_job(job)
+    check_job(job, code_is_here)
     return job
 
 

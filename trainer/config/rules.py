@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trainer.config.job import Ddp, Job
-from trainer.config.user_code import check_symbol
+from trainer.config.user_code import MissingModule, check_symbol, find_source
 from trainer.errors import JobError, wrong_choice
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -109,8 +109,11 @@ LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on the
 )  # fmt: skip
 
 
-def check_job(job: Job) -> None:
-    """Complete `parallel: auto` and refuse what cannot work. Raises JobError: with key, value and remedy."""
+def check_job(job: Job, code_is_here: bool = True) -> None:
+    """Complete `parallel: auto` and refuse what cannot work. Raises JobError: with key, value and remedy.
+
+    `code_is_here`: whether the user's modules must be on this machine; those that are there are checked anyway.
+    """
     _check(job, WHAT_TO_RUN)
     if job.devices is not None:
         job.devices_per_node = len(job.devices)
@@ -128,13 +131,23 @@ def check_job(job: Job) -> None:
         if job.ddp.sync_every > 1:
             _check(job, LOCAL_SGD)
         _check_batch(job)
-        check_symbol("task", job.task, job.task_args)
+        _check_code("task", job.task, job.task_args, code_is_here)
         for key, known in {"train.optimizer": OPTIMIZERS, "train.schedule": SCHEDULES}.items():
             value = operator.attrgetter(key)(job)
             if value not in known and ":" not in value:
                 raise wrong_choice(key, value, known, "Or give package.module:callable")
             if value not in known:
-                check_symbol(key, value, None)
+                _check_code(key, value, None, code_is_here)
+
+
+def _check_code(key: str, value: str, arguments: dict[str, Any] | None, is_here: bool) -> None:
+    try:
+        check_symbol(key, value, arguments)
+    except MissingModule:
+        if is_here or find_source(
+            value.partition(":")[0].partition(".")[0]
+        ):  # a package that is here lacks that module
+            raise
 
 
 def _check(job: Job, rules: tuple[Rule, ...]) -> None:

@@ -56,6 +56,10 @@ def add_import_paths(job_file: Path | None, python_path: Sequence[str] = ()) -> 
     sys.path[:0] = [path for path in map(str, import_paths(job_file, python_path)) if path not in sys.path]
 
 
+class MissingModule(JobError):
+    """The module of a task, or of another symbol, is not on this machine."""
+
+
 def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None:
     """Refuse what is not `package.module:Name`, and for a class `arguments` that it does not take."""
     module, _, name = value.partition(":")
@@ -70,7 +74,7 @@ def check_symbol(key: str, value: str, arguments: dict[str, Any] | None) -> None
             f"It must be importable from the working directory ({os.getcwd()}), its src, or the job file's folder; set "
             "python_path if it lies elsewhere"
         )
-        raise JobError(key, value, f"no module {module}", remedy)
+        raise MissingModule(key, value, f"no module {module}", remedy)
     if source.suffix != ".py":
         return
     try:

@@ -10,6 +10,7 @@ import typer
 
 from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.launch import control
+from trainer.launch.platform import Phase
 from trainer.launch.submit import render_job, run_job, submit_job, submit_sweep
 from trainer.run.ownership import forbid_group_writes
 
@@ -65,9 +66,13 @@ def render(job: JobFile, overrides: Overrides = None, on: On = None, site: Site 
 
 @app.command()
 def status(run: RunFolder, as_json: Json = False) -> None:
-    """Say where a run stands and, if it failed, why."""
+    """Say where a run stands and, if it failed, why.
+
+    The exit code is 0, also for a run that failed; 1 when the platform cannot be asked.
+    """
     found = control.status(run)
     print(json.dumps(found) if as_json else control.status_text(found))
+    raise typer.Exit(FAILED if found["state"] == Phase.UNKNOWN else DONE)
 
 
 @app.command()

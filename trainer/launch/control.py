@@ -105,11 +105,13 @@ def status_text(status: dict[str, Any]) -> str:
 def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
     run = RunFolder.open(run_path)
-    _, ask = status_of(run)
+    handle, ask = status_of(run)
     patterns = ("node-*.log", "rank-*.log") if rank is None else (f"rank-{rank}.log",)
     tails: dict[Path, Tail] = {}
     while True:
         now = ask()  # in any case: on Kubernetes this copies the pods' logs here
+        if handle is not None and rank is not None:
+            find_platform(handle["platform"]).bring_rank_log(run, handle, rank)
         for path in next(filter(None, (sorted(run.logs.glob(pattern)) for pattern in patterns)), []):
             if path not in tails:
                 tails[path] = Tail(path)
@@ -123,6 +125,7 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
         remedy = f"There are {', '.join(here) or 'none yet'}"
         if any(name.startswith("node-") for name in here) and not last_event(run.read_events(), "wired"):
             remedy += f"; the nodes have it in their own run folder, as {run.name}/logs/rank-{rank}.log"
+            remedy += "; `muster logs RUN` shows what rank 0 printed" if rank == 0 else ""
         raise JobError("--rank", rank, "has no log here", remedy)
 
 

@@ -104,6 +104,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     """When the platform last answered, and what."""
     copies_logs = False
     """Whether asking it writes into the run folder, which only its owner may let it do: a log there can be a link."""
+    runs_code_of_here = True
+    """Whether ranks run the user's code that is on this machine, so that it must be there."""
     has_arrays = False
     """Whether it has `submit_sweep`."""
 
@@ -146,6 +148,9 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     @abstractmethod
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """Ask where the submission stands."""
+
+    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int) -> None:
+        """Bring what a rank printed into the run folder here, where the nodes have another one."""
 
     @abstractmethod
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:

@@ -52,8 +52,8 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
         config = merge_job(run.job if run else job_path, overrides)
     except JobError as error:
         raise site_fact(error, on) or error from None
-    job = to_job(config)
     platform = find_platform(on)
+    job = to_job(config, platform.runs_code_of_here)
     facts = platform.load_site(site)
     runs = getattr(facts, "runs", None)  # where some sites want run folders to be
     if run is None and runs and not any(word.startswith("runs=") for word in overrides):

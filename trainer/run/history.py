@@ -44,10 +44,13 @@ def agents_killed(events: Sequence[Event]) -> tuple[int, int]:
     Of several nodes it is the one where that happened most often.
     """
     killed: Counter[int] = Counter()
-    living = set()
+    living: set[int] = set()
     for event in events:
         kind, node = event["event"], event.get("node")
-        if kind in ("submitted", "continued", "checkpoint"):
+        if kind in ("submitted", "continued"):
+            killed.clear()
+            living.clear()
+        elif kind == "checkpoint":
             killed.clear()
         elif kind == "ended":
             living.discard(node)

@@ -11,7 +11,7 @@ import pytest
 
 from trainer.records import write_json
 from trainer.run.folder import RunFolder
-from trainer.run.history import likely_end, restarts_text, training_times, why_ended
+from trainer.run.history import agents_killed, likely_end, restarts_text, training_times, why_ended
 from trainer.run.summary import plain_table
 
 
@@ -109,3 +109,12 @@ def test_where_nobody_said_why_the_end_of_a_log_does(tmp_path: Path) -> None:
     assert likely_end(run, events("submitted")) == ""
     lost = ("agent_lost", {"node": 1, "code": -9})
     assert likely_end(run, events("submitted", lost)).startswith("the agent of node 1 was lost (ended by signal 9)")
+
+
+def test_agents_that_were_killed_are_counted_since_the_last_checkpoint() -> None:
+    other, stopped = ("wired", {"node": 1}), ("ended", {"node": 1, "code": 75})
+    assert agents_killed(events("submitted", WIRED, other, "attempt")) == (0, 0)
+    assert agents_killed(events(WIRED, other, other, other, WIRED)) == (2, 1)
+    assert agents_killed(events(WIRED, other, other, "checkpoint", other)) == (1, 1)
+    assert agents_killed(events(WIRED, other, stopped, other)) == (0, 0)
+    assert agents_killed(events(WIRED, other, other, "continued", WIRED, other)) == (0, 0)

@@ -48,9 +48,13 @@ class Kubectl:
 
     def run(self, *argv: str, text: str = "", timeout_s: float = 120) -> str:
         """Run it with `text` as its input; return its output. Raises JobError: no kubectl, or no answer; Refused."""
+        return self.run_bytes(*argv, text=text, timeout_s=timeout_s).decode(errors="replace")
+
+    def run_bytes(self, *argv: str, text: str = "", timeout_s: float = 120) -> bytes:
+        """As `run`, with the output as it is."""
         try:
             command = [*self.command, *argv]
-            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s)
+            done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=timeout_s)
         except OSError:
             remedy = "Install kubectl, or apply what `muster render` prints on a machine that has it"
             raise JobError("--on", "kubernetes", "there is no kubectl on this machine", remedy) from None
@@ -58,7 +62,8 @@ class Kubectl:
             problem = f"gave no answer within {timeout_s:.0f} s"
             raise Unanswered("kubectl", " ".join(argv), problem, "Check `kubectl cluster-info`") from None
         if done.returncode:
-            lines = dict.fromkeys((done.stderr or done.stdout).splitlines())  # kubectl repeats some for each object
+            words = (done.stderr or done.stdout).decode(errors="replace")
+            lines = dict.fromkeys(words.splitlines())  # kubectl repeats some for each object
             raise Refused(" ".join(" ".join(lines).split())[-2000:] or f"exit code {done.returncode}")
         return done.stdout
 

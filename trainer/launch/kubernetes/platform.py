@@ -5,10 +5,18 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
+from trainer.config.load import read_sections
 from trainer.errors import STOPPED, JobError, MaybeAccepted
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
 from trainer.launch.kubernetes.manifests import INSTANCE, make_manifests, render_manifests, secret_object
-from trainer.launch.kubernetes.pod_logs import COPIED_UNTIL, copy_logs, last_word, progress, what_agents_wait_for
+from trainer.launch.kubernetes.pod_logs import (
+    COPIED_UNTIL,
+    copy_logs,
+    copy_rank_log,
+    last_word,
+    progress,
+    what_agents_wait_for,
+)
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import Pod, missing_nodes, newest_pods, read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
@@ -30,6 +38,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     ids = {"kind": "|".join(KINDS.values()), "name": "[a-z0-9]([-a-z0-9.]*[a-z0-9])?"}  # noqa: RUF012
     poll_s = 2.0
     copies_logs = True
+    runs_code_of_here = False  # but that in the image
     following = False
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
@@ -179,6 +188,18 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         except (Refused, Unanswered):  # who may see pods need not see events
             return []
         return [item for item in found if late or item["involvedObject"].get("kind") != "Pod"]
+
+    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int) -> None:
+        """From the pod of that rank, while it runs: the run folder of the pods is not the one here."""
+        kubectl, job = Kubectl(handle), read_sections(run.job)
+        per_node = int(job.get("devices_per_node", 1)) if job.get("parallel", "auto") in ("auto", "ddp") else 1
+        try:
+            items = kubectl.get("pods", f"--selector={INSTANCE}={handle['name']}")
+        except (Refused, Unanswered):
+            return
+        for pod in newest_pods([read_pod(item) for item in items]):
+            if pod.node == rank // per_node and pod.lives and pod.started:
+                copy_rank_log(kubectl, run, rank, pod)
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Delete the Job: its pods get SIGTERM and their grace period to save."""

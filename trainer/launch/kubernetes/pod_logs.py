@@ -12,7 +12,7 @@ from trainer.launch.kubernetes.kubectl import Kubectl, Refused, Unanswered
 from trainer.launch.kubernetes.state import Pod, age_s
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
-from trainer.run.log_tail import last_lines
+from trainer.run.log_tail import last_lines, size
 
 COPIED_UNTIL = ".kubernetes.json"
 """The file in `logs/` that says, for each pod, up to which time its log was copied."""
@@ -87,6 +87,18 @@ def _read_logs(kubectl: Kubectl, which: list[str], newest: str, bound_s: float) 
         return None
     except Refused:  # pods that have not started have no logs yet
         return ""
+
+
+def copy_rank_log(kubectl: Kubectl, run: RunFolder, rank: int, pod: Pod) -> None:
+    """Append what a rank printed since the last time, as it lies in its pod's run folder, where that can be read."""
+    path = run.rank_log(rank)
+    words = ["tail", f"--bytes=+{size(path) + 1}", f"/runs/{run.name}/logs/{path.name}"]
+    try:
+        new = kubectl.run_bytes("exec", pod.name, "--container=agent", "--", *words, timeout_s=LOG_S)
+    except (Refused, Unanswered):  # who may read logs need not start programs in pods
+        return
+    with path.open("ab") as log:
+        log.write(new)
 
 
 def progress(run: RunFolder) -> dict[str, Any]:

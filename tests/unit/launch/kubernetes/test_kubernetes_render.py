@@ -207,3 +207,12 @@ def test_a_template_that_names_what_does_not_exist_is_refused(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(JobError, match=r"k8s/\w+\.yaml='.*job\.nodse"):
         make_manifests(make_plan())
+
+
+def test_a_task_may_be_in_the_image_alone() -> None:
+    """The pods refuse what is not there either; a package that is here is checked here."""
+    text = render_job("jobs/digits.yaml", ["task=only.in_the_image:Task", "task_args={}"], "kubernetes", None)
+    assert job(load(text))["task"] == "only.in_the_image:Task"
+    for task, platform in (("trainer.tasks.digitz:Digits", "kubernetes"), ("only.in_the_image:Task", "local")):
+        with pytest.raises(JobError, match="no module"):
+            render_job("jobs/digits.yaml", [f"task={task}"], platform, None)
