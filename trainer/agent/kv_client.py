@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.kv_store import ANSWER_S, CONNECT_S, MESSAGE_BYTES, SLICE_S, KeyValueStore, PeerLost
+from trainer.agent.kv_store import ANSWER_S, CONNECT_S, MESSAGE_BYTES, SLICE_S, KeyValueStore, PeerLost, beat_s
 from trainer.agent.proof import (
     PROOF_BYTES,
     Membership,
@@ -23,9 +23,6 @@ from trainer.agent.proof import (
     parse_answer,
     prove,
 )
-
-BEAT_S = 1.0  # each client sends a request at least this often ...
-BEATS_PER_S, LONGEST_BEAT_S = 200, 5.0  # ... or less often, so that all together do not keep node 0 busy
 
 
 class SilentError(TimeoutError):
@@ -46,7 +43,7 @@ class KeyValueClient(KeyValueStore):
         super().__init__()
         self.problem, self.buffer = "", bytearray()
         self.requests, self.answers, self.asking = 0, 0, threading.Lock()
-        self.beat_s = min(max(BEAT_S, nodes / BEATS_PER_S), LONGEST_BEAT_S)
+        self.beat_s = beat_s(nodes)
         try:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.address: str = self.connection.getpeername()[0]

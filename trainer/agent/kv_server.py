@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.kv_store import MESSAGE_BYTES, KeyValueStore
+from trainer.agent.kv_store import MESSAGE_BYTES, KeyValueStore, beat_s
 from trainer.agent.proof import (
     PROOF_BYTES,
     Membership,
@@ -30,7 +30,7 @@ from trainer.agent.proof import (
 PROOF_S = 5.0  # how long a connection may stay open without a proof, where nobody else is in the way
 PROOFS_PER_S = 200  # what node 0 can do at least, when all come at once
 STRANGERS = 64  # connections without a proof, beside one of each node; of more than that the oldest ends
-SILENT_S = 15.0  # without a request a node counts as lost after this time; when its connection ends, at once
+SILENT_S, BEATS = 15.0, 3  # a node counts as lost after this time, and so many beats; when its connection ends, at once
 UNREAD_BYTES = 4 * MESSAGE_BYTES  # that a peer may leave unread
 KEYS, CHARS = 50, 100  # that other agents may use, and of each key and word: far more than they have a use for
 ANYBODYS = ("stop", "end")  # the values that every agent may set; the rest are node 0's
@@ -114,12 +114,12 @@ class KeyValueServer(KeyValueStore):
 
     def lost(self) -> tuple[int, str] | None:
         """A node whose connection ended, or that has been silent for too long."""
-        now = CLOCK.now()
+        now, silent_s = CLOCK.now(), max(SILENT_S, BEATS * beat_s(self.nodes))
         for node, client in list(self.clients.items()):
             if client.heard == LOST:
                 return node, "its agent is gone: the connection ended"
-            if now - client.heard > SILENT_S:
-                return node, f"no beat of its agent for {SILENT_S:.0f} s"
+            if now - client.heard > silent_s:
+                return node, f"no beat of its agent for {silent_s:.0f} s"
         return None
 
     def close(self, linger_s: float = 5.0) -> None:

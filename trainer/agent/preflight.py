@@ -9,6 +9,7 @@ import shutil
 import socket
 from dataclasses import dataclass
 
+from trainer.agent.kv_server import STRANGERS
 from trainer.agent.scratch_folder import SHM
 from trainer.config.job import Job
 from trainer.wiring.devices import gpu_files, has_infiniband
@@ -19,8 +20,8 @@ LOOPBACK = "lo"
 """Linux' interface of the machine to itself."""
 OPEN_FILES = 40
 """What an agent or a rank has open at least: libraries, logs, the connections of a process group."""
-
-
+CONNECTIONS_TO_STORE = 2
+"""Of each rank: of its process group, and of the thread by which ranks agree to stop."""
 COPIES = 2
 """Of the state of a training, that a node keeps in memory."""
 
@@ -66,12 +67,7 @@ def check_node(job: Job, wiring: Wiring, state: int = 0) -> list[Problem]:
     if job.task and job.train.compile and not (job.device != "cpu" and gpu_files()) and not shutil.which(compiler):
         text = f"train.compile=true needs a C++ compiler, and this node has no {compiler}"
         problems.append(Problem("config", f"{text}. Install one, name it in CXX, or set train.compile=false"))
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # the agent has raised it as far as it may
-    needed = OPEN_FILES + max(8 * ranks, (job.data.workers * (6 + 2 * job.data.prefetch)) if job.task else 0)
-    if files != resource.RLIM_INFINITY and files < needed:
-        text = f"a process may open {files} files here, and {needed} may be needed for {ranks} ranks with data.workers="
-        text += f"{job.data.workers}. Raise the limit (ulimit -n; docker: --ulimit=nofile={needed}), or lower that"
-        problems.append(Problem("files", text))
+    problems += _check_open_files(job, wiring)
     copies, free = COPIES * state if job.checkpoint.in_memory else 0, free_memory()
     if copies > free:
         text = (
@@ -83,6 +79,27 @@ def check_node(job: Job, wiring: Wiring, state: int = 0) -> list[Problem]:
         text = f"{ranks} ranks share {wiring.cpus} CPUs. {MORE_CPUS.get(wiring.platform, 'Give them more')}"
         problems.append(Problem("config", text, False))
     return problems
+
+
+def _check_open_files(job: Job, wiring: Wiring) -> list[Problem]:
+    """Of the process that may need most: an agent, a rank with loader workers, or on node 0 who serves the others."""
+    ranks, world = job.ranks_per_node, job.ranks_per_node * wiring.nodes
+    uses = {
+        f"{ranks} ranks": 8 * ranks,
+        f"data.workers={job.data.workers}": job.data.workers * (6 + 2 * job.data.prefetch) if job.task else 0,
+    }
+    if wiring.node_rank == 0 and wiring.nodes > 1:
+        uses[f"the connections of {world} ranks to their store"] = CONNECTIONS_TO_STORE * world
+        uses[f"the agents of {wiring.nodes} nodes"] = 8 * ranks + 2 * wiring.nodes + STRANGERS
+    what, most = max(uses.items(), key=lambda use: use[1])
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # the agent has raised it as far as it may
+    needed = OPEN_FILES + most
+    if files == resource.RLIM_INFINITY or files >= needed:
+        return []
+    text = f"a process may open {files} files here, and {needed} may be needed for {what}. "
+    return [
+        Problem("files", f"{text}Raise the hard limit (ulimit -Hn; docker: --ulimit=nofile={needed}), or lower that")
+    ]
 
 
 def network_settings(wiring: Wiring) -> dict[str, tuple[str, str]]:

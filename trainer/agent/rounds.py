@@ -106,7 +106,7 @@ def read_failures(reports: Sequence[Any]) -> list[Failure]:
     """The failures that agents of this version report. Raises Ended: one of them makes no sense."""
     failures = []
     for node, report in enumerate(reports):
-        if told := report["failure"]:
+        if told := report.get("failure"):
             try:
                 failures.append(Failure(**told))
             except TypeError:

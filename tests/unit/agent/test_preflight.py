@@ -82,9 +82,18 @@ def test_locked_memory_counts_where_infiniband_is(
 def test_open_files_of_ranks_and_their_workers(limit: int, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     found = problems(Job(task="a:B", parallel="ddp", devices_per_node=2, data=Data(workers=1)))
-    assert [("may open 32 files" in text and "ulimit -n" in text, fatal) for text, fatal in found] == [
+    assert [("may open 32 files" in text and "ulimit -Hn" in text, fatal) for text, fatal in found] == [
         (True, True)
     ] * told
+
+
+def test_open_files_of_node_0_grow_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 4096))
+    job = Job(task="a:B", parallel="ddp", devices_per_node=8, nodes=1024)
+    assert problems(job, nodes=1024, node_rank=1) == []
+    assert problems(job, nodes=128, node_rank=0) == []
+    ((text, fatal),) = problems(job, nodes=1024, node_rank=0)
+    assert "16424 may be needed for the connections of 8192 ranks" in text and fatal
 
 
 @pytest.mark.parametrize(
