@@ -130,3 +130,16 @@ def test_a_server_that_does_not_answer_is_missed_within_the_bound(monkeypatch: p
             client.tell("plan")
         assert time.monotonic() - began < 3
         assert client.lost() is not None
+
+
+def test_node_0_is_missed_by_an_agent_that_asks_for_nothing(
+    served: tuple[KeyValueServer, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KeyValueServer, "_beat", lambda self, loop: None)
+    monkeypatch.setattr(kv_client, "ANSWER_S", 0.5)
+    monkeypatch.setattr(kv_client, "BEATS", 1)
+    _, port = served
+    client = connect(port)
+    assert client.lost() is None
+    lost = wait_for("the loss", client.lost, 10)
+    assert lost == (0, "the agent of node 0 does not answer: nothing for 1 s")

@@ -1,17 +1,16 @@
 """The other nodes' side of what the agents share: it knows what node 0 has pushed, and asks for changes.
 
-One thread reads what comes, another sends the beats by which node 0 knows that this agent lives.
+A thread reads what comes, and answers each beat of node 0, so that both know that the other lives.
 """
 
 import contextlib
 import json
 import socket
 import threading
-import time
 from typing import Any
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.kv_store import ANSWER_S, CONNECT_S, MESSAGE_BYTES, SLICE_S, KeyValueStore, PeerLost, beat_s
+from trainer.agent.kv_store import ANSWER_S, BEATS, CONNECT_S, MESSAGE_BYTES, SLICE_S, KeyValueStore, PeerLost, beat_s
 from trainer.agent.proof import (
     PROOF_BYTES,
     Membership,
@@ -42,8 +41,8 @@ class KeyValueClient(KeyValueStore):
         self.connection = socket.create_connection((address, port), CONNECT_S)  # first: most tries end here
         super().__init__()
         self.problem, self.buffer = "", bytearray()
-        self.requests, self.answers, self.asking = 0, 0, threading.Lock()
-        self.beat_s = beat_s(nodes)
+        self.requests, self.answers, self.asking, self.sending = 0, 0, threading.Lock(), threading.Lock()
+        self.silent_s, self.heard = max(ANSWER_S, BEATS * beat_s(nodes)), CLOCK.now()
         try:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.address: str = self.connection.getpeername()[0]
@@ -52,8 +51,7 @@ class KeyValueClient(KeyValueStore):
             self.connection.close()
             self._end()
             raise
-        for target in (self._read, self._beat):
-            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+        threading.Thread(target=self._read, name="kv-client", daemon=True).start()
 
     def _prove(self, membership: Membership, node: int, port: int, bound_s: float) -> None:
         """Nothing is said that would help a listener which has not proven itself."""
@@ -70,10 +68,12 @@ class KeyValueClient(KeyValueStore):
 
     def lost(self) -> tuple[int, str] | None:
         """Node 0, when it does not answer."""
+        if not self.problem and CLOCK.now() - self.heard > self.silent_s:
+            self._give_up(f"the agent of node 0 does not answer: nothing for {self.silent_s:.0f} s")
         return (0, self.problem) if self.problem else None
 
     def check(self) -> None:
-        if self.problem:
+        if self.lost():
             raise PeerLost(self.problem)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class KeyValueClient(KeyValueStore):
             self.check()
             try:
                 self.requests += 1
-                self.connection.sendall(self.sends.close(json.dumps(request).encode()))
+                self._send(request)
             except OSError as error:
                 self._give_up(f"the agent of node 0 is gone: {error}")
             end = CLOCK.now() + ANSWER_S
@@ -98,6 +98,10 @@ class KeyValueClient(KeyValueStore):
             if self.answers <= self.requests:
                 self._give_up(f"the agent of node 0 does not answer: nothing for {ANSWER_S:.0f} s")
                 self.check()
+
+    def _send(self, request: list[Any]) -> None:
+        with self.sending:
+            self.connection.sendall(self.sends.close(json.dumps(request).encode()))
 
     def _give_up(self, problem: str) -> None:
         with self.changed:
@@ -116,6 +120,10 @@ class KeyValueClient(KeyValueStore):
 
     def _take(self, line: bytes) -> None:
         is_answer, news = json.loads(self.receives.open(line))
+        self.heard = CLOCK.now()
+        if not is_answer and not news:
+            self._send(["beat"])
+            return
         with self.changed:
             self.answers += is_answer
         self._learn(news)
@@ -139,9 +147,3 @@ class KeyValueClient(KeyValueStore):
         line = bytes(self.buffer[:length])
         del self.buffer[: length + 1]
         return line
-
-    def _beat(self) -> None:
-        with contextlib.suppress(PeerLost):
-            while True:
-                time.sleep(self.beat_s)
-                self._request(["beat"])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.kv_store import MESSAGE_BYTES, KeyValueStore, beat_s
+from trainer.agent.kv_store import BEATS, MESSAGE_BYTES, KeyValueStore, beat_s
 from trainer.agent.proof import (
     PROOF_BYTES,
     Membership,
@@ -30,7 +30,7 @@ from trainer.agent.proof import (
 PROOF_S = 5.0  # how long a connection may stay open without a proof, where nobody else is in the way
 PROOFS_PER_S = 200  # what node 0 can do at least, when all come at once
 STRANGERS = 64  # connections without a proof, beside one of each node; of more than that the oldest ends
-SILENT_S, BEATS = 15.0, 3  # a node counts as lost after this time, and so many beats; when its connection ends, at once
+SILENT_S = 15.0  # a node that says nothing counts as lost after this time; when its connection ends, at once
 UNREAD_BYTES = 4 * MESSAGE_BYTES  # that a peer may leave unread
 KEYS, CHARS = 50, 100  # that other agents may use, and of each key and word: far more than they have a use for
 ANYBODYS = ("stop", "end")  # the values that every agent may set; the rest are node 0's
@@ -83,10 +83,17 @@ class KeyValueServer(KeyValueStore):
     def _serve(self, listeners: list[socket.socket]) -> None:
         if self.loop is None:
             self.loop = asyncio.new_event_loop()
+            self.loop.call_later(beat_s(self.nodes), self._beat, self.loop)
             threading.Thread(target=self.loop.run_forever, name="kv-store", daemon=True).start()
         for listener in listeners:
             listener.setblocking(False)
             self.loop.call_soon_threadsafe(self.loop.add_reader, listener, self._accept, self.loop, listener)
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Ask all for a sign of life; their answers come together, which costs less than one by one."""
+        for peer in list(self.peers):
+            peer.send(False, {})
+        loop.call_later(beat_s(self.nodes), self._beat, loop)
 
     def _accept(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):  # nobody more, or somebody left again
@@ -157,7 +164,7 @@ class KeyValueServer(KeyValueStore):
                     if len(told) == self.nodes:
                         self._change(node, key, True)
                     self._wake()
-                case ["beat"] | ["leave"]:
+                case ["leave"]:
                     return {}
                 case _:
                     raise ValueError("unknown request")
@@ -248,6 +255,8 @@ class _Connection(asyncio.Protocol):
         if self.client is not None:
             request = json.loads(self.receives.open(line))
             self.client.heard = LEFT if request == ["leave"] else CLOCK.now()
+            if request == ["beat"]:
+                return
             news = self.server.apply(self.node, request)
             self.server.push()
             self.send(True, news)

@@ -16,13 +16,13 @@ from typing import Any
 CONNECT_S = 1.0  # for a client, to connect
 ANSWER_S = 10.0  # for an answer; if it takes longer, node 0 or the way to it is gone
 SLICE_S = 1.0  # of a wait: between two of them the clock is asked, which stands still while this process does
-BEAT_S = 1.0  # each client sends a request at least this often ...
-BEATS_PER_S, LONGEST_BEAT_S = 100, 10.0  # ... or less often, so that all together do not keep node 0 busy
+BEAT_S, BEATS = 1.0, 3  # node 0 sends a beat to all so often, which they answer; after so many one is missed, or later
+BEATS_PER_S, LONGEST_BEAT_S = 100, 10.0  # with many nodes less often: they must not keep node 0 busy
 MESSAGE_BYTES = 1 << 18  # at most, in either direction
 
 
 def beat_s(nodes: int) -> float:
-    """How often each of so many nodes gives a sign of life."""
+    """The time between two signs of life of each of so many nodes."""
     return min(max(BEAT_S, nodes / BEATS_PER_S), LONGEST_BEAT_S)
 
 
