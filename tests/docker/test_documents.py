@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,25 @@ def test_a_command_for_docker(engine: Engine, tmp_path: Path, command: str) -> N
         env=engine.env | {"PATH": f"{project}/.venv/bin:{engine.env['PATH']}"}, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("named")
+def test_containers_that_share_no_folder_are_given_the_secret(engine: Engine) -> None:
+    """The page's command on two machines; here they are names in a network."""
+    (text,) = documents.code(documents.ROOT / "docs/docker.md", "bash")
+    make, command = text.replace("\\\n", "").splitlines()
+    assert make == "export MUSTER_SECRET=$(openssl rand -hex 32)"
+    variables = engine.env | {"MUSTER_SECRET": "0123456789abcdef" * 4}
+    engine.docker("network", "create", "machines")
+    for node, host in enumerate(("host-a", "host-b")):
+        here = command.replace("--network=host", f"--detach --network=machines --name={host} --hostname={host}")
+        here = here.replace("NODE_RANK=0", f"NODE_RANK={node}").replace("runs:", f"runs-{host}:")
+        engine.docker(*shlex.split(here)[1:], "devices_per_node=1", *documents.SHORT, env=variables)
+    codes = engine.docker("wait", "host-a", "host-b").stdout.split()
+    printed = [engine.docker("logs", host) for host in ("host-a", "host-b")]
+    engine.docker("rm", "host-a", "host-b")
+    assert codes == ["0", "0"], [log.stdout + log.stderr for log in printed]
+    assert "step 12/12" in printed[0].stdout + printed[0].stderr
 
 
 def test_the_image_of_a_project_of_ones_own(engine: Engine, image: Image, tmp_path: Path) -> None:
