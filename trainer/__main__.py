@@ -16,6 +16,7 @@ from trainer.agent.late_files import await_job  # noqa: E402
 from trainer.agent.scratch_folder import shorten_temporary_folder  # noqa: E402
 from trainer.errors import DONE, WRONG_JOB, JobError, did_you_mean  # noqa: E402
 from trainer.run.folder import find_job, run_of  # noqa: E402
+from trainer.run.output import never_fail  # noqa: E402
 from trainer.run.ownership import ForeignRun, check_owner, forbid_group_writes  # noqa: E402
 from trainer.wiring.hardware import raise_open_files  # noqa: E402
 from trainer.wiring.rank import is_rank  # noqa: E402
@@ -89,6 +90,7 @@ def _read(path: Path, overrides: list[str]) -> str:
 
 def run() -> None:
     """Entry point: an error of the user ends in one line and exit code 64, any other in a traceback and 1."""
+    never_fail()
     try:
         code = main(sys.argv[1:])
     except Exception as error:

@@ -76,25 +76,27 @@ def parse_lines(lines: Iterable[bytes | str]) -> list[dict[str, Any]]:
     return [value for value in values if isinstance(value, dict)]
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file as a whole. It outlives a power loss."""
-    write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], sync: bool = True) -> None:
+    """Replace a JSON file as a whole, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, default=_plain) + "\n", sync)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole. It outlives a power loss: its content reaches the disk before its name does."""
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """Replace a file as a whole; with `sync` for good: its content reaches the disk before its name does."""
     pending = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}")
     try:
         with pending.open("w") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         pending.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             pending.unlink()
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -6,7 +6,6 @@ in `trainer.agent.rendezvous`; what went wrong is found out in `trainer.agent.di
 
 import contextlib
 import os
-import sys
 import time
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -19,7 +18,7 @@ from trainer.agent.failure import Failure, paragraph
 from trainer.agent.fork_server import PROCESSES, ensure_fork_server
 from trainer.agent.health import LIMIT
 from trainer.agent.kv_store import PeerLost
-from trainer.agent.last_word import judge
+from trainer.agent.last_word import judge, say
 from trainer.agent.preflight import LOOPBACK, network_settings
 from trainer.agent.rank_environment import rank_defaults, rank_variables, threads_per_rank
 from trainer.agent.rank_process import run_rank
@@ -52,7 +51,7 @@ class NodeAgent:
         """`secret`: of the run; `folder`: of this agent alone."""
         self.job, self.job_file, self.run, self.wiring, self.folder = job, job_file, run, wiring, folder
         self.memory = Memory.make()
-        self.writer = CheckpointWriter(folder, self.memory)
+        self.writer = CheckpointWriter(folder, self.memory, wiring.node_rank)
         self.restarts = RestartPolicy(job, run, say, self.memory)
         self.rendezvous = NodeRendezvous(
             wiring, secret, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
@@ -257,8 +256,3 @@ class NodeAgent:
                 break  # the ranks here are done, and a task's end is agreed on by all ranks
             self.rendezvous.wait(0.1)
         return True
-
-
-def say(text: str) -> None:
-    """A line in this node's log."""
-    print(f"[muster] {text}", file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 from trainer.agent.fork_server import PROCESSES
 from trainer.checkpoint.memory import Memory
+from trainer.run.event_files import write_as
+from trainer.run.output import never_fail
 from trainer.signals import ignore_signals, set_parent_death_signal
 from trainer.wiring.variables import WRITER
 
@@ -21,9 +23,9 @@ from trainer.wiring.variables import WRITER
 class CheckpointWriter:
     """The agent's side."""
 
-    def __init__(self, folder: Path, memory: Memory) -> None:
-        """`folder`: of this agent alone."""
-        self.memory = memory
+    def __init__(self, folder: Path, memory: Memory, node: int) -> None:
+        """`folder`: of this agent alone, which is that of a node."""
+        self.memory, self.node = memory, node
         self.process: BaseProcess | None = None
         self.folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)  # a name through it is short enough for a socket
         self.listener = socket.socket(socket.AF_UNIX)
@@ -49,7 +51,9 @@ class CheckpointWriter:
         except BlockingIOError:
             return
         with connection:
-            self.process = PROCESSES.Process(target=write, args=(connection, self.memory.paths), name="muster-writer")
+            self.process = PROCESSES.Process(
+                target=write, args=(connection, self.memory.paths, self.node), name="muster-writer"
+            )
             self.process.start()
 
     def close(self, patience_s: float) -> None:
@@ -62,8 +66,10 @@ class CheckpointWriter:
             self.process.join()
 
 
-def write(connection: socket.socket, paths: tuple[str, ...]) -> None:
+def write(connection: socket.socket, paths: tuple[str, ...], node: int) -> None:
     """The body of the process."""
+    never_fail()
+    write_as(node)
     set_parent_death_signal(os.getppid(), signal.SIGKILL)  # the fork server's end is the agent's
     ignore_signals()
     with contextlib.suppress(OSError):  # a sandbox may refuse; `top` tells it by this name

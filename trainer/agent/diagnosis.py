@@ -21,7 +21,7 @@ from trainer.agent.fork_server import is_gone
 from trainer.agent.rank_process import STACKS
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
-from trainer.records import read_json
+from trainer.records import parse_lines, read_json
 from trainer.reporting.heartbeat import FIRST_PHASES, PHASES, UNSEEN, Heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import Tail, last_lines, size
@@ -75,7 +75,7 @@ class Diagnosis:
 
     def start_attempt(self, attempt: int) -> None:
         """New ranks start: remember what was there before them."""
-        self.attempt, self.began = attempt, time.time()
+        self.attempt, self.began = attempt, time.monotonic()
         self.oom_before = oom_kills()
         ranks = range(self.first_rank, self.first_rank + self.job.ranks_per_node)
         self.log_sizes = {rank: size(self.run.rank_log(rank)) for rank in ranks}
@@ -109,7 +109,8 @@ class Diagnosis:
         """What a rank failed of: its record comes before its end, or never."""
         rank = self.first_rank + index
         oom = oom_kills() > self.oom_before
-        record = read_json(self.run.rank_failure(self.attempt, rank))
+        told = parse_lines([self.heartbeat.words(index)])
+        record = read_json(self.run.rank_failure(self.attempt, rank)) or next(iter(told), None)
         if record is not None:
             record["said"] = without_traceback(record["message"])
             kind = classify(record["code"], " ".join(record["chain"]), record["said"], "", oom)
@@ -144,12 +145,22 @@ class Diagnosis:
         """The failure of a rank of this node, or of its agent."""
         node = self.wiring.node_rank
         log = self.run.node_log(node) if rank is None else self.run.rank_log(rank)
-        return Failure(node, socket.gethostname(), rank, when or time.time(), code, kind, message, str(log), waiting)
+        return Failure(
+            node,
+            socket.gethostname(),
+            rank,
+            (when or time.monotonic()) - self.began,
+            code,
+            kind,
+            message,
+            str(log),
+            waiting,
+        )
 
     def lost_node(self, node: int, message: str) -> Failure:
         """Another node went away."""
         host, log = self.wiring.hostnames[node], str(self.run.logs)
-        return Failure(node, host, None, time.time(), FAILED, "peer lost", message, log)
+        return Failure(node, host, None, time.monotonic() - self.began, FAILED, "peer lost", message, log)
 
     def lost_fork_server(self, error: BaseException) -> Failure:
         """The ranks could not be started."""

@@ -17,7 +17,7 @@ class Failure:
     node: int
     host: str
     rank: int | None
-    time: float
+    time: float  # seconds since the agents last met, by the clock of its own node that nobody sets
     code: int
     kind: str  # a key of `KINDS`
     message: str
@@ -64,10 +64,10 @@ class Failure:
 
 KINDS = {
     # The remedy of each kind, and what its message matches. The first match wins.
+    "shm": ("Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
+        r"(?i)shared memory|/dev/shm|unable to (open|allocate) shared|Bus error|unable to write to file </torch_"),
     "disk full": ("Free space in the runs folder, or lower checkpoint.keep_last; committed checkpoints are intact",
         r"(?i)No space left on device|Disk quota exceeded"),
-    "shm": ("Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
-        r"(?i)shared memory|/dev/shm|unable to (open|allocate) shared|Bus error"),
     "out of memory": ("Lower train.batch_size or raise train.accumulate, or ask for more memory in the site file",
         r"(?i)out of memory|OutOfMemoryError|MemoryError|can't allocate memory|Cannot allocate memory"),
     "download": ("Your code could not fetch something: check address and network on that node, or fetch it beforehand",
@@ -120,7 +120,11 @@ def classify(code: int, exception: str, message: str, log_tail: str, oom_killed:
 
 
 def first_failure(failures: list[Failure]) -> Failure | None:
-    """The cause among its consequences: by what they are, and only then by when they were noticed."""
+    """The cause among its consequences: by what they are, and only then by when they were noticed.
+
+    Clocks of hosts differ by more than failures do. But all agents start their ranks when they have met, and that is
+    at the same moment on all nodes, but for the time between two looks.
+    """
     return min(failures, key=lambda failure: (failure.distance, failure.time), default=None)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trainer.agent.scratch_folder import agent_folders
 from trainer.errors import DONE, FAILED
-from trainer.reporting.heartbeat import HEARTBEAT, SLOT, Heartbeat
+from trainer.reporting.heartbeat import HEARTBEAT, ROOM, Heartbeat
 
 FRESH_S = 600.0
 """A rank may be silent this long, or as long as its job allows; the agent itself knows which limit holds now."""
@@ -22,7 +22,7 @@ def check_health() -> int:
 
 
 def _silent_ranks(file: Path) -> list[str]:
-    ranks, now = range(file.stat().st_size // SLOT.size), time.monotonic()
+    ranks, now = range(file.stat().st_size // ROOM), time.monotonic()
     limit = file.with_name(LIMIT)
     fresh_s = max(FRESH_S, float(limit.read_text()) if limit.exists() else 0.0)
     beats = map(Heartbeat(file, len(ranks)).read, ranks) if ranks else ()

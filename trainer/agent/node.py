@@ -1,24 +1,26 @@
 """One node's part of a job, from wiring to its report: what `python -m trainer` does when it is the agent."""
 
+import contextlib
 import os
 import socket
-from dataclasses import asdict
 from pathlib import Path
 
-from trainer.agent.agent import NodeAgent, say
+from trainer.agent.agent import NodeAgent
 from trainer.agent.earlier_run import note_earlier_run
+from trainer.agent.failure import Failure
 from trainer.agent.fork_server import PRELOAD, ensure_fork_server
-from trainer.agent.last_word import judge, leave
+from trainer.agent.last_word import judge, leave, say
 from trainer.agent.preflight import check_node, network_settings
 from trainer.agent.scratch_folder import own_folder
 from trainer.agent.script import report_separate_ranks
 from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
-from trainer.errors import DONE, STOPPED, WRONG_JOB, JobError
-from trainer.records import tell_platform, write_json, write_text
+from trainer.errors import DONE, WRONG_JOB, JobError
+from trainer.records import tell_platform, write_text
 from trainer.run.abilities import check_abilities
 from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder, run_of
+from trainer.run.reserve import keep_room, make_room
 from trainer.run.summary import plain_table, separate_ranks
 from trainer.wiring.node import Wiring, wire
 from trainer.wiring.secret import shared_secret
@@ -74,18 +76,20 @@ def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
     )  # fmt: skip
     if not run_is_shared():
         say("the run folder goes with this node: the run resumes in place, but not on another node")
+    failures: list[Failure] = []
     try:
         secret = secret or shared_secret(run.secret, wiring.nodes)
-        code, reason = _check_and_supervise(job, path, run, wiring, secret)
+        code, reason = _check_and_supervise(job, path, run, wiring, secret, failures)
     except Exception as error:
         code, reason = judge(error)
-    if code == DONE:
+    if code != DONE:
+        leave(run, code, reason, wiring.node_rank, failures)
+        return code
+    with contextlib.suppress(OSError):  # what cannot be read now does not undo what is done
         if wiring.node_rank == 0:
+            make_room(run)
             report_separate_ranks(job, run, say)
         tell_platform("\n".join(filter(None, (note, plain_table(run) or separate_ranks(run)))))
-    else:
-        leave(run, code, reason, wiring.node_rank)
-        say(f"{'STOPPED' if code == STOPPED else 'FAILED'} (exit {code}): {reason}")
     return code
 
 
@@ -101,8 +105,13 @@ def _open(run: RunFolder) -> None:
         raise JobError("runs", str(run), f"cannot be written on {socket.gethostname()}: {error}", remedy) from None
 
 
-def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring, secret: bytes) -> tuple[int, str]:
-    """Check this node, and supervise its ranks to their end; return the exit code and, unless it is 0, the reason."""
+def _check_and_supervise(
+    job: Job, path: Path, run: RunFolder, wiring: Wiring, secret: bytes, failures: list[Failure]
+) -> tuple[int, str]:
+    """Check this node, and supervise its ranks to their end; return the exit code and, unless it is 0, the reason.
+
+    `failures` gets the first failure of each attempt.
+    """
     problems = check_node(job, wiring, run.state_bytes())
     run.record("preflight", node=wiring.node_rank, problems=[problem.text for problem in problems])
     for problem in problems:
@@ -110,10 +119,9 @@ def _check_and_supervise(job: Job, path: Path, run: RunFolder, wiring: Wiring, s
     for problem in problems:
         if problem.fatal:
             return WRONG_JOB, f"node {wiring.node_rank} failed its preflight [{problem.kind}]: {problem.text}"
+    if wiring.node_rank == 0:
+        keep_room(run)
     with own_folder() as folder:
         agent = NodeAgent(job, path, run, wiring, secret, folder)
-        code, reason = agent.supervise()
-    if wiring.node_rank == 0 and code not in (DONE, STOPPED):
-        failures = [asdict(failure) for failure in agent.restarts.failures]
-        write_json(run.failure, {"reason": reason, "code": code, "failures": failures})
-    return code, reason
+        agent.restarts.failures = failures
+        return agent.supervise()

@@ -6,7 +6,6 @@ What a rank is told through its environment is made in `trainer.agent.rank_envir
 import contextlib
 import faulthandler
 import functools
-import io
 import os
 import signal
 import socket
@@ -22,16 +21,20 @@ from trainer.agent.script import end_script, run_script, watch_process_group
 from trainer.config.given import JOBS
 from trainer.config.job import Job
 from trainer.errors import FAILED, HIDDEN, STOPPED, WRONG_JOB, JobError, Stopped, hide
-from trainer.records import write_json
+from trainer.records import to_line, write_json
+from trainer.reporting.heartbeat import Pulse
 from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder
+from trainer.run.output import never_fail
 from trainer.signals import set_parent_death_signal
-from trainer.wiring.rank import rank_wiring
+from trainer.wiring.rank import RankWiring, rank_wiring
 from trainer.wiring.variables import group_rank
 
 OWN_FRAMES = (__file__, run_script.__code__.co_filename)
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
+RECORDED: list[BaseException] = []
+"""The exception that this rank ends of, once that is recorded."""
 FORK_SERVER = os.getpid()
 """The process that imported this module: in a rank the fork server, which it was forked from."""
 
@@ -53,7 +56,7 @@ def run_rank(
     stacks = run.stacks(wiring.rank).open("a")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
-    on_failure = functools.partial(_record_failure, run.rank_failure(wiring.attempt, wiring.rank), wiring.rank)
+    on_failure = functools.partial(_record_failure, run.rank_failure(wiring.attempt, wiring.rank), wiring)
 
     def work() -> int:
         if REFUSED:
@@ -107,12 +110,7 @@ def _redirect(path: Path) -> None:
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    for name, number in (("stdout", 1), ("stderr", 2)):  # unbuffered, as those of torchrun's ranks are
-        raw, given = io.FileIO(number, "w", closefd=False), getattr(sys, name)
-        text = getattr(given, "encoding", None), getattr(given, "errors", None)
-        stream = io.TextIOWrapper(raw, *text, write_through=True)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+    never_fail(by_line=False)
 
 
 def print_error(error: BaseException) -> None:
@@ -140,21 +138,30 @@ def _is_from_outside(error: BaseException) -> bool:
     return isinstance(error, OSError) and not isinstance(error, lasting)
 
 
-def _record_failure(path: Path, rank: int, error: BaseException) -> None:
-    """Leave a record of the first exception for the agent's diagnosis, and the traceback in the log."""
-    if isinstance(error, Stopped) or path.exists():
+def _record_failure(path: Path, wiring: RankWiring, error: BaseException) -> None:
+    """Leave a record of the first exception for the agent's diagnosis, and the traceback in the log.
+
+    The agent gets it through memory, because it must not depend on a disk; the file is for people.
+    """
+    if isinstance(error, Stopped) or RECORDED:
         return
+    RECORDED.append(error)
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     _drop_own_frames(error)
     text = "" if isinstance(error, (JobError, SystemExit)) else "".join(traceback.format_exception(error))
     record = {
-        "rank": rank, "host": socket.gethostname(), "time": time.time(), "code": exit_code(error),
+        "rank": wiring.rank, "host": socket.gethostname(), "time": time.monotonic(), "code": exit_code(error),
         "exception": type(error).__name__, "message": hide(str(error))[:4000], "traceback": hide(text)[-8000:],
         "chain": [type(item).__name__ for item in chain], "from_outside": any(map(_is_from_outside, chain)),
     }  # fmt: skip
-    with contextlib.suppress(OSError):  # the disk may be what failed; the exit code and the log are left
+    with contextlib.suppress(OSError):
+        Pulse(wiring.local_rank).leave_words(
+            to_line(record | {"message": hide(str(error))[:most], "traceback": hide(text)[-most:]})
+            for most in (2000, 400)
+        )
+    print_error(error)
+    with contextlib.suppress(OSError):  # the disk may be what failed
         path.parent.mkdir(exist_ok=True)
         write_json(path, record)
-    print_error(error)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import asdict
 
-from trainer.agent.failure import Failure, first_failure, paragraph
+from trainer.agent.failure import KINDS, Failure, classify, first_failure, paragraph
 from trainer.agent.rounds import Ended
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.run import attempts
+from trainer.run.abilities import PASSING
 from trainer.run.folder import RunFolder
 
 
@@ -49,6 +50,8 @@ class RestartPolicy:
         except attempts.StaleAttempt as error:  # it came between the two looks
             raise Ended(f"{error}: another launch of this run goes on", FAILED) from None
         except OSError as error:
+            if error.errno in PASSING:  # the job is not to blame
+                raise Ended(_unwritable(self.run, error, cause), FAILED) from None
             remedy = "Give a writable runs folder"
             raise JobError("runs", str(self.run), f"cannot be written ({error})", remedy) from None
         self.attempt = newest + 1
@@ -92,3 +95,12 @@ class RestartPolicy:
         """The code that a script chose; from 125 on they mean something to shells and engines."""
         chosen = cause.code == WRONG_JOB or (self.job.script and DONE < cause.code < 125)
         return cause.code if chosen else FAILED
+
+
+def _unwritable(run: RunFolder, error: OSError, cause: Failure | None) -> str:
+    """Why a run ends whose folder cannot be written now."""
+    outcome = f"The run folder cannot be written: {error.strerror}."
+    if cause is not None:
+        return paragraph(cause, outcome)
+    kind = classify(FAILED, "OSError", str(error), "", False)
+    return f"[{kind}] {outcome} {KINDS[kind][0]}. Run folder: {run}"

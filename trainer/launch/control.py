@@ -15,6 +15,7 @@ from trainer.records import write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
+from trainer.run.line_file import warn
 from trainer.run.log_tail import Tail, nobody_reads
 from trainer.run.ownership import check_owner, is_own
 from trainer.run.progress import last_evaluation, newest_step
@@ -133,7 +134,10 @@ def cancel(run_path: str) -> None:
     run, platform, handle = _submitted(run_path)
     platform.cancel(run, handle)
     run.record("cancel_requested")
-    write_json(run.handle, handle | {"cancelled": True})
+    try:
+        write_json(run.handle, handle | {"cancelled": True})
+    except OSError as error:  # it is cancelled all the same; `muster status` will say that it stopped
+        warn(f"{run.handle} cannot be written: {error.strerror}")
 
 
 def preempt(run_path: str) -> None:

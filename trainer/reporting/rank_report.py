@@ -3,13 +3,12 @@
 The sinks of metrics are in `trainer.reporting.metrics`, heartbeats in `trainer.reporting.heartbeat`.
 """
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from trainer.reporting.metrics import Sink, make_sinks
 from trainer.run.event_files import write_as
 from trainer.run.fence import Fence
 from trainer.run.folder import RunFolder
+from trainer.run.line_file import LineFile, warn
 from trainer.wiring.variables import group_rank
 
 
@@ -38,7 +38,7 @@ class Report:
         self.sinks: list[Sink] = []
         """Made when there is something to write: the first step need not wait for the import of TensorBoard."""
         self.profile = Profile(job.log.profile_steps, run.profile / f"rank{parallel.rank}.json")
-        self.samples_file: TextIO | None = None
+        self.samples_file: LineFile | None = None
         self.trained = False
         self.samples_done = 0
         """In this attempt."""
@@ -59,7 +59,7 @@ class Report:
             device=str(self.parallel.device), world_size=self.parallel.world_size, parallel=self.job.parallel,
         )  # fmt: skip
         if self.job.log.samples:
-            self.samples_file = self.run.samples(self.parallel.rank).open("a", buffering=1)
+            self.samples_file = LineFile(self.run.samples(self.parallel.rank))
         self.profile.step(position.step)
         self.started = self.written = time.perf_counter()
         self.phase("beginning", position)
@@ -133,7 +133,7 @@ class Report:
             self.fence.check()
             numbers = [int(index) for micro, _ in micros for index in micro.indices[: micro.count]]
             line = {"attempt": self.attempt, "epoch": position.epoch, "step": position.step, "samples": numbers}
-            self.samples_file.write(json.dumps(line) + "\n")
+            self.samples_file.write(line)
 
     def event(self, event: str, **fields: Any) -> None:
         """Record an event. Other ranks than the first record only what concerns themselves, by a field `rank`."""
@@ -158,7 +158,10 @@ class Report:
 
     def was_training(self) -> bool:
         """Whether an earlier attempt came as far as its first step."""
-        begun = [event for event in self.run.read_main_events() if event["event"] == "training"]
+        try:
+            begun = [event for event in self.run.read_main_events() if event["event"] == "training"]
+        except OSError:  # then everything is tried once more
+            return False
         return any(event.get("attempt", self.attempt) < self.attempt for event in begun)
 
     def say(self, text: str) -> None:
@@ -174,11 +177,15 @@ class Report:
         self.fence.check()
         elapsed = time.perf_counter() - self.started
         speed = self.samples_done / max(elapsed - self.paused_s, 1e-9)
-        write_json(self.run.result, {
+        result = {
             "metrics": dict(metrics), "steps": self.position.step, "samples_per_s": speed, "train_s": elapsed,
             "device": self.parallel.device.type, "world_size": self.parallel.world_size,
             "parallel": self.job.parallel, "peak_memory_mb": memory,
-        })  # fmt: skip
+        }  # fmt: skip
+        try:
+            write_json(self.run.result, result)
+        except OSError as error:  # the training is done, and its weights are saved
+            warn(f"{self.run.result} cannot be written: {error.strerror}. The result is {result}")
         self.event("done", step=self.position.step, **metrics)
 
     def _memory(self) -> list[dict[str, Any]]:
@@ -219,6 +226,9 @@ class Profile:
         """Write the trace, if one was begun. A run may end before the last step to trace."""
         if self.profiler is not None:
             self.profiler.stop()
-            self.path.parent.mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(str(self.path))
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                self.profiler.export_chrome_trace(str(self.path))
+            except OSError as error:
+                warn(f"{self.path} cannot be written: {error.strerror}")
             self.profiler = None

@@ -71,6 +71,7 @@ class RunFolder:
     result = Entry("result.json", "The last evaluation, speed and memory of a run that is done.")
     failure = Entry("failure.json", "Why the run failed.")
     exit = Entry("exit.json", "The exit code that a local or Docker run ended with.")
+    reserve = Entry(".reserve", "Room on the disk for the last word; removed before that is written.")
     lock = Entry(".lock", "Held by the supervisor of a local or Docker run while it lives.")
     logs = Entry("logs", "A folder: logs of nodes, ranks and the supervisor.")
 

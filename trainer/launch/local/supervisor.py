@@ -23,7 +23,9 @@ from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import find_platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
+from trainer.run.output import never_fail
 from trainer.run.ownership import ForeignRun, check_owner, forbid_group_writes
+from trainer.run.reserve import make_room
 from trainer.signals import ORPHANED, SUPERVISOR_SIGNALS, set_parent_death_signal
 from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.variables import without_ranks
@@ -201,7 +203,11 @@ def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:
         reason = f"the supervisor failed: {type(error).__name__}: {error}. logs/supervisor.log has the traceback"
         run.record("ended", code=FAILED, reason=reason)
         code = FAILED
-    write_json(run.exit, {"code": code, "time": time.time()})
+    make_room(run)
+    try:
+        write_json(run.exit, {"code": code, "time": time.time()})
+    except OSError as error:
+        print(f"ERROR: {run.exit} cannot be written: {error.strerror}. The exit code is {code}", file=sys.stderr)
     return code
 
 
@@ -211,4 +217,5 @@ if __name__ == "__main__":
     parser.add_argument("--platform", default="local", help="what an agent is: a process (local) or a container")
     parser.add_argument("--held", type=int, nargs="*", default=[], help="open files to keep, such as the run's lock")
     options = parser.parse_args()
+    never_fail()
     sys.exit(supervise(RunFolder(options.run), options.platform, options.held))
