@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 from campaign import Campaign
 from campaign_faults import FAULTS, NEEDS_SHIM, campaign_of
-from muster_runs import FULL, HERE, Run, submitted
+from muster_runs import FULL, HERE, Run, end_all, start_agent, submitted
 from ranks import complete, make_job, samples_of_steps
 from shim import Shim, compiler
 from states import difference, read_state
+from two_hosts import ADDRESSES, two_hosts
 
 from trainer.run.folder import RunFolder
 from trainer.run.goodput import goodput
@@ -116,3 +118,36 @@ if FULL:
             print(f"{run.status()['goodput_text']}; predicted: {predicted:.1%}")
             assert found is not None and found.share >= 0.95 * predicted
             assert_as_if_nothing_had_happened(run, tmp_path / "calm", TOPOLOGIES["one node"], whole=True)
+
+    @pytest.mark.timeout(600)
+    def test_a_cable_that_is_cut_between_two_hosts(tmp_path: Path) -> None:
+        """For moments: nobody minds. For longer: each names the other and ends, and both go on when started again."""
+        keys = [*KEYS, "devices_per_node=1", "train.steps=900", "agent.hang_timeout_s=60", "agent.rejoin_timeout_s=3"]
+        run = Run(tmp_path / "run")
+        with two_hosts() as hosts:
+            try:
+                for launch in ("0", "1"):
+                    agents = [
+                        start_agent(
+                            run, node, 2, *keys, "task_args.step_s=0.02", enter=hosts.enter(node),
+                            MUSTER_PLATFORM="docker", MUSTER_HOSTNAMES=",".join(ADDRESSES), MUSTER_LAUNCH=launch,
+                        )
+                        for node in (0, 1)
+                    ]  # fmt: skip
+                    run.wait("first_step", int(launch) + 1, 120)
+                    hosts.cut()
+                    time.sleep(3)
+                    if launch == "1":
+                        hosts.heal()
+                        break
+                    assert not run.events("failure", "ended")
+                    assert [agent.wait(90) for agent in agents] == [1, 1]
+                    hosts.heal()
+                assert [agent.wait(120) for agent in agents] == [0, 0], (run.folder / "agent-0.txt").read_text()
+            finally:
+                end_all(run)
+        for node in (0, 1):
+            said = (run.folder / f"agent-{node}.txt").read_text()
+            assert "peer lost" in said and f"node {1 - node}" in said, said
+        assert [event["attempt"] for event in run.events("first_step")] == [0, 1]
+        assert_as_if_nothing_had_happened(run, tmp_path / "calm", ["nodes=2", "devices_per_node=1"], whole=True)

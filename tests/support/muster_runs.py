@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -202,15 +202,17 @@ def followed(root: Path, *words: str | Path, **options: Any) -> Iterator[tuple[R
         end_all(run)
 
 
-def start_agent(run: Run, node: int, nodes: int, *overrides: str, **variables: str) -> subprocess.Popen[bytes]:
-    """One agent, as a template of a platform starts it."""
+def start_agent(
+    run: Run, node: int, nodes: int, *overrides: str, enter: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[bytes]:
+    """One agent, as a template of a platform starts it; `enter` are words that put it onto another host."""
     run.folder.mkdir(exist_ok=True)
     variables = {
         "MUSTER_PLATFORM": "local", "MUSTER_JOB_ID": run.job_id, "MUSTER_NODES": str(nodes),
         "MUSTER_NODE_RANK": str(node), "MUSTER_HOSTNAMES": ",".join(f"127.0.0.{1 + n}" for n in range(nodes)),
         "MUSTER_RUN": str(run.folder), **variables,
     }  # fmt: skip
-    command = [sys.executable, "-m", "trainer", str(HERE / "faulty.yaml"), f"nodes={nodes}", *overrides]
+    command = [*enter, sys.executable, "-m", "trainer", str(HERE / "faulty.yaml"), f"nodes={nodes}", *overrides]
     with (run.folder / f"agent-{node}.txt").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=HERE, env=environment(**variables))
 
