@@ -30,6 +30,8 @@ NO_ROUTE = "makeDeviceForInterface(): unsupported gloo device"
         (1, "RuntimeError", "Connection closed by peer [10.0.0.2]:5000", "", "peer lost"),
         (1, "DistBackendError", "ncclRemoteError: A call failed possibly due to a network error", "", "peer lost"),
         (1, "OSError", "[Errno 28] No space left on device: 'runs/x'", "", "disk full"),
+        (1, "OSError", "[Errno 5] Input/output error: 'runs/x/model.pt'", "", "disk failed"),
+        (1, "OSError", "[Errno 116] Stale file handle", "", "disk failed"),
         (1, "NonFiniteLoss", "the loss of step 3 is nan", "", "loss"),
         (1, "FileNotFoundError", "images/7.png", "", "data"),
         (1, "KeyError", "'no such digit'", "", "user code"),
