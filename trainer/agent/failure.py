@@ -64,8 +64,8 @@ class Failure:
 
 KINDS = {
     # The remedy of each kind, and what its message matches. The first match wins.
-    "disk failed": ("Look at the storage of the runs folder and the kernel's log of that host; committed checkpoints are "
-        "intact", r"Input/output error|Stale (NFS )?file handle|Read-only file system|Remote I/O error"),
+    "disk failed": ("Look at the storage of the runs folder and that host's kernel log; committed checkpoints are intact",
+        r"Input/output error|Stale (NFS )?file handle|Read-only file system|Remote I/O error"),
     "shm": ("Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
         r"(?i)shared memory|/dev/shm|unable to (open|allocate) shared|Bus error|unable to write to file </torch_"),
     "disk full": ("Free space in the runs folder, or lower checkpoint.keep_last; committed checkpoints are intact",
