@@ -64,7 +64,7 @@ class Failure:
 
 KINDS = {
     # The remedy of each kind, and what its message matches. The first match wins.
-    "disk failed": ("Look at the storage of the runs folder and that host's kernel log; committed checkpoints are intact",
+    "disk failed": ("Look at the storage of the runs folder, and the host's kernel log; saved checkpoints are intact",
         r"Input/output error|Stale (NFS )?file handle|Read-only file system|Remote I/O error"),
     "shm": ("Give the container a larger /dev/shm (docker --shm-size; Kubernetes: a Memory emptyDir) or data.workers=0",
         r"(?i)shared memory|/dev/shm|unable to (open|allocate) shared|Bus error|unable to write to file </torch_"),
