@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from fake_api_server import Cluster
 from kubernetes_runs import submit
+from typer.testing import CliRunner
 
 from trainer.errors import JobError, MaybeAccepted
 from trainer.launch import control
+from trainer.launch.cli import app
 from trainer.launch.submit import submit_job
 from trainer.records import write_json
 
@@ -112,6 +114,7 @@ def test_no_cluster_and_no_kubectl(cluster: Cluster, tmp_path: Path, site: Path,
     monkeypatch.setenv("KUBECONFIG", str(config))
     found = control.status(str(run))
     assert (found["state"], "cluster-info" in found["reason"]) == ("unknown", True)
+    assert CliRunner().invoke(app, ["status", str(run)]).exit_code == 1
     with pytest.raises(JobError, match="cluster-info"):
         submit(tmp_path, site)
     with pytest.raises(JobError, match="may still be running: kubectl failed"):

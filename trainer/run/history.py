@@ -47,7 +47,7 @@ def agents_killed(events: Sequence[Event]) -> tuple[int, int]:
     living: set[int] = set()
     for event in events:
         kind, node = event["event"], event.get("node")
-        if kind in ("submitted", "continued"):
+        if kind in ("submitted", "continued", "done"):
             killed.clear()
             living.clear()
         elif kind == "checkpoint":

@@ -117,4 +117,5 @@ def test_agents_that_were_killed_are_counted_since_the_last_checkpoint() -> None
     assert agents_killed(events(WIRED, other, other, other, WIRED)) == (2, 1)
     assert agents_killed(events(WIRED, other, other, "checkpoint", other)) == (1, 1)
     assert agents_killed(events(WIRED, other, stopped, other)) == (0, 0)
+    assert agents_killed(events(WIRED, other, "done", WIRED, other)) == (0, 0)
     assert agents_killed(events(WIRED, other, other, "continued", WIRED, other)) == (0, 0)
