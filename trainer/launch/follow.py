@@ -6,7 +6,7 @@ At the end there is a table, or the reason why there is none.
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from trainer.config.job import Job
@@ -17,11 +17,14 @@ from trainer.records import parse_lines
 from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder
 from trainer.run.history import likely_end, restarts_text, why_ended
+from trainer.run.line_file import warn
 from trainer.run.log_tail import EventTail, Tail
 from trainer.run.progress import measured
 from trainer.run.summary import plain_table, resume_command, separate_ranks
 
 POLL_S = 0.1
+NOT_OURS = LookupError, TypeError, ValueError
+"""What is raised by a line that lacks what ours have."""
 BESIDE = 45
 """Columns for bar, counts, time and gaps: what is said beside them gets the rest of the terminal."""
 
@@ -38,15 +41,18 @@ def follow(
     output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
     with ExitStack() as stack:
         show = Bar(stack) if sys.stdout.isatty() and not job.script else Lines()
+        now, problem = JobStatus(Phase.PENDING), ""
         while True:
             try:
                 now = status()
                 if text := waiting.line(now):
                     show.say(text)
                 for event in events.events(last=not now.is_active):
-                    show.event(event)
+                    with suppress(*NOT_OURS):
+                        show.event(event)
                 for line in parse_lines(metrics.lines()):
-                    show.metrics(line)
+                    with suppress(*NOT_OURS):
+                        show.metrics(line)
                 if all_ranks:
                     show.output(output, not now.is_active)
                 elif output:
@@ -54,10 +60,24 @@ def follow(
                 if not now.is_active:
                     break
                 time.sleep(POLL_S)
+            except BrokenPipeError:
+                raise  # nobody follows the run any more
+            except OSError as error:  # a file server that does not answer, or a full disk that our output goes to
+                if str(error) != problem:
+                    warn(f"cannot be shown: {error}")
+                problem = str(error)
+                if not now.is_active:
+                    break
+                time.sleep(POLL_S)
             except KeyboardInterrupt:
                 show.say("stopping: one step, one checkpoint (Ctrl-C again to end at once)")
                 stop()
-    end(run, now)
+    try:
+        end(run, now)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        warn(f"the end of {run} cannot be shown: {error.strerror}")
     return now.code if now.code is not None else FAILED
 
 

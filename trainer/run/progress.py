@@ -7,19 +7,20 @@ from trainer.records import parse_lines, read_end, read_json
 from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder, last_event
 
-END = 256 << 10
+END = 64 << 10
 """What is read of the metrics, from their end."""
 STEPS = 20
 """Lines of it that are looked at for the newest step: a stale attempt may have written the last ones."""
-LONG_END = 4 << 20
-"""What is read for an average."""
+LONG_END = 1 << 20
+"""What is read for an average, and where an evaluation is looked for that has no file of its own."""
 
 
 def newest_step(run: RunFolder, events: Sequence[Event]) -> int | None:
     """The last step that is known to be done in the newest training; None before it."""
     training = last_event(events, "training") or {}
     since = events[events.index(training) :] if training else events
-    lines = [line for line in _metrics(run)[-STEPS:] if _is_since(line, training)]
+    newest = parse_lines(read_end(run.metrics, END).split(b"\n")[-STEPS:])
+    lines = [line for line in newest if _is_since(line, training)]
     steps = [*(event for event in since if event["event"] in ("training", "checkpoint", "stopped")), *lines]
     return max((line["step"] for line in steps if isinstance(line.get("step"), int)), default=None)
 
@@ -36,7 +37,8 @@ def last_evaluation(run: RunFolder) -> dict[str, Any]:
     """What the last evaluation measured; empty before the first."""
     found = read_json(run.evaluation)
     if found is None:  # of an older version: it is among its metrics, if not too far from their end
-        found = next((line for line in reversed(_metrics(run)) if line.get("kind") == "evaluation"), {})
+        lines = [line for line in read_end(run.metrics, LONG_END).split(b"\n") if b'"evaluation"' in line]
+        found = next(iter(parse_lines(lines[-1:])), {})
     return measured(found)
 
 
@@ -51,7 +53,3 @@ def mean_speed(run: RunFolder) -> float | None:
     speeds = [line["samples_per_s"] for line in lines if isinstance(line.get("samples_per_s"), (int, float))]
     logged = [speed for speed in speeds if speed > 0]  # each of as many steps
     return len(logged) / sum(1 / speed for speed in logged) if logged else None
-
-
-def _metrics(run: RunFolder) -> list[dict[str, Any]]:
-    return parse_lines(line for line in read_end(run.metrics, END).split(b"\n") if line)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from trainer.config.job import Job
 from trainer.launch.control import list_all, list_text, status, status_text
-from trainer.launch.follow import end
+from trainer.launch.follow import Lines, end, follow
 from trainer.launch.platform import JobStatus, Phase
 from trainer.run.folder import RunFolder
+from trainer.run.log_tail import EventTail
 
 DONE = JobStatus(Phase.DONE, code=0)
 FAILED = JobStatus(Phase.FAILED, code=1)
@@ -58,3 +61,27 @@ def test_an_end_without_a_word_shows_the_end_of_the_log(run: RunFolder, capsys: 
     run.node_log(0).write_text("Traceback\nModuleNotFoundError: No module named 'trainer'\n")
     end(run, FAILED)
     assert capsys.readouterr().err.startswith("FAILED: ModuleNotFoundError: No module named 'trainer' (the end of ")
+
+
+@pytest.mark.parametrize("place", ["events", "output"])
+def test_what_cannot_be_shown_ends_nothing(
+    run: RunFolder, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who follows a run keeps its supervisor alive: a server that does not answer must not end both."""
+    answers = iter([JobStatus(Phase.RUNNING)] * 5 + [DONE])
+    looks, errors = [], iter([OSError(errno.ESTALE, "Stale file handle")] * 3)
+
+    def fail(*_: object, **__: object) -> list[dict[str, object]]:
+        looks.append(1)
+        for error in errors:
+            raise error
+        return []
+
+    if place == "events":
+        monkeypatch.setattr(EventTail, "events", fail)
+    else:
+        monkeypatch.setattr(Lines, "say", fail)
+        monkeypatch.setattr(EventTail, "events", lambda *_, **__: [{"event": "requeued", "time": 1.0}])
+        (run.metrics).write_text('{"kind": "foreign"}\n')
+    assert follow(run, Job(task="a:B"), lambda: next(answers), lambda: None) == 0
+    assert len(looks) >= 4 and capsys.readouterr().err.count("Stale file handle") == 1
