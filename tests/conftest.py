@@ -23,6 +23,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
+os.umask(os.umask(0o022) | 0o022)  # as all our programs do: a run folder that others may write is refused
+
 TESTS = Path(__file__).parent
 APART = "slurm/test_faults.py"
 ONE_WORKER = {APART: APART, "slurm": "slurm", "docker": "engine", "kubernetes/test_pods.py": "engine"}

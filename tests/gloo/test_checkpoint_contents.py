@@ -55,7 +55,9 @@ def test_the_configuration_is_there_as_it_was_written(tmp_path: Path, monkeypatc
     done = muster("run", job, f"runs={tmp_path}", "train.steps=2")
     assert done.returncode == 0, done.stdout
     [path] = tmp_path.glob("*/checkpoints/step-000000002/manifest.json")
-    config = json.loads(path.read_text())["config"]
+    manifest = json.loads(path.read_text())
+    assert manifest["job"] == "${oc.env:TOKEN}"
+    config = manifest["config"]
     assert config["name"] == "${oc.env:TOKEN}" and config["train"]["steps"] == 2
 
 

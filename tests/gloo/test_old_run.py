@@ -23,7 +23,10 @@ EVALUATION = {"step": 45, "loss": 2.1416849, "accuracy": 0.3732591}
 @pytest.fixture
 def old(tmp_path: Path) -> Run:
     """A copy of the folder."""
-    return Run(shutil.copytree(OLD, tmp_path / "runs/digits-1127-232243-a026"))
+    copy = Run(shutil.copytree(OLD, tmp_path / "runs/digits-1127-232243-a026"))
+    for path in (copy.folder, *copy.folder.rglob("*")):  # a checkout may be writable by a group
+        path.chmod(path.stat().st_mode & ~0o022)
+    return copy
 
 
 def test_it_is_shown(old: Run) -> None:

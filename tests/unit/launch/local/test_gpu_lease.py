@@ -120,15 +120,25 @@ def make_link(folder: Path) -> None:
 
 
 def make_pipe(folder: Path) -> None:
+    """Whoever opens it would wait for its other end."""
     folder.mkdir()
+    folder.chmod(0o1777)
     os.mkfifo(folder / "1.lock")
+    (folder / "1.lock").chmod(0o666)
+
+
+def make_linked_lock(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o1777)
+    (folder / "1.lock").symlink_to("/etc/passwd")
+    os.chown(folder / "1.lock", 1002, -1, follow_symlinks=False)  # fs.protected_symlinks shall not be what refuses it
 
 
 def make_file(folder: Path) -> None:
     folder.touch()
 
 
-@pytest.mark.parametrize("make", [make_private, make_others, make_link, make_pipe, make_file])
+@pytest.mark.parametrize("make", [make_private, make_others, make_link, make_pipe, make_linked_lock, make_file])
 def test_whatever_somebody_made_of_the_shared_folder_is_no_obstacle(make: Callable[[Path], None]) -> None:
     """Jobs of one user still get different devices, and what is not certain any more is said."""
     if os.geteuid():
@@ -151,6 +161,7 @@ def as_user(user: int, work: Callable[[], object]) -> list[str]:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # nothing of pytest may go on here
+        signal.alarm(20)  # nor may it wait for ever
         try:
             os.setgroups([])
             os.setgid(user)
