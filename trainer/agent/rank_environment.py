@@ -50,6 +50,8 @@ def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_FR_DUMP_TEMP_FILE": str(run.logs / "flight-recorder-"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        # gloo connects two ranks when they first talk, not each with all others as it starts (torch 2.8 and later).
+        "TORCH_GLOO_LAZY_INIT": "1",
         "OMP_NUM_THREADS": str(threads),
         # torch 2.13 restarts read a dead attempt's addresses from a shared store; ours is fresh, this makes sure.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -37,6 +37,7 @@ DEFAULTS = {
     "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_FR_DUMP_TEMP_FILE": "/runs/digits-7/logs/flight-recorder-",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_GLOO_LAZY_INIT": "1",
     "OMP_NUM_THREADS": "3",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
