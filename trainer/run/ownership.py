@@ -57,6 +57,9 @@ def _acted_upon(run: RunFolder) -> Iterator[Path]:
     yield run.path
     yield from (run.path / name for name in NAMES)
     yield from run.plan.glob("*")
+    with suppress(OSError):
+        if not run.code.stat().st_mode & 0o077:  # as snapshots are: nobody else gets to what is in it
+            return
     for folder, folders, files in os.walk(run.code):
         paths = (Path(folder, name) for name in (*folders, *files))
         yield from (path for path in paths if not path.is_symlink())  # what it leads to was never copied
