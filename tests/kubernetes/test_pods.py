@@ -6,12 +6,14 @@ The containers run docker/Dockerfile's image with what the manifests say and not
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from engine import Engine
 from engine_image import Image
 from fake_api_server import Cluster
@@ -19,7 +21,7 @@ from fake_job_controller import Pods
 from stopwatch import Stopwatch
 
 from trainer.launch import control
-from trainer.launch.submit import run_job, submit_job
+from trainer.launch.submit import render_job, run_job, submit_job
 from trainer.records import read_json, read_lines
 from trainer.run.folder import RunFolder
 
@@ -182,6 +184,29 @@ def test_a_wrong_job_fails_once_and_says_why(runs: Runs, tmp_path: Path, monkeyp
     assert (found["state"], found["code"]) == ("failed", 64)
     assert "only_here" in found["reason"]
     assert len(runs.pods.cluster.select("pods", {})) == 2
+
+
+def test_by_hand_a_job_that_differs_from_the_one_before_is_refused(runs: Runs) -> None:
+    """It would end at once, with the old result: by hand, the run folder on the claim is that of the job's name."""
+    words = [*JOB, "devices_per_node=1", "name=by-hand"]
+    documents = [render_job("jobs/digits.yaml", [*words, *more], "kubernetes", runs.site)
+                 for more in ([], ["train.lr=0.5"])]  # fmt: skip
+    (config,) = (item for item in yaml.safe_load_all(documents[0]) if item["kind"] == "ConfigMap")
+    old = RunFolder(runs.claim / "by-hand")
+    old.path.mkdir()
+    old.job.write_text(config["data"]["job.yaml"])
+    old.path.chmod(0o777)
+    subprocess.run(["kubectl", "apply", "--filename=-"], input=documents[1], text=True, check=True, capture_output=True)
+    job = runs.pods.cluster.objects["jobs", "by-hand"]
+    end = time.monotonic() + WAIT_S
+    while not any(each["type"] == "Failed" for each in job["status"].get("conditions", [])):
+        assert time.monotonic() < end, job["status"]
+        time.sleep(0.1)
+    ends = [pod["status"]["containerStatuses"][0]["state"]["terminated"]
+            for pod in runs.pods.cluster.select("pods", {})]  # fmt: skip
+    (refused, *_) = [found for found in ends if found["exitCode"] == 64]
+    assert "train.lr=0.5: the run in /runs/by-hand was made with" in refused["message"]
+    assert "name=..." in refused["message"]
 
 
 def test_names_that_resolve_late_are_waited_for(runs: Runs) -> None:
