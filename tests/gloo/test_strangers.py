@@ -12,6 +12,7 @@ import pickle
 import secrets
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from trainer.config.job import Job
 from trainer.wiring.network import candidate_ports
 
 STEPS = 150
-KEYS = (f"train.steps={STEPS}", "checkpoint.every_steps=50", "devices_per_node=1")
+KEYS = ("task=slow_digits:SlowDigits", f"train.steps={STEPS}", "checkpoint.every_steps=50", "devices_per_node=1")
 TRICKS = [[strangers.echo, strangers.replay], [strangers.greet], [strangers.relay], [strangers.close], [strangers.hang]]
 
 
@@ -54,7 +55,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same training with nobody around; its agents make a secret, because they were given none."""
     run = Run(tmp_path_factory.mktemp("undisturbed") / "run")
-    with agents(run) as both:
+    with agents(run, "task_args.step_s=0") as both:
         assert [agent.wait(60) for agent in both] == [0, 0], run.folder
     return run
 
@@ -79,26 +80,28 @@ def test_a_job_trains_on_among_strangers(tmp_path: Path, undisturbed: Run) -> No
     run, hacked, secret = Run(tmp_path / "run"), tmp_path / "hacked", secrets.token_hex(32)
     ports, public = candidate_ports(f"{run.job_id}/0"), f"muster {run.job_id}/0 ".encode()
     port = ports[len(TRICKS)]
-    slow = "task_args.step_s=0.03"
+    slow = ("task_args.step_s=0.5", f"task_args.until={tmp_path / 'go on'}")
     with ExitStack() as stack:
         false = stack.enter_context(impostors(ports, TRICKS, public))
-        both = stack.enter_context(agents(run, slow, MUSTER_SECRET=secret))
+        both = stack.enter_context(agents(run, *slow, MUSTER_SECRET=secret))
         run.wait("first_step")
         assert all(each.callers and not each.open for each in false), "one of them was taken for node 0"
         assert known_by(secret, run) == []
         stack.enter_context(lingering(port, public, 250))
-        for data in (*nonsense(public), b"".join(false[2].said)):
-            call(port, data)
+        with ThreadPoolExecutor(8) as pool:
+            for data in (*nonsense(public), b"".join(false[2].said)):
+                pool.submit(call, port, data)
         kill(both[1].pid)
         both[1].wait()
-        both[1] = start_agent(run, 1, 2, *KEYS, slow, MUSTER_SECRET=secret)
+        both[1] = start_agent(run, 1, 2, *KEYS, *slow, MUSTER_SECRET=secret)
         run.wait("first_step", 2)
         assert not any(each.open for each in false)
         (store,) = stores(both[0].pid)
         assert scribble(store, hacked)
+        (tmp_path / "go on").touch()
         codes = [agent.wait(60) for agent in both]
         if codes != [0, 0]:  # who reaches the ranks' store may end a run, and nothing else: it goes on from there
-            again = stack.enter_context(agents(run, MUSTER_SECRET=secret, MUSTER_LAUNCH="1"))
+            again = stack.enter_context(agents(run, *slow, MUSTER_SECRET=secret, MUSTER_LAUNCH="1"))
             assert [agent.wait(60) for agent in again] == [0, 0], run.folder
     assert not hacked.exists(), "a rank ran a stranger's code"
     expected, found = weights(undisturbed), weights(run)

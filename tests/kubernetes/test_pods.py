@@ -235,6 +235,19 @@ def test_a_replacement_that_does_not_come_frees_the_others_and_is_waited_for(run
     assert runs.wait(run, "done", "failed")["state"] == "done", runs.printed(run)
 
 
+def test_with_kubectl_alone_the_uid_of_the_job_is_their_secret(runs: Runs, kubectl: str) -> None:
+    words = [*JOB, "devices_per_node=1", "train.steps=20"]
+    manifests = render_job("jobs/digits.yaml", words, "kubernetes", runs.site)
+    subprocess.run([kubectl, "apply", "--filename=-"], input=manifests, text=True, check=True)
+    cluster = runs.pods.cluster
+    job = runs.until(runs.folder, lambda: cluster.objects.get(("jobs", "digits")))
+    runs.until(runs.folder, lambda: "conditions" in job["status"])
+    pods = cluster.select("pods", {})
+    printed = [runs.pods.read_log(pod["metadata"]["name"], False, "") for pod in pods]
+    assert [pod["status"]["phase"] for pod in pods] == ["Succeeded"] * 2, printed
+    assert not list(runs.claim.rglob("secret")) and "secrets" not in [kind for kind, _ in cluster.objects]
+
+
 def test_a_missing_claim_is_named_and_waited_for(runs: Runs) -> None:
     runs.site.write_text("claim: elsewhere\n")
     run = runs.submit("train.steps=20")
