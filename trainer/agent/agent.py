@@ -71,7 +71,7 @@ class NodeAgent:
         self.environment[variables.HEARTBEAT] = str(folder / HEARTBEAT)
         self.environment[variables.SESSION] = str(run.job)
         self.environment |= self.memory.environment() | self.writer.environment()
-        self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat)
+        self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat, folder)
         # Of a shared run folder the log of rank 0 is shown; logs that go with the node are all shown.
         shown = int(wiring.node_rank == 0) if variables.run_is_shared() else job.ranks_per_node
         self.tails = [Tail(run.rank_log(self.diagnosis.first_rank + local_rank)) for local_rank in range(shown)]

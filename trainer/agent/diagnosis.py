@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from trainer.agent.awake_clock import CLOCK
 from trainer.agent.exception_place import is_ours, place_of
 from trainer.agent.failure import Failure, classify, describe_exit, first_failure, oom_kills
 from trainer.agent.fork_server import is_gone
-from trainer.agent.rank_process import STACKS
+from trainer.agent.rank_process import STACKS, STACKS_FILE
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
 from trainer.records import parse_lines, read_json
@@ -65,8 +66,9 @@ class Frame(NamedTuple):
 class Diagnosis:
     """Looks at the ranks of one node."""
 
-    def __init__(self, job: Job, run: RunFolder, wiring: Wiring, heartbeat: Heartbeat) -> None:
-        self.job, self.run, self.wiring, self.heartbeat = job, run, wiring, heartbeat
+    def __init__(self, job: Job, run: RunFolder, wiring: Wiring, heartbeat: Heartbeat, folder: Path) -> None:
+        """`folder`: of this agent alone."""
+        self.job, self.run, self.wiring, self.heartbeat, self.folder = job, run, wiring, heartbeat, folder
         self.first_rank = wiring.node_rank * job.ranks_per_node
         source = read_json(run.source) or {}
         folders = (source[key] for key in ("working_directory", "job_folder") if key in source)
@@ -199,14 +201,15 @@ class Diagnosis:
         if beat.phase == "script":
             what = f"does nothing for {silent[index]:.0f} s"
         state = " (the process is stopped)" if index in stopped else ""
-        message = f"{what}{state}{where(stacks.get(index, []))}; stacks of all ranks: {self.run.stacks('*')}"
+        all_stacks = self.run.stacks(rank).with_name("stacks-rank-*.txt")
+        message = f"{what}{state}{where(stacks.get(index, []))}; stacks of all ranks: {all_stacks}"
         self.run.record("hung", rank=rank, step=beat.step, attempt=self.attempt)
         return self._of(rank, "hung", message, waiting=index in waiting)
 
     def _dump_stacks(self, processes: list[Any]) -> dict[int, list[Frame]]:
         """Make every rank write its Python stacks; return that of each main thread, which comes last."""
         living = {index: process for index, process in enumerate(processes) if process.exitcode is None}
-        files = {index: Tail(self.run.stacks(self.first_rank + index)) for index in living}
+        files = {index: Tail(self.folder / f"{STACKS_FILE}{index}") for index in living}
         for index, process in living.items():  # the number of one that ended is somebody else's by now
             try:
                 os.kill(process.pid, STACKS)
@@ -219,6 +222,9 @@ class Diagnosis:
             written = {index: file.read() for index, file in files.items()}
             texts = {index: text + written[index] for index, text in texts.items()}
             new = any(written.values())
+        for index, text in texts.items():
+            with suppress(OSError), self.run.stacks(self.first_rank + index).open("ab") as file:
+                file.write(text)
         mains = {index: text.decode(errors="replace").rpartition("call first):")[2] for index, text in texts.items()}
         return {index: [Frame(*found) for found in FRAME.findall(main)] for index, main in mains.items()}
 

@@ -42,9 +42,9 @@ def threads_per_rank(job: Job, wiring: Wiring) -> int:
 def rank_defaults(run: RunFolder, wiring: Wiring, threads: int) -> dict[str, str]:
     """Defaults for what runs inside a rank; what the site or the user set already wins."""
     defaults = {
-        # Warnings go to a file of their own rather than nowhere (NCCL user guide, NCCL_DEBUG_FILE).
+        # Warnings go to the rank's log rather than nowhere. A file of their own (NCCL_DEBUG_FILE) would be made by
+        # every rank of every attempt, whether there are any or not.
         "NCCL_DEBUG": "WARN",
-        "NCCL_DEBUG_FILE": str(run.logs / "nccl-%h-%p.log"),
         # torch's flight recorder: the last collectives of each rank, dumped when one of a script times out (torch 2.9
         # names). Those of a task do not: the agent ends a rank that hangs, and leaves its stacks.
         "TORCH_FR_BUFFER_SIZE": "2000",

@@ -28,11 +28,13 @@ from trainer.run.folder import RunFolder
 from trainer.run.output import never_fail
 from trainer.signals import set_parent_death_signal
 from trainer.wiring.rank import RankWiring, rank_wiring
-from trainer.wiring.variables import group_rank
+from trainer.wiring.variables import HEARTBEAT, group_rank, read_path
 
 OWN_FRAMES = (__file__, run_script.__code__.co_filename)
 STACKS = signal.SIGQUIT
 """Makes a rank write the Python stacks of all its threads, even while it waits inside C code."""
+STACKS_FILE = "stacks-"
+"""How the files for them begin, in the agent's own folder; a local rank follows. The agent keeps what it asked for."""
 RECORDED: list[BaseException] = []
 """The exception that this rank ends of, once that is recorded."""
 FORK_SERVER = os.getpid()
@@ -53,7 +55,7 @@ def run_rank(
     with contextlib.suppress(OSError):  # a sandbox may refuse; `top` and `pgrep muster-rank` tell ranks by this name
         Path("/proc/self/comm").write_text(f"muster-rank-{wiring.rank}")
     _redirect(run.rank_log(wiring.rank))
-    stacks = run.stacks(wiring.rank).open("a")
+    stacks = (read_path(HEARTBEAT) or run.job).with_name(f"{STACKS_FILE}{wiring.local_rank}").open("a")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
     on_failure = functools.partial(_record_failure, run.rank_failure(wiring.attempt, wiring.rank), wiring)
@@ -107,6 +109,7 @@ def exit_code(error: BaseException) -> int:
 
 def _redirect(path: Path) -> None:
     """Send standard output and error, of native code too, to the end of the rank's log."""
+    path.parent.mkdir(exist_ok=True)
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -107,13 +107,13 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
     run = RunFolder.open(run_path)
     handle, ask = status_of(run)
-    patterns = ("node-*.log", "rank-*.log") if rank is None else (f"rank-{rank}.log",)
     tails: dict[Path, Tail] = {}
     while True:
         now = ask()  # in any case: on Kubernetes this copies the pods' logs here
         if handle is not None and rank is not None:
             find_platform(handle["platform"]).bring_rank_log(run, handle, rank)
-        for path in next(filter(None, (sorted(run.logs.glob(pattern)) for pattern in patterns)), []):
+        nodes = sorted(run.logs.glob("node-*.log")) if rank is None else []
+        for path in nodes or run.logs_of_ranks(rank):
             if path not in tails:
                 tails[path] = Tail(path)
                 tails[path].offset = 0
@@ -122,10 +122,12 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
             break
         time.sleep(0.2)
     if rank is not None and not tails:
-        here = sorted(path.stem for path in run.logs.glob("*-*.log"))
+        here = [path.stem for path in (*sorted(run.logs.glob("node-*.log")), *run.logs_of_ranks())]
         remedy = f"There are {', '.join(here) or 'none yet'}"
         if any(name.startswith("node-") for name in here) and not last_event(run.read_events(), "wired"):
-            remedy += f"; the nodes have it in their own run folder, as {run.name}/logs/rank-{rank}.log"
+            remedy += (
+                f"; the nodes have it in their own run folder, as {run.name}/{run.rank_log(rank).relative_to(run.path)}"
+            )
             remedy += "; `muster logs RUN` shows what rank 0 printed" if rank == 0 else ""
         raise JobError("--rank", rank, "has no log here", remedy)
 

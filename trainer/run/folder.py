@@ -30,6 +30,9 @@ JOB = "job.yaml"
 CHECKPOINT = re.compile(r"step-([0-9]{9,})")
 """The name of a committed checkpoint's folder. What is called otherwise is not ours to read or to remove."""
 
+HUNDRED = 100
+"""Ranks whose logs are in one folder."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,15 +90,26 @@ class RunFolder:
 
     def rank_log(self, rank: int) -> Path:
         """Everything that a rank printed, in all attempts."""
-        return self.logs / f"rank-{rank}.log"
+        return self._logs_of(rank) / f"rank-{rank}.log"
 
     def node_log(self, node: int | str) -> Path:
         """What an agent printed; `node` may be a pattern, such as Slurm's `%n`."""
         return self.logs / f"node-{node}.log"
 
-    def stacks(self, rank: int | str) -> Path:
-        """The Python stacks of a rank that hung."""
-        return self.logs / f"stacks-rank-{rank}.txt"
+    def stacks(self, rank: int) -> Path:
+        """The Python stacks of a rank, if it or another one hung."""
+        return self._logs_of(rank) / f"stacks-rank-{rank}.txt"
+
+    def _logs_of(self, rank: int) -> Path:
+        """The folder of logs; of many ranks one for each hundred, such as `ranks-4700`: all make files there."""
+        hundred = rank // HUNDRED * HUNDRED
+        return self.logs / f"ranks-{hundred}" if hundred else self.logs
+
+    def logs_of_ranks(self, rank: int | None = None) -> list[Path]:
+        """The logs that are there: of all ranks or of one. Older versions had them all in one folder."""
+        if rank is None:
+            return sorted((*self.logs.glob("rank-*.log"), *self.logs.glob("ranks-*/rank-*.log")))
+        return [path for path in {self.logs / f"rank-{rank}.log": 0, self.rank_log(rank): 0} if path.exists()]
 
     def samples(self, rank: int) -> Path:
         """Which samples each step of a rank consumed."""

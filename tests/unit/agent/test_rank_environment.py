@@ -33,7 +33,6 @@ def test_the_place_of_a_rank() -> None:
 
 DEFAULTS = {
     "NCCL_DEBUG": "WARN",
-    "NCCL_DEBUG_FILE": "/runs/digits-7/logs/nccl-%h-%p.log",
     "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_FR_DUMP_TEMP_FILE": "/runs/digits-7/logs/flight-recorder-",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

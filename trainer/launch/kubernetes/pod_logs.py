@@ -92,11 +92,12 @@ def _read_logs(kubectl: Kubectl, which: list[str], newest: str, bound_s: float) 
 def copy_rank_log(kubectl: Kubectl, run: RunFolder, rank: int, pod: Pod) -> None:
     """Append what a rank printed since the last time, as it lies in its pod's run folder, where that can be read."""
     path = run.rank_log(rank)
-    words = ["tail", f"--bytes=+{size(path) + 1}", f"/runs/{run.name}/logs/{path.name}"]
+    words = ["tail", f"--bytes=+{size(path) + 1}", f"/runs/{run.name}/{path.relative_to(run.path)}"]
     try:
         new = kubectl.run_bytes("exec", pod.name, "--container=agent", "--", *words, timeout_s=LOG_S)
     except (Refused, Unanswered):  # who may read logs need not start programs in pods
         return
+    path.parent.mkdir(exist_ok=True)
     with path.open("ab") as log:
         log.write(new)
 
