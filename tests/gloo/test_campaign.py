@@ -33,7 +33,7 @@ KEYS = [
     "agent.hang_timeout_s=4", "agent.restarts=1000", "agent.restarts_total=1000",
 ]  # fmt: skip
 DISKS = ("full disk", "input/output errors")
-LONG = ("stop a rank", *DISKS)
+LONG = ("stop a rank",)
 """Takes as long as the patience with silent ranks; in the short run others show it."""
 TOPOLOGIES = {"one node": ["devices_per_node=2"], "two nodes": ["nodes=2", "devices_per_node=1"]}
 SmallDisk = Callable[[str], Path]
@@ -55,7 +55,7 @@ def assert_as_if_nothing_had_happened(run: Run, calm: Path, keys: list[str], who
     assert not different if whole else len(different) < 0.2 * len(expected), different
 
 
-@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.timeout(3600 if FULL else 600)
 @pytest.mark.parametrize("topology", TOPOLOGIES if FULL else ["one node"])
 def test_any_fault_at_any_moment(
     tmp_path: Path, topology: str, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch

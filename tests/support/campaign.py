@@ -78,6 +78,7 @@ class Campaign:
             self.progress()
         now = self.run.events(*TICKS)[-1]
         self.costs.append(Cost(name, now["time"] - last["time"], now["step"] - last["step"]))
+        print(f"   behind after {self.costs[-1].seconds:.1f} s, at step {now['step']}", flush=True)
         said = [event for kind in TROUBLE for event in self.run.events(kind)[before[kind] :]]
         if not outcome.event:
             assert not said, (name, said)

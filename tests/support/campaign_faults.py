@@ -139,6 +139,7 @@ def survived(campaign: Campaign, kinds: tuple[str, ...]) -> Outcome:
     status = campaign.run.status()
     if status["state"] != "running":
         print("  ", status["state"], status["reason"], flush=True)
+        assert kinds != ("disk full",) or "disk full" in status["reason"], status
         campaign.run.wait_gone()
         campaign.continue_run()
         return Outcome("attempt", kinds)

@@ -96,7 +96,8 @@ def likely_end(run: RunFolder, events: Sequence[Event]) -> str:
     """Why the run may have ended, where nobody could say: an agent that was lost, else the end of a log."""
     recent = _recent(events)
     lost = last_event(recent, "agent_lost")
-    if lost is not None:
+    replaced = lost and any(e["event"] == "wired" and e.get("node") == lost.get("node") for e in _after(recent, lost))
+    if lost is not None and not replaced:
         code = lost.get("code")
         how = f"ended by signal {-code}" if isinstance(code, int) and code < 0 else f"exit {code}"
         return f"the agent of node {lost.get('node')} was lost ({how}), more often than agent.restarts allows"
@@ -108,6 +109,10 @@ def likely_end(run: RunFolder, events: Sequence[Event]) -> str:
         if lines:
             return f"{(wrong or lines)[-1]:.500} (the end of {log})"
     return ""
+
+
+def _after(events: Sequence[Event], event: Event) -> Sequence[Event]:
+    return events[next(index for index, other in enumerate(events) if other is event) + 1 :]
 
 
 def _recent(events: Sequence[Event]) -> list[Event]:

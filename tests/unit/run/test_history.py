@@ -109,6 +109,8 @@ def test_where_nobody_said_why_the_end_of_a_log_does(tmp_path: Path) -> None:
     assert likely_end(run, events("submitted")) == ""
     lost = ("agent_lost", {"node": 1, "code": -9})
     assert likely_end(run, events("submitted", lost)).startswith("the agent of node 1 was lost (ended by signal 9)")
+    assert likely_end(run, events("submitted", lost, ("wired", {"node": 0}))).startswith("the agent of node 1")
+    assert likely_end(run, events("submitted", lost, ("wired", {"node": 1}))) == "", "another one took its place"
 
 
 def test_agents_that_were_killed_are_counted_since_the_last_checkpoint() -> None:
