@@ -84,9 +84,9 @@ def test_a_killed_agent_is_replaced(tmp_path: Path, node: int, buffers: bool) ->
     size = 4 if buffers else 2  # few samples in a batch: an epoch, which ends with a checkpoint, takes long
     keys = [f"task_args.buffers={buffers}", "task_args.step_s=0.01", "train.steps=250", f"train.batch_size={size}"]
     keys.append("agent.restarts=1")
-    with submitted(tmp_path, *TWO_NODES, *keys, "checkpoint.every_steps=50") as run:
-        metrics = run.folder / "metrics.jsonl"  # the copies in memory are newer than the checkpoint by then
-        wait_for("step 90", lambda: any(line["step"] >= 90 for line in read_lines(metrics)))
+    with submitted(tmp_path, *TWO_NODES, *keys, "checkpoint.every_steps=130") as run:
+        metrics = run.folder / "metrics.jsonl"  # the copies in memory are newer than the checkpoint then, for long
+        wait_for("step 170", lambda: any(line["step"] >= 170 for line in read_lines(metrics)))
         agent = run.agents()[node]
         gone = descendants(agent)
         assert run.ranks()[node] in gone and len(gone) >= 2
@@ -96,7 +96,7 @@ def test_a_killed_agent_is_replaced(tmp_path: Path, node: int, buffers: bool) ->
         assert (lost["node"], lost["code"]) == (node, -signal.SIGKILL)
         assert result(run) == 0, run.log("node-0.log")
         resume = run.events("resume")[0]
-        assert resume["step"] == run.events("training")[1]["step"] >= 50
+        assert resume["step"] == run.events("training")[1]["step"] >= 130
         assert (resume["folder"] == "memory") == (not buffers), resume
         assert [event["attempt"] for event in run.events("done")] == [run.events("restart", "attempt")[-1]["attempt"]]
 
