@@ -100,8 +100,8 @@ checks: setup-dev ## Check format, style, types and shell scripts
 	@"$(BIN)/mypy" && "$(BIN)/lint-imports" --no-cache --no-logo
 	@"$(BIN)/shellcheck" $(SCRIPTS) && "$(BIN)/yamllint" --strict $(wildcard jobs slurm docker k8s)
 
-bench: setup-bench ## Measure loop, start, Slurm, recovery, checkpoints, data, DDP and scale, peers too; draw the results
-	@for part in loop launch slurm recovery checkpoint data ddp scale plots; do "$(BIN)/python" "bench/$$part.py"; done
+bench: setup-bench ## Measure loop, start, Slurm, recovery, checkpoints, data, DDP, scale and meetings; draw the results
+	@for part in loop launch slurm recovery checkpoint data ddp scale meeting plots; do "$(BIN)/python" "bench/$$part.py"; done
 
 bench-gpu: setup-bench ## Measure a language model on this machine's GPU against a hand-written loop
 	@"$(BIN)/python" bench/gpu.py $(ARGS)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from stopwatch import Stopwatch
 
+from trainer.agent import first_contact, rendezvous
 from trainer.agent.rendezvous import NodeRendezvous
 from trainer.agent.rounds import Ended, RendezvousTimeoutError
 from trainer.wiring.network import candidate_ports
@@ -130,6 +131,25 @@ def test_the_masters_own_ranks_need_no_name(resolver: Resolver, master: Any) -> 
         resolver.address = address
         assert master[0].master_addr() == "127.0.0.1", "where the other came to"
     node.shutdown()
+
+
+def test_agents_that_know_the_master_by_another_address_reach_it_after_a_while(
+    resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_contact, "listening_addresses", lambda name: (["127.0.0.1"], ""))
+    monkeypatch.setattr(rendezvous, "WIDEN_S", 0.5)
+    resolver.address = "127.0.0.2"
+    said: list[str] = []
+    both = [meet(node, 20, said) for node in range(2)]
+    threads = [threading.Thread(target=node.next_round, daemon=True) for node in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [node.master_addr() for node in both] == ["127.0.0.2"] * 2
+    assert any("listen on all interfaces now" in text for text in said)
+    for node in reversed(both):
+        node.shutdown()
 
 
 def test_a_name_that_never_comes_is_named_within_its_bound(resolver: Resolver, stopwatch: Stopwatch) -> None:
