@@ -64,20 +64,20 @@ def meet(node: int, bound_s: float, said: list[str]) -> NodeRendezvous:
 def master() -> Iterator[tuple[NodeRendezvous, list[str]]]:
     """Node 0, waiting for node 1 on all interfaces of this host."""
     said: list[str] = []
-    found = meet(0, 20, said)
+    found = meet(0, 60, said)
     thread = threading.Thread(target=found.next_round, daemon=True)
     thread.start()
     while found.store is None:
         time.sleep(0.01)
     yield found, said
-    thread.join(20)
+    thread.join(60)
     found.shutdown()
 
 
 def test_a_name_that_comes_late_is_looked_up_again(resolver: Resolver, master: Any, stopwatch: Stopwatch) -> None:
     threading.Timer(1, lambda: setattr(resolver, "address", "127.0.0.1")).start()
     start = time.monotonic()
-    node = meet(1, 20, master[1])
+    node = meet(1, 60, master[1])
     node.next_round()
     stopwatch.check(time.monotonic() - start, 3)
     assert node.master_addr() == "127.0.0.1"
@@ -101,7 +101,7 @@ def test_a_name_that_leads_to_a_host_that_is_gone_is_looked_up_again(
     resolver.address = "gone"
     threading.Timer(2.5, lambda: setattr(resolver, "address", "127.0.0.1")).start()
     start = time.monotonic()
-    node = meet(1, 20, master[1])
+    node = meet(1, 60, master[1])
     node.next_round()
     stopwatch.check(time.monotonic() - start, 5)
     assert len(tries) == 3
@@ -111,9 +111,9 @@ def test_a_name_that_leads_to_a_host_that_is_gone_is_looked_up_again(
 
 def test_a_foreign_listener_that_never_answers_is_passed_by(resolver: Resolver) -> None:
     said: list[str] = []
-    node = meet(1, 10, said)
+    node = meet(1, 60, said)
     with socket.create_server(("127.0.0.1", node.wiring.ports[0])):
-        found = meet(0, 20, said)
+        found = meet(0, 60, said)
         thread = threading.Thread(target=found.next_round, daemon=True)
         thread.start()
         resolver.address = "127.0.0.1"
@@ -125,7 +125,7 @@ def test_a_foreign_listener_that_never_answers_is_passed_by(resolver: Resolver) 
 
 def test_the_masters_own_ranks_need_no_name(resolver: Resolver, master: Any) -> None:
     resolver.address = "127.0.0.1"
-    node = meet(1, 20, master[1])
+    node = meet(1, 60, master[1])
     node.next_round()
     for address in (None, "127.0.0.5", "192.0.2.1"):
         resolver.address = address
@@ -140,12 +140,12 @@ def test_agents_that_know_the_master_by_another_address_reach_it_after_a_while(
     monkeypatch.setattr(rendezvous, "WIDEN_S", 0.5)
     resolver.address = "127.0.0.2"
     said: list[str] = []
-    both = [meet(node, 20, said) for node in range(2)]
+    both = [meet(node, 60, said) for node in range(2)]
     threads = [threading.Thread(target=node.next_round, daemon=True) for node in both]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert [node.master_addr() for node in both] == ["127.0.0.2"] * 2
     assert any("listen on all interfaces now" in text for text in said)
     for node in reversed(both):

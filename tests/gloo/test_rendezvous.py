@@ -41,7 +41,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     both = [
         NodeRendezvous(
             Wiring("local", tmp_path.name, 0, 2, node, hosts, hosts[0], ports, 1, None, 1, None, "lo", {}),
-            SECRET, 20, 20, lambda: False, next_attempt, lambda text: None,
+            SECRET, 60, 60, lambda: False, next_attempt, lambda text: None,
         )
         for node in range(2)
     ]  # fmt: skip
