@@ -105,7 +105,10 @@ def compare(
 
 @app.command()
 def init(folder: ProjectFolder = Path(), script: Script = None) -> None:
-    """Write the files that a project of yours needs: job, site files, Dockerfile, Makefile. Overwrites nothing."""
+    """Write what a project of yours lacks, and overwrite nothing.
+
+    That is a job file, a task or a script, site files, a Dockerfile and a Makefile.
+    """
     from trainer.launch import init as project
 
     print(*project.init(folder, script), sep="\n")
