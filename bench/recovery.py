@@ -75,7 +75,7 @@ def _muster_task(**keys: Any) -> Callable[[Path, list[str]], list[str | Path]]:
 def read_task_marks(folder: Path) -> list[Mark]:
     """The steps that rank 0 recorded, which all ranks have completed then."""
     marks = []
-    for run in (folder / "runs").glob("*"):
+    for run in (folder / "runs").glob("[!.]*"):
         lines = read_lines(run / "metrics.jsonl")  # before the events: each line's attempt is among them then
         pids: dict[int, dict[str, int]] = {}
         for event in RunFolder(run).read_events():
