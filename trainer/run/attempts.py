@@ -3,6 +3,7 @@
 A node that was declared dead may live on behind a cut network, with a disk that it shares with its successor.
 """
 
+import contextlib
 import os
 
 from trainer.run.folder import RunFolder
@@ -22,6 +23,15 @@ def claim(run: RunFolder, attempt: int) -> None:
         raise StaleAttempt(f"attempt {attempt} of {run.name} is somebody else's") from None
     os.fsync(handle)
     os.close(handle)
+    _sweep(run)
+
+
+def _sweep(run: RunFolder) -> None:
+    """Remove what ranks of earlier attempts were writing when they were killed, which has no name of its own yet."""
+    written = (run.failures / "attempt-*", run.evaluation, run.result)
+    for path in (part for whole in written for part in whole.parent.glob(f".{whole.name}.*-*")):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def newest(run: RunFolder) -> int:
