@@ -145,16 +145,6 @@ def test_a_stranger_that_says_nothing_does_not_stay(
         assert stranger.recv(1) == b""
 
 
-def test_many_idle_strangers_keep_no_agent_out(served: tuple[KeyValueServer, int]) -> None:
-    server, port = served
-    with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(250)]
-        agent = connect(port)
-        wait_for("the end of the oldest", lambda: len(server.strangers) <= kv_server.STRANGERS + 3, 5)
-        assert ended(idle[0])
-        agent.close()
-
-
 def test_when_no_file_can_be_opened_strangers_make_room(served: tuple[KeyValueServer, int]) -> None:
     port = served[1]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

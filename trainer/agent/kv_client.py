@@ -32,13 +32,14 @@ class KeyValueClient(KeyValueStore):
     """A connection to node 0."""
 
     def __init__(
-        self, address: str, port: int, membership: Membership, node: int, nodes: int = 2, proof_s: float = CONNECT_S
-    ) -> None:
-        """Connect, and let both sides prove that they belong to the run, each step within `proof_s`.
+        self, address: str, port: int, membership: Membership, node: int, nodes: int = 2, proof_s: float = CONNECT_S,
+        connection: socket.socket | None = None,
+    ) -> None:  # fmt: skip
+        """Connect, unless a `connection` is there, and let both sides prove that they belong to the run.
 
-        Raises OSError: nobody listens there, or somebody else, or too slowly.
+        Each step within `proof_s`. Raises OSError: nobody listens there, or somebody else, or too slowly.
         """
-        self.connection = socket.create_connection((address, port), CONNECT_S)  # first: most tries end here
+        self.connection = connection or socket.create_connection((address, port), CONNECT_S)  # first: most end here
         super().__init__()
         self.problem, self.buffer = "", bytearray()
         self.requests, self.answers, self.asking, self.sending = 0, 0, threading.Lock(), threading.Lock()

@@ -26,10 +26,11 @@ from trainer.agent.proof import (
     parse_hello,
     prove,
 )
+from trainer.agent.strangers import Strangers, turn_away
 
 PROOF_S = 5.0  # how long a connection may stay open without a proof, where nobody else is in the way
 PROOFS_PER_S = 200  # what node 0 can do at least, when all come at once
-STRANGERS = 64  # connections without a proof, beside one of each node; of more than that the oldest ends
+STRANGERS = 64  # connections without a proof, beside one of each node
 SILENT_S = 15.0  # a node that says nothing counts as lost after this time; when its connection ends, at once
 UNREAD_BYTES = 4 * MESSAGE_BYTES  # that a peer may leave unread
 KEYS, CHARS = 50, 100  # that other agents may use, and of each key and word: far more than they have a use for
@@ -37,7 +38,7 @@ ANYBODYS = ("stop", "end")  # the values that every agent may set; the rest are 
 LEFT, LOST = math.inf, -math.inf  # for an agent that ended as it should, and one that did not
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
 ACCEPTED = 64  # of them at once, between which those that are here are served
-FULL_S = 0.2  # before the next try when no file can be opened
+FULL_S = 0.2  # before the next try when no file can be opened, and no stranger has one
 
 
 @dataclass
@@ -56,7 +57,7 @@ class KeyValueServer(KeyValueStore):
         self.membership, self.nodes = membership, nodes
         self.told: dict[str, dict[int, Any]] = {}  # by key and node
         self.clients: dict[int, _Client] = {}
-        self.strangers: dict[_Connection, None] = {}  # who has not proven anything yet, the oldest first
+        self.strangers = Strangers(STRANGERS + nodes)  # who has not proven anything yet
         self.peers: set[_Connection] = set()
         self.dirty: set[str] = set()  # what the peers have not been sent yet
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -96,19 +97,22 @@ class KeyValueServer(KeyValueStore):
         loop.call_later(beat_s(self.nodes), self._beat, loop)
 
     def _accept(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # nobody more, or somebody left again
-            for _ in range(ACCEPTED):
-                try:
-                    accepted, _ = listener.accept()
-                except OSError as error:
-                    if isinstance(error, (BlockingIOError, ConnectionError)):
-                        raise
-                    for stranger in list(self.strangers)[: len(self.strangers) // 2 + 1]:
-                        stranger.end()  # too many files are open
-                    loop.remove_reader(listener)
-                    loop.call_later(FULL_S, loop.add_reader, listener, self._accept, loop, listener)
-                    return
+        arrived: list[tuple[socket.socket, str]] = []
+        try:
+            while len(arrived) < ACCEPTED:
+                accepted, (address, *_) = listener.accept()
+                arrived.append((accepted, address))
+        except (BlockingIOError, ConnectionError):
+            pass  # nobody more, or somebody left again
+        except OSError:  # too many files are open
+            if not arrived and not self.strangers.end_half():
+                loop.remove_reader(listener)
+                loop.call_later(FULL_S, loop.add_reader, listener, self._accept, loop, listener)
+        for accepted, is_heard in self.strangers.split(arrived):
+            if is_heard:
                 loop.create_task(self._welcome(loop, accepted))
+            else:
+                turn_away(accepted)
 
     async def _welcome(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
         with contextlib.suppress(OSError):  # it left again
@@ -205,12 +209,10 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.transport, strangers = transport, self.server.strangers
-        strangers[self] = None
-        if len(strangers) > STRANGERS + self.server.nodes:
-            next(iter(strangers)).end()
+        self.transport, self.address = transport, (transport.get_extra_info("peername") or ("",))[0]
         bound_s = PROOF_S + self.server.nodes / PROOFS_PER_S
         self.too_late = asyncio.get_running_loop().call_later(bound_s, self.end)
+        self.server.strangers.add(self)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -227,7 +229,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.too_late.cancel()
-        self.server.strangers.pop(self, None)
+        self.server.strangers.discard(self)
         self.server.peers.discard(self)
         if self.client is not None and self.client.heard != LEFT:
             self.client.heard = LOST
@@ -235,7 +237,7 @@ class _Connection(asyncio.Protocol):
 
     def end(self) -> None:
         """End this connection at once."""
-        self.server.strangers.pop(self, None)
+        self.server.strangers.discard(self)
         self.transport.abort()
 
     def send(self, is_answer: bool, news: dict[str, Any]) -> None:
@@ -273,7 +275,7 @@ class _Connection(asyncio.Protocol):
         """From here on it is an agent of this run, in the place of the one that it may replace."""
         server = self.server
         self.too_late.cancel()
-        del server.strangers[self]
+        server.strangers.discard(self)
         self.sends, self.receives = Seal(key, b"server"), Seal(key, b"client")
         address = self.transport.get_extra_info("sockname")[0].removeprefix("::ffff:")
         server.clients[self.node] = self.client = _Client(CLOCK.now(), address)
