@@ -7,6 +7,7 @@ environment that they inherit.
 import os
 import re
 import secrets
+import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from trainer.wiring.variables import SECRET, SECRET_FILE, run_is_shared
 
 FORM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 """What we make, or the uid of a Kubernetes Job, which all its pods are given and nobody can choose."""
+BEGUN = re.compile(r"[0-9a-f]{0,63}", re.IGNORECASE)
+"""What may be the beginning of one that another agent writes now."""
+WRITTEN_S = 1.0
+"""How long that may take."""
 REMEDY = "It must be 64 hexadecimal digits: `openssl rand -hex 32` prints such"
 
 
@@ -67,15 +72,15 @@ def make_secret(file: Path) -> None:
 
     Raises JobError: it cannot be made, or what is there is none.
     """
-    pending = file.with_name(f".secret-{secrets.token_hex(8)}")
+    pending, text = file.with_name(f".secret-{secrets.token_hex(8)}"), secrets.token_hex(32) + "\n"
     try:
-        descriptor = os.open(pending, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        _write_new(pending, text)
         try:
-            with open(descriptor, "w") as secret:
-                secret.write(secrets.token_hex(32) + "\n")
-                secret.flush()
-                os.fsync(descriptor)
-            _publish(pending, file)
+            os.link(pending, file)  # whole at once; unlike a rename, it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # some file systems have no links: whoever reads half of it waits for the rest
+            _write_new(file, text)
         finally:
             pending.unlink(missing_ok=True)
     except FileExistsError:
@@ -85,26 +90,33 @@ def make_secret(file: Path) -> None:
         raise JobError("secret", str(file), f"cannot be made ({error.strerror})", remedy) from None
 
 
-def _publish(pending: Path, file: Path) -> None:
-    """Give a finished file its name, whole at once. Raises FileExistsError: there is one."""
+def _write_new(file: Path, text: str) -> None:
+    """Write a file that only its owner may read. Raises FileExistsError: it is there. OSError: then it is not."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        os.link(pending, file)  # unlike a rename, it replaces nothing
-    except FileExistsError:
+        with open(descriptor, "w") as secret:
+            secret.write(text)
+            secret.flush()
+            os.fsync(descriptor)
+    except OSError:
+        file.unlink(missing_ok=True)
         raise
-    except OSError:  # some file systems have no links
-        if file.exists():
-            raise FileExistsError from None
-        pending.rename(file)
 
 
 def _read(key: str, file: Path) -> bytes:
+    begun = time.monotonic()
     try:
-        with file.open("rb") as secret:
-            text = secret.read(100)
+        while BEGUN.fullmatch(text := _text(file)) and time.monotonic() - begun < WRITTEN_S:
+            time.sleep(0.01)
     except OSError as error:
         remedy = "Let the user of the agents read it, and only that one (chmod 600)"
         raise JobError(key, str(file), f"cannot be read ({error.strerror})", remedy) from None
-    return _check(key, text.decode(errors="replace"), f"{file} does not hold a secret", str(file))
+    return _check(key, text, f"{file} does not hold a secret", str(file))
+
+
+def _text(file: Path) -> str:
+    with file.open("rb") as secret:
+        return secret.read(100).decode(errors="replace")
 
 
 def _check(key: str, text: str, problem: str, shown: str) -> bytes:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from trainer.errors import JobError
+from trainer.wiring import secret
 from trainer.wiring.secret import make_secret, read_secret, shared_secret, source_of_secret
 
 ONE, OTHER, THIRD = ("0123456789abcdef" * 4, "fedcba9876543210" * 4, "00ff" * 16)
@@ -34,7 +36,8 @@ def test_the_uid_of_a_kubernetes_job_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["hunter2", ONE[:-1], ONE + "0", ONE[:-1] + "g", " ", f"{ONE}\n{ONE}", "é" * 64, "\0"])
-def test_another_form_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
+def test_another_form_is_refused_and_not_shown(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secret, "WRITTEN_S", 0.05)
     file = tmp_path / "secret"
     file.write_text(text)
     for environ in ({"MUSTER_SECRET": text}, {"MUSTER_SECRET_FILE": str(file)}, {}):
@@ -62,7 +65,8 @@ def test_what_is_made_is_for_its_owner_alone_and_stays(tmp_path: Path) -> None:
     assert read_secret(tmp_path / "another", {}) != made
 
 
-def test_one_that_cannot_be_made_or_used_is_an_error(tmp_path: Path) -> None:
+def test_one_that_cannot_be_made_or_used_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secret, "WRITTEN_S", 0.05)
     with pytest.raises(JobError, match="cannot be made"):
         make_secret(tmp_path / "nowhere" / "secret")
     (tmp_path / "secret").touch()
@@ -77,7 +81,7 @@ def test_agents_that_make_it_at_once_have_the_same(
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    if not links:  # then who comes second must have seen the first one's
+    if not links:
         monkeypatch.setattr(os, "link", refuse)
     file = tmp_path / "secret"
 
@@ -86,9 +90,33 @@ def test_agents_that_make_it_at_once_have_the_same(
         return read_secret(file, {})
 
     with ThreadPoolExecutor() as pool:
-        found = set(pool.map(make, range(40))) if links else {make(0), make(1)}
+        found = set(pool.map(make, range(40)))
     assert len(found) == 1 and None not in found
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_who_looks_while_another_agent_makes_it_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was seen to be missing replaces anything, nor is half of it taken for something else."""
+    file, made = tmp_path / "secret", []
+
+    def refuse(*_: object) -> None:
+        if not made:  # another agent comes between our look and our try
+            made.append("")
+            make_secret(file)
+            made[:] = [file.read_text().strip()]
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        patch.setattr(Path, "exists", lambda _: False)
+        make_secret(file)
+    assert read_secret(file, {}) == made[0].encode()
+    file.write_text(ONE[:9])
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read_secret, file, {})
+        time.sleep(0.05)
+        file.write_text(f"{ONE}\n")
+        assert reading.result() == ONE.encode()
 
 
 def test_agents_without_one_make_it_where_they_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
