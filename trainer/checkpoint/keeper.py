@@ -11,7 +11,7 @@ from collections.abc import Callable
 from trainer.checkpoint.copies import Contents, Copies, read_copy
 from trainer.checkpoint.exchange import checksum, give_all
 from trainer.checkpoint.memory import MOMENTS, Memory
-from trainer.checkpoint.orders import Orders
+from trainer.checkpoint.orders import NothingCommitted, Orders
 from trainer.checkpoint.snapshot import put_together, take_apart
 from trainer.checkpoint.writer import Order, aside, commit
 from trainer.config.job import Job
@@ -134,12 +134,12 @@ class Keeper:
             self.orders.wait(self._bound(beat))
 
     def _bound(self, beat: Callable[[], None]) -> Callable[[], None]:
-        """Signs of life for one wait. They end with a TimeoutError when there was time enough for any disk."""
+        """Signs of life for one wait. They end with NothingCommitted when there was time enough for any disk."""
         patience = Patience(self.limit_s, beat)
 
         def look() -> None:
             if not patience.look():
-                raise TimeoutError(
+                raise NothingCommitted(
                     f"nothing was committed for {self.limit_s:.0f} s, {TIMES} times agent.hang_timeout_s: the disk of "
                     f"{self.folder} hangs, or is that slow"
                 )

@@ -15,6 +15,10 @@ from trainer.checkpoint.memory import Memory, Seal
 from trainer.checkpoint.writer import Order, rebuild, receive, send, serve
 
 
+class NothingCommitted(TimeoutError):
+    """Our own limit of a wait has passed. Another TimeoutError is an answer, such as that of a soft mount."""
+
+
 def allowed_by_user() -> list[Any]:
     """What torch.load may make in this process beside torch's own; no other process knows it."""
     every = (item[0] if isinstance(item, tuple) else item for item in get_safe_globals())
@@ -91,7 +95,7 @@ class Orders:
                 self.wait(beat)
             while self.hear(0):
                 pass
-        except TimeoutError:
+        except NothingCommitted:
             hangs = True
             raise
         finally:

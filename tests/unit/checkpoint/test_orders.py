@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from trainer.checkpoint.memory import Memory, Seal
 from trainer.checkpoint.orders import Orders
-from trainer.checkpoint.writer import Order
+from trainer.checkpoint.writer import Order, describe
+from trainer.checkpoint.writer import send as answer
 
 GONE = "the process that writes checkpoints was killed"
 SEAL = Seal(moment=4, attempt=1, offset=0, size=0, run=1)
@@ -49,3 +53,20 @@ def test_a_writer_that_dies_while_somebody_waits_for_it(ordered: tuple[Orders, s
     writer.close()
     with pytest.raises(RuntimeError, match=GONE):
         orders.wait(lambda: None)
+
+
+def test_a_server_that_says_it_timed_out_has_answered(ordered: tuple[Orders, socket.socket]) -> None:
+    """So the thread that writes is waited for, as after any other error; only one that says nothing hangs."""
+    orders, writer = ordered
+
+    def write() -> None:
+        answer(writer, describe(OSError(errno.ETIMEDOUT, "Connection timed out", "/nfs")))
+        while writer.recv(4096):
+            pass
+        time.sleep(0.2)  # the rest of what it has to do
+
+    orders.thread = thread = threading.Thread(target=write)
+    thread.start()
+    with pytest.raises(TimeoutError, match="/nfs"):
+        orders.close(lambda: None)
+    assert not thread.is_alive()
