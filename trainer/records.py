@@ -9,9 +9,12 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainer.wiring.variables import TERMINATION_LOG, read_path
+
+NOT_OURS = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+"""What is raised where a value that is none of ours is used as one of ours: it lacks fields, or has other types."""
 
 
 def to_line(value: Mapping[str, Any]) -> bytes:
@@ -74,6 +77,16 @@ def parse_lines(lines: Iterable[bytes | str]) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError):
             values.append(json.loads(text.strip("\0\r ")))
     return [value for value in values if isinstance(value, dict)]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether somebody can calculate with a value: JSON also knows integers of any length."""
+    return isinstance(value, float) or (isinstance(value, int) and is_count(abs(value)) and not isinstance(value, bool))
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value can be a number of steps or the like."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def write_json(path: Path, value: Mapping[str, Any], sync: bool = True) -> None:

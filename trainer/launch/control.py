@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import DONE, STOPPED, JobError
+from trainer.errors import DONE, FAILED, STOPPED, JobError
 from trainer.launch.handle import read_handle
 from trainer.launch.moved import copied_from
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.waiting import is_waiting, waited
-from trainer.records import write_json
+from trainer.records import NOT_OURS, is_count, write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
@@ -52,13 +52,23 @@ def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
 
 
 def status(run_path: str) -> dict[str, Any]:
-    """Everything that is known about a run."""
+    """Everything that is known about a run. Raises JobError: it is none, or somebody else wrote into its records."""
     run = RunFolder.open(run_path)
+    try:
+        return _status(run)
+    except JobError:
+        raise
+    except NOT_OURS as error:
+        problem, remedy = f"its records cannot be read: {error!r}", "Look into exit.json, and into the folder events"
+        raise JobError("RUN", str(run), problem, remedy) from None
+
+
+def _status(run: RunFolder) -> dict[str, Any]:
     handle, ask = status_of(run)
     now = ask()
     good = now.is_active or now.phase == Phase.DONE
     events = run.read_main_events() if good else run.read_events()
-    training = last_event(events, "training") or {}
+    steps = (last_event(events, "training") or {}).get("steps")
     attempts = now.progress | (last_event(events, "attempt", "restart") or {})
     step = newest_step(run, events)
     share = goodput(events)
@@ -70,7 +80,8 @@ def status(run_path: str) -> dict[str, Any]:
         "goodput": round(share.share, 4) if share else None, "goodput_text": f"goodput {share}" if share else "",
         "waiting": waited(run) if is_waiting(now) else "",
         "code": now.code, "step": now.progress.get("step") if step is None else step,
-        "steps": training.get("steps", now.progress.get("steps")), "attempt": attempts.get("attempt"), "handle": handle,
+        "steps": steps if is_count(steps) else now.progress.get("steps"),
+        "attempt": attempts.get("attempt"), "handle": handle,
         "metrics": last_evaluation(run) or now.progress.get("metrics", {}),
     }  # fmt: skip
 
@@ -84,7 +95,8 @@ def by_events(run: RunFolder) -> JobStatus:
         return JobStatus(Phase.DONE, code=DONE)
     if event["event"] == "training":
         return JobStatus(Phase.RUNNING, "according to its own records; no platform was asked")
-    return JobStatus(Phase.STOPPED if event["code"] == STOPPED else Phase.FAILED, event["reason"], event["code"])
+    code = event["code"] if is_count(event.get("code")) else FAILED
+    return JobStatus(Phase.STOPPED if code == STOPPED else Phase.FAILED, str(event.get("reason", "")), code)
 
 
 def _by_copy(run: RunFolder, original: RunFolder) -> JobStatus:
@@ -156,7 +168,7 @@ def _status_or_problem(run: RunFolder) -> dict[str, Any]:
     """The status of a run; of one that cannot be read, why: the others are listed all the same."""
     try:
         return status(str(run))
-    except (JobError, OSError, LookupError, TypeError, ValueError) as error:
+    except (JobError, OSError) as error:
         reason = str(error) if isinstance(error, JobError) else f"its records cannot be read: {error!r}"
         return {"run": str(run), "state": Phase.UNKNOWN, "reason": reason}
 

@@ -13,7 +13,7 @@ from trainer.config.job import Job
 from trainer.errors import FAILED, WRONG_JOB
 from trainer.launch.platform import JobStatus, Phase
 from trainer.launch.waiting import Waiting
-from trainer.records import parse_lines
+from trainer.records import NOT_OURS, is_count, parse_lines
 from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder
 from trainer.run.history import likely_end, restarts_text, why_ended
@@ -23,8 +23,6 @@ from trainer.run.progress import measured
 from trainer.run.summary import plain_table, resume_command, separate_ranks
 
 POLL_S = 0.1
-NOT_OURS = LookupError, TypeError, ValueError
-"""What is raised by a line that lacks what ours have."""
 BESIDE = 45
 """Columns for bar, counts, time and gaps: what is said beside them gets the rest of the terminal."""
 
@@ -78,6 +76,8 @@ def follow(
         raise
     except OSError as error:
         warn(f"the end of {run} cannot be shown: {error.strerror}")
+    except NOT_OURS as error:
+        warn(f"the end of {run} cannot be shown: its records cannot be read: {error!r}")
     return now.code if now.code is not None else FAILED
 
 
@@ -112,7 +112,8 @@ class Lines:
                 self.say(f"[rank {rank}] {line}" if rank else line)
 
     def event(self, event: Event) -> None:
-        self.steps = event["steps"] if event["event"] == "training" else self.steps
+        steps = event.get("steps") if event["event"] == "training" else None
+        self.steps = steps if is_count(steps) else self.steps
         text = describe(event)
         if text:
             self.say(text)
@@ -141,7 +142,9 @@ class Bar(Lines):
 
     def event(self, event: Event) -> None:
         if event["event"] == "training":
-            self.bar.update(self.task, total=event["steps"] or None, completed=event["step"])
+            steps, step = event.get("steps"), event.get("step")
+            self.bar.update(self.task, total=steps if is_count(steps) and steps else None)
+            self._go_to(step)
         super().event(event)
 
     def metrics(self, line: dict[str, Any]) -> None:
@@ -151,7 +154,13 @@ class Bar(Lines):
             return
         if len(text) + 2 + len(self.best) <= self.bar.console.width - BESIDE:
             text += f"  {self.best}"
-        self.bar.update(self.task, completed=line["step"], text=text)
+        self.bar.update(self.task, text=text)
+        self._go_to(line["step"])
+
+    def _go_to(self, step: Any) -> None:
+        """Anything but a number would end the thread that draws the bar."""
+        if is_count(step):
+            self.bar.update(self.task, completed=step)
 
 
 def numbers(line: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from trainer.config.job import Job
 from trainer.data.sampler import MicroBatch, Position
 from trainer.parallel.base import DeferredScalar, Parallel
-from trainer.records import write_json
+from trainer.records import is_count, write_json
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.metrics import Sink, make_sinks
 from trainer.run.event_files import write_as
@@ -162,7 +162,7 @@ class Report:
             begun = [event for event in self.run.read_main_events() if event["event"] == "training"]
         except OSError:  # then everything is tried once more
             return False
-        return any(event.get("attempt", self.attempt) < self.attempt for event in begun)
+        return any(attempt < self.attempt for event in begun if is_count(attempt := event.get("attempt")))
 
     def say(self, text: str) -> None:
         """Print a line to the first rank's log."""

@@ -9,7 +9,6 @@ another event also comes after it: the submitting side and node 0 look at each o
 """
 
 import contextlib
-import math
 import os
 import re
 import socket
@@ -19,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainer.records import read_lines
+from trainer.records import is_number, read_lines
 
 Event = dict[str, Any]
 LAUNCH = "launch"
@@ -30,6 +29,8 @@ MOST = 8 << 20
 MOST_OF_OTHERS = 64 << 10
 """The same for nodes other than 0, of which there may be a thousand."""
 TICK_S = 0.001
+AHEAD_S = 86400.0
+"""No clock is believed to be further ahead: it was wrong for a while, or the line is none of ours."""
 
 _nodes: list[int] = []
 _newest: dict[Path, float] = {}
@@ -65,10 +66,11 @@ def make_event(folder: Path, old: Path, name: str, fields: Event) -> Event:
 
 
 def _time_of_last(folder: Path, old: Path) -> float:
-    newest = 0.0
+    newest, latest = 0.0, time.time() + AHEAD_S
     with contextlib.suppress(OSError):
         for path in files(folder, old, MAIN):
-            newest = max(newest, *(event["time"] for event in _events(path, MOST_OF_OTHERS)), 0.0)
+            times = (event["time"] for event in _events(path, MOST_OF_OTHERS))
+            newest = max((when for when in times if newest < when <= latest), default=newest)
     return newest
 
 
@@ -86,12 +88,17 @@ def files(folder: Path, old: Path, parts: Iterable[str] = ()) -> list[Path]:
 def read(folder: Path, old: Path, parts: Iterable[str] = ()) -> list[Event]:
     """The events of some parts, or of all, in the order of their times; in one file, in that of its lines."""
     dated: list[tuple[float, Event]] = []
+    latest = time.time() + AHEAD_S
     for path in files(folder, old, parts):
-        reached = 0.0
         is_main = path == old or path.name.startswith(MAIN)
-        for event in _events(path, MOST if is_main else MOST_OF_OTHERS):
-            reached = max(reached, event["time"])  # somebody may have set the clock back
-            dated.append((reached, event))
+        events = _events(path, MOST if is_main else MOST_OF_OTHERS)
+        reached = next((event["time"] for event in events if event["time"] <= latest), None)
+        for event in events:
+            if reached is not None:
+                if event["time"] > latest:
+                    event["time"] = reached
+                reached = max(reached, event["time"])  # somebody may have set the clock back
+            dated.append((event["time"] if reached is None else reached, event))
     return [event for _, event in sorted(dated, key=lambda pair: pair[0])]
 
 
@@ -102,5 +109,4 @@ def _events(path: Path, most: int) -> list[Event]:
 def is_event(line: dict[str, Any]) -> bool:
     """Whether a line is an event, of whatever kind, and not something else that got there."""
     when = line.get("time")
-    dated = isinstance(when, (int, float)) and not isinstance(when, bool) and math.isfinite(when)
-    return dated and isinstance(line.get("event"), str)
+    return is_number(when) and 0 <= when < 1 << 40 and isinstance(line.get("event"), str)

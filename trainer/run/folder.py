@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import JobError
-from trainer.records import read_json, write_json, write_text
+from trainer.records import NOT_OURS, read_json, write_json, write_text
 from trainer.run import event_files
 from trainer.run.abilities import check_abilities
 from trainer.run.event_files import Event
@@ -161,7 +161,9 @@ class RunFolder:
     def state_bytes(self) -> int:
         """The size of the newest checkpoint, 0 before the first; of a damaged one, too."""
         manifest = read_json(self.checkpoints / f"step-{self.steps_committed():09d}" / "manifest.json") or {}
-        return sum(facts.get("bytes", 0) for facts in manifest.get("files", {}).values())
+        with contextlib.suppress(*NOT_OURS):
+            return sum(int(facts.get("bytes", 0)) for facts in manifest.get("files", {}).values())
+        return 0
 
     # Making and finding runs.
     def make(self) -> None:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from trainer.records import is_count
 from trainer.run.event_files import Event
 from trainer.run.history import restart_causes
 
@@ -26,7 +27,7 @@ class Goodput(NamedTuple):
 
 def goodput(events: Sequence[Event]) -> Goodput | None:
     """None without a restart, and where too little is known of the pace."""
-    ticks = [event for event in events if event["event"] in TICKS and isinstance(event.get("step"), int)]
+    ticks = [event for event in events if event["event"] in TICKS and is_count(event.get("step"))]
     pairs = [(one, two) for one, two in itertools.pairwise(ticks) if _is_stretch(one, two)]
     if not restart_causes(events) or not pairs:
         return None
@@ -52,7 +53,7 @@ def _repeated(events: Sequence[Event]) -> int:
     known = repeated = 0
     for event in events:
         step = event.get("at_step" if event["event"] == "failure" else "step")
-        if not isinstance(step, int):
+        if not is_count(step):
             continue
         if event["event"] == "training":
             repeated += max(0, known - step)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trainer.errors import STOPPED, WRONG_JOB
-from trainer.records import read_json
+from trainer.records import is_count, read_json
 from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.log_tail import last_lines
@@ -24,7 +24,7 @@ def restart_causes(events: Sequence[Event]) -> list[str]:
             pending = pending if pending and event.get("kind") == "peer lost" else _cause(event)
         elif kind == "agent_lost":
             pending = "agent lost"
-        elif kind == "requeued" or (kind == "wired" and event.get("node") == 0 and event.get("launch", 0) > 0):
+        elif kind == "requeued" or (kind == "wired" and event.get("node") == 0 and _is_later(event)):
             pending = pending or "requeued"
         elif kind == "continued":
             pending = ""
@@ -32,6 +32,12 @@ def restart_causes(events: Sequence[Event]) -> list[str]:
             causes += [pending] if pending else []
             pending = ""
     return causes
+
+
+def _is_later(wired: Event) -> bool:
+    """Whether an agent began in a later launch than the first one."""
+    launch = wired.get("launch")
+    return is_count(launch) and launch > 0
 
 
 def _cause(event: Event) -> str:
@@ -47,12 +53,13 @@ def agents_killed(events: Sequence[Event]) -> tuple[int, int]:
     living: set[int] = set()
     for event in events:
         kind, node = event["event"], event.get("node")
+        node = node if is_count(node) else None
         if kind in ("submitted", "continued", "done"):
             killed.clear()
             living.clear()
         elif kind == "checkpoint":
             killed.clear()
-        elif kind == "ended":
+        elif kind == "ended" and node is not None:
             living.discard(node)
         elif kind == "wired" and node is not None:
             killed[node] += node in living
@@ -88,8 +95,9 @@ def why_ended(run: RunFolder, events: Sequence[Event]) -> str:
     said = [read_json(run.failure) or {}, *(event for event in reversed(recent) if event["event"] == "ended")]
     # What is wrong with the job explains why others failed; who was stopped explains nothing.
     rank = {WRONG_JOB: 0, STOPPED: 2}
-    known = sorted((each for each in said if each.get("reason")), key=lambda each: rank.get(each.get("code", 1), 1))
-    return str(known[0]["reason"]) if known else ""
+    said = [each for each in said if each.get("reason")]
+    said.sort(key=lambda each: rank.get(code, 1) if is_count(code := each.get("code")) else 1)
+    return str(said[0]["reason"]) if said else ""
 
 
 def likely_end(run: RunFolder, events: Sequence[Event]) -> str:

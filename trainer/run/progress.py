@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.records import parse_lines, read_end, read_json
+from trainer.records import is_count, is_number, parse_lines, read_end, read_json
 from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder, last_event
 
@@ -22,7 +22,7 @@ def newest_step(run: RunFolder, events: Sequence[Event]) -> int | None:
     newest = parse_lines(read_end(run.metrics, END).split(b"\n")[-STEPS:])
     lines = [line for line in newest if _is_since(line, training)]
     steps = [*(event for event in since if event["event"] in ("training", "checkpoint", "stopped")), *lines]
-    return max((line["step"] for line in steps if isinstance(line.get("step"), int)), default=None)
+    return max((line["step"] for line in steps if is_count(line.get("step"))), default=None)
 
 
 def _is_since(line: dict[str, Any], training: Event) -> bool:
@@ -30,7 +30,7 @@ def _is_since(line: dict[str, Any], training: Event) -> bool:
     if "attempt" in line and "attempt" in training:
         return bool(line["attempt"] == training["attempt"])
     when = line.get("time")
-    return isinstance(when, (int, float)) and when >= training.get("time", 0)
+    return is_number(when) and bool(when >= training.get("time", 0))
 
 
 def last_evaluation(run: RunFolder) -> dict[str, Any]:
@@ -44,12 +44,13 @@ def last_evaluation(run: RunFolder) -> dict[str, Any]:
 
 def measured(line: dict[str, Any]) -> dict[str, Any]:
     """The values in a line of the metrics."""
-    return {name: value for name, value in line.items() if name not in ("kind", "step", "attempt", "time")}
+    own = ("kind", "step", "attempt", "time")
+    return {name: value for name, value in line.items() if name not in own and is_number(value)}
 
 
 def mean_speed(run: RunFolder) -> float | None:
     """The samples/s of many steps before the end, whichever attempts did them; None where nothing was logged."""
     lines = parse_lines(read_end(run.metrics, LONG_END).split(b"\n"))
-    speeds = [line["samples_per_s"] for line in lines if isinstance(line.get("samples_per_s"), (int, float))]
+    speeds = [line["samples_per_s"] for line in lines if is_number(line.get("samples_per_s"))]
     logged = [speed for speed in speeds if speed > 0]  # each of as many steps
     return len(logged) / sum(1 / speed for speed in logged) if logged else None

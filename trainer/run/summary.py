@@ -49,7 +49,7 @@ def separate_ranks(run: RunFolder) -> str:
     if event is None or event["event"] == "attempt":
         return ""
     return (
-        f"note: {event['ranks']} ranks ran the script, and none joined a process group with another "
+        f"note: {event.get('ranks')} ranks ran the script, and none joined a process group with another "
         "(torch.distributed.init_process_group). Unless it divides the work by RANK itself, each did all of it"
     )
 
@@ -62,5 +62,6 @@ def resume_command(run: RunFolder) -> str:
     words = [program, "run", str(run)]
     if not run.platform.exists() and not run.handle.exists():  # started by hand
         wired = last_event(run.read_main_events(), "wired")
-        words += ["--on", wired["platform"]] if wired and wired["platform"] not in ("alone", "local") else []
+        platform = str((wired or {}).get("platform", "local"))
+        words += ["--on", platform] if platform not in ("alone", "local") else []
     return shlex.join(words)

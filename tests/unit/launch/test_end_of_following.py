@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from trainer.config.job import Job
+from trainer.errors import JobError
 from trainer.launch.control import list_all, list_text, status, status_text
 from trainer.launch.follow import Lines, end, follow
 from trainer.launch.platform import JobStatus, Phase
 from trainer.run.folder import RunFolder
+from trainer.run.history import agents_killed
 from trainer.run.log_tail import EventTail
 
 DONE = JobStatus(Phase.DONE, code=0)
@@ -85,3 +87,51 @@ def test_what_cannot_be_shown_ends_nothing(
         (run.metrics).write_text('{"kind": "foreign"}\n')
     assert follow(run, Job(task="a:B"), lambda: next(answers), lambda: None) == 0
     assert len(looks) >= 4 and capsys.readouterr().err.count("Stale file handle") == 1
+
+
+HUGE = 10**400
+FOREIGN = [
+    {"event": "ended"}, {"event": "training"}, {"event": "training", "steps": "x", "step": HUGE},
+    {"event": "failure", "cause": 5}, {"event": "checkpoint", "step": HUGE}, {"event": "first_step", "step": [1]},
+    {"event": "wired", "node": [1], "launch": "x"}, {"event": "wired", "node": 0, "launch": "x", "platform": 3},
+    {"event": "ended", "node": {}, "code": [], "reason": 7}, {"event": "separate_ranks"}, {"event": "agent_lost"},
+    {"event": "stopped", "step": "x"}, {"event": "continued"}, {"event": "restart", "attempt": {}}, {"event": "done"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_of_others_stop_nobody(
+    run: RunFolder, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever can write into the folder can write anything."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    answers = iter([JobStatus(Phase.RUNNING)] * 3)
+
+    def ask() -> JobStatus:
+        if (now := next(answers, DONE)) is not DONE:
+            with (run.events / "launch-foreign.jsonl").open("a") as events, run.metrics.open("a") as metrics:
+                for line in FOREIGN:
+                    events.write(json.dumps({"time": 2.0, **line}) + "\n")
+                    metrics.write(json.dumps({**line, "kind": "train", "loss": HUGE, "time": HUGE}) + "\n")
+                    metrics.write(json.dumps({"kind": "evaluation", "samples_per_s": HUGE, "step": "x"}) + "\n")
+        return now
+
+    run.evaluation.write_text(json.dumps({"step": [], "accuracy": "high", "loss": HUGE, "f1": 0.5}))
+    run.result.write_text('{"metrics": 5}')
+    assert follow(run, Job(task="a:B"), ask, lambda: None) == 0
+    assert "records cannot be read" in capsys.readouterr().err
+    agents_killed(run.read_events())
+    found = status(str(run))
+    assert found["metrics"] == {"f1": 0.5} and found["state"] == "done"
+    assert str(run) in status_text(found) and str(run) in list_text(list_all(run.path.parent))
+    run.exit.unlink()
+    run.handle.unlink()
+    assert status(str(run))["state"] and list_text(list_all(run.path.parent))
+
+
+def test_an_end_that_cannot_be_read_is_one_line(run: RunFolder) -> None:
+    run.exit.write_text('{"code": [1]}')
+    assert list_all(run.path.parent)[0]["state"] in ("unknown", "failed")
+    run.exit.write_text("{}")
+    with pytest.raises(JobError, match="its records cannot be read: KeyError"):
+        status(str(run))

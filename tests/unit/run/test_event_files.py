@@ -73,6 +73,18 @@ def test_a_clock_that_is_set_back_changes_no_order(run: RunFolder, monkeypatch: 
     assert names(run) == ["submitted", "pending", "requeued"]
 
 
+def test_a_clock_that_was_a_year_ahead_dates_nothing_else(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(event_files, "_newest", {})
+        patch.setattr(event_files.time, "time", lambda now=time.time: now() + 365 * 86400)
+        run.record("pending", reason="x")
+    monkeypatch.setattr(event_files, "_newest", {})
+    run.record("requeued", launch=1)
+    assert names(run) == ["submitted", "pending", "requeued"]
+    times = [event["time"] for event in run.read_events()]
+    assert times == sorted(times) and times[-1] - times[0] < 60 and abs(times[-1] - time.time()) < 60
+
+
 def test_a_run_of_an_older_version_is_read_and_continued(run: RunFolder) -> None:
     for path in run.event_files():
         path.unlink()
@@ -89,6 +101,7 @@ RUBBISH = [
     b"[" * 100_000, b"\0\0\0\0", b"\xff\xfe\xfa", b'"text"', b"17", b"null", b'{"event": 5, "time": 1}', b"{}",
     b'{"event": "x"}', b'{"event": "x", "time": "soon"}', b'{"event": "x", "time": NaN}',
     b'{"event": "x", "time": true}',
+    b'{"event": "x", "time": 1e300}', b'{"event": "x", "time": 1' + b"0" * 400 + b"}", b'{"event": "x", "time": -1}',
     b'{"event": "x", "time": 1e999}', b'{"time": ' + b"9" * 5000 + b"}", b'{"event": "training", "ti', b"\r", b"",
 ]  # fmt: skip
 
