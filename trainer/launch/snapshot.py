@@ -39,10 +39,29 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
     if size > LIMIT_MB * 2**20:
         problem = f"is {size >> 20} MiB, more than {LIMIT_MB}; the largest file is {max(sizes, key=sizes.__getitem__)}"
         raise JobError("code", str(source), problem, "Add data to .gitignore, so that it is not copied")
+    pending = run.code.with_name(".code")
+    shutil.rmtree(pending, ignore_errors=True)  # of a copy that was killed
+    try:
+        digest = _copy(source, pending, list(sizes))
+        for name in links:
+            left_out += _link(source, pending, name)
+        facts = {"sha256": digest, "files": len(sizes), "bytes": size, "left_out": left_out}
+        write_json(run.plan / "code.json", facts)
+        pending.rename(run.code)  # whole: half of it would be taken for the code by the next try
+    except BaseException:
+        shutil.rmtree(pending, ignore_errors=True)
+        raise
+    for note in left_out:
+        print(f"note: {note}", file=sys.stderr)
+    return run.code
+
+
+def _copy(source: Path, code: Path, names: list[str]) -> str:
+    """Copy files into a new folder, and return the hash of them all."""
     digest = hashlib.sha256()
-    run.code.mkdir(mode=0o700, parents=True)
-    for name in sizes:
-        copy = run.code / name
+    code.mkdir(mode=0o700, parents=True)
+    for name in names:
+        copy = code / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(source / name, copy)
@@ -52,13 +71,7 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
             ) from None
         copy.chmod((source / name).stat().st_mode & 0o555)
         digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(copy.read_bytes()).digest())
-    for name in links:
-        left_out += _link(source, run.code, name)
-    facts = {"sha256": digest.hexdigest(), "files": len(sizes), "bytes": size, "left_out": left_out}
-    write_json(run.plan / "code.json", facts)
-    for note in left_out:
-        print(f"note: {note}", file=sys.stderr)
-    return run.code
+    return digest.hexdigest()
 
 
 def _link(source: Path, code: Path, name: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -165,6 +166,26 @@ def test_what_git_refuses_is_not_guessed(source: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     with pytest.raises(JobError, match=r"code='.*': git does not list .*dubious ownership.*safe\.directory"):
         take_snapshot(source, RunFolder(tmp_path / "run"))
+
+
+def test_half_a_copy_is_none(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where a file cannot be read, nor where the copying was killed: a run that is continued tries again."""
+    run, copy = tmp_path / "run", shutil.copyfile
+
+    def fail(origin: Path, target: Path) -> None:
+        if origin.name == "task.py":
+            raise PermissionError(13, "Permission denied")
+        copy(origin, target)
+
+    with monkeypatch.context() as patch, pytest.raises(JobError, match=r"task\.py.*cannot be copied"):
+        patch.setattr(shutil, "copyfile", fail)
+        copied(source, run)
+    assert [path.name for path in run.iterdir()] == ["plan"]
+    (run / ".code").mkdir()
+    (run / ".code/half.py").touch()
+    code = take_snapshot(source, RunFolder(run))
+    assert (code / "task.py").exists() and not (code / "half.py").exists()
+    assert sorted(path.name for path in run.iterdir()) == ["code", "plan"]
 
 
 def test_a_hook_of_git_may_submit(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
