@@ -48,6 +48,7 @@ class RestartPolicy:
             self.memory.attempt = newest + 1  # before anyone can see it: what is being saved stays ours
             attempts.claim(self.run, newest + 1)
         except attempts.StaleAttempt as error:  # it came between the two looks
+            self.memory.attempt = -1  # so that one is not ours, and nothing is written beside it
             raise Ended(f"{error}: another launch of this run goes on", FAILED) from None
         except OSError as error:
             if error.errno in PASSING:  # the job is not to blame

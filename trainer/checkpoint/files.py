@@ -56,7 +56,7 @@ def commit(
         with _new_file(pending / "manifest.json") as file:
             file.write((json.dumps(manifest, indent=1) + "\n").encode())
         _sync_folder(pending)
-        check_current(RunFolder(root.parent), owner() if owner else attempt)
+        check_current(RunFolder(root.parent), attempt, owner)
         target = root / f"step-{step:09d}"
         if target.is_dir() and not target.is_symlink():  # the same step again, after a resume from before it
             target.rename(root / f".replaced-{target.name}-{time.time_ns()}")

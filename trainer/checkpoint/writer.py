@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -70,6 +71,9 @@ def serve(connection: socket.socket, memory: Memory) -> None:
             write = partial(commit, order, state, lambda: memory.attempt)
             write() if order.urgent else aside(write, NICE)
             del state, write
+        except StaleAttempt as error:
+            print(f"a checkpoint of step {order.step} is given up: {error}", file=sys.stderr, flush=True)
+            problem = describe(error)
         except Exception as error:
             traceback.print_exc()
             problem = describe(error)

@@ -5,6 +5,7 @@ A node that was declared dead may live on behind a cut network, with a disk that
 
 import contextlib
 import os
+from collections.abc import Callable
 
 from trainer.run.folder import RunFolder
 
@@ -39,8 +40,12 @@ def newest(run: RunFolder) -> int:
     return max((int(path.name) for path in run.attempts.glob("*") if path.name.isdecimal()), default=-1)
 
 
-def check_current(run: RunFolder, attempt: int) -> None:
-    """Refuse to go on for a stale attempt. Raises StaleAttempt: a later attempt owns the run."""
+def check_current(run: RunFolder, attempt: int, ours: Callable[[], int] | None = None) -> None:
+    """Refuse to go on for a stale attempt. Raises StaleAttempt: a later attempt owns the run.
+
+    `ours`: tells the newest attempt of the same agent, which is no other's. An agent says so before it claims one.
+    """
     owner = newest(run)
+    attempt = ours() if ours else attempt  # only now: it may have claimed one a moment before we looked
     if owner > attempt:
         raise StaleAttempt(f"attempt {attempt} of {run.name} was replaced by attempt {owner}: nothing was written")

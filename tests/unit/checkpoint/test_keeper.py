@@ -21,6 +21,7 @@ from trainer.checkpoint.memory import Memory
 from trainer.checkpoint.writer import Order
 from trainer.config.job import Checkpoints, Job
 from trainer.parallel.base import Parallel
+from trainer.run import attempts
 from trainer.run.attempts import StaleAttempt
 from trainer.run.folder import RunFolder, committed, step_of
 from trainer.wiring.rank import rank_wiring
@@ -112,11 +113,32 @@ def test_one_buffer_is_enough_while_the_disk_is_fast(disk: Disk, make: Callable[
     assert [buffer.size > 0 for buffer in kept.copies.buffers] == [True, False]
 
 
+def test_an_attempt_that_the_own_agent_begins_meanwhile_is_no_other_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when that happens between the two looks, at the folder and into the memory; another's is one."""
+    run, memory = RunFolder(tmp_path), Memory.make()
+    memory.attempt = 0
+    attempts.claim(run, 0)
+
+    def begin_and_look(run: RunFolder, look: Callable[[RunFolder], int] = attempts.newest) -> int:
+        if look(run) == 0:
+            memory.attempt = 1
+            (run.attempts / "000001").touch()
+        return look(run)
+
+    monkeypatch.setattr(attempts, "newest", begin_and_look)
+    assert files.commit(run.checkpoints, 3, {}, {}, 0, lambda: memory.attempt).is_dir()
+    (run.attempts / "000002").touch()
+    with pytest.raises(StaleAttempt, match="replaced by attempt 2"):
+        files.commit(run.checkpoints, 4, {}, {}, 0, lambda: memory.attempt)
+
+
 @pytest.mark.parametrize("problem", [
     OSError(errno.ENOSPC, "No space left on device", "/x"), StaleAttempt("attempt 1 was replaced"), ValueError("odd"),
 ])  # fmt: skip
 def test_a_failure_is_raised_once_and_the_next_save_goes_on(
-    disk: Disk, make: Callable[..., Keeper], problem: Exception
+    disk: Disk, make: Callable[..., Keeper], problem: Exception, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kept = make()
     disk.problem = problem  # type: ignore[assignment]
@@ -126,6 +148,9 @@ def test_a_failure_is_raised_once_and_the_next_save_goes_on(
     with pytest.raises(kind) as raised:
         kept.wait(nothing)
     assert str(problem) in str(raised.value)
+    said = capfd.readouterr().err
+    assert ("Traceback" in said) != isinstance(problem, StaleAttempt), "that is no mistake of anybody's"
+    assert str(problem) in said
     disk.problem = None
     kept.wait(nothing)
     kept.save(disk.order(2), 9, state(2), nothing)
