@@ -21,7 +21,6 @@ from trainer.checkpoint.memory import Memory
 from trainer.checkpoint.writer import Order
 from trainer.config.job import Checkpoints, Job
 from trainer.parallel.base import Parallel
-from trainer.run import attempts
 from trainer.run.attempts import StaleAttempt
 from trainer.run.folder import RunFolder, committed, step_of
 from trainer.wiring.rank import rank_wiring
@@ -111,27 +110,6 @@ def test_one_buffer_is_enough_while_the_disk_is_fast(disk: Disk, make: Callable[
         kept.save(disk.order(step), 4 * step, state(step), nothing)
         kept.wait(nothing)
     assert [buffer.size > 0 for buffer in kept.copies.buffers] == [True, False]
-
-
-def test_an_attempt_that_the_own_agent_begins_meanwhile_is_no_other_owner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when that happens between the two looks, at the folder and into the memory; another's is one."""
-    run, memory = RunFolder(tmp_path), Memory.make()
-    memory.attempt = 0
-    attempts.claim(run, 0)
-
-    def begin_and_look(run: RunFolder, look: Callable[[RunFolder], int] = attempts.newest) -> int:
-        if look(run) == 0:
-            memory.attempt = 1
-            (run.attempts / "000001").touch()
-        return look(run)
-
-    monkeypatch.setattr(attempts, "newest", begin_and_look)
-    assert files.commit(run.checkpoints, 3, {}, {}, 0, lambda: memory.attempt).is_dir()
-    (run.attempts / "000002").touch()
-    with pytest.raises(StaleAttempt, match="replaced by attempt 2"):
-        files.commit(run.checkpoints, 4, {}, {}, 0, lambda: memory.attempt)
 
 
 @pytest.mark.parametrize("problem", [

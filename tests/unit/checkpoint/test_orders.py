@@ -7,14 +7,19 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from trainer.checkpoint import files
 from trainer.checkpoint.memory import Memory, Seal
 from trainer.checkpoint.orders import Orders
 from trainer.checkpoint.writer import Order, describe
 from trainer.checkpoint.writer import send as answer
+from trainer.run import attempts
+from trainer.run.attempts import StaleAttempt
+from trainer.run.folder import RunFolder
 
 GONE = "the process that writes checkpoints was killed"
 SEAL = Seal(moment=4, attempt=1, offset=0, size=0, run=1)
@@ -70,3 +75,24 @@ def test_a_server_that_says_it_timed_out_has_answered(ordered: tuple[Orders, soc
     with pytest.raises(TimeoutError, match="/nfs"):
         orders.close(lambda: None)
     assert not thread.is_alive()
+
+
+def test_an_attempt_that_the_own_agent_begins_meanwhile_is_no_other_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when that happens between the two looks, at the folder and into the memory; another's is one."""
+    run, memory = RunFolder(tmp_path), Memory.make()
+    memory.attempt = 0
+    attempts.claim(run, 0)
+
+    def begin_and_look(run: RunFolder, look: Callable[[RunFolder], int] = attempts.newest) -> int:
+        if look(run) == 0:
+            memory.attempt = 1
+            (run.attempts / "000001").touch()
+        return look(run)
+
+    monkeypatch.setattr(attempts, "newest", begin_and_look)
+    assert files.commit(run.checkpoints, 3, {}, {}, 0, lambda: memory.attempt).is_dir()
+    (run.attempts / "000002").touch()
+    with pytest.raises(StaleAttempt, match="replaced by attempt 2"):
+        files.commit(run.checkpoints, 4, {}, {}, 0, lambda: memory.attempt)
