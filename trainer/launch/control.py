@@ -17,7 +17,7 @@ from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
 from trainer.run.line_file import warn
 from trainer.run.log_tail import Tail, nobody_reads
-from trainer.run.ownership import check_owner, is_own
+from trainer.run.ownership import check_owner, foreign
 from trainer.run.progress import last_evaluation, newest_step
 from trainer.run.summary import separate_ranks
 
@@ -30,8 +30,8 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     if original := copied_from(run, handle):
         return None, partial(_by_copy, run, original)
     platform = find_platform(handle["platform"])
-    if platform.copies_logs and not is_own(run):
-        return None, partial(by_events, run)
+    if platform.copies_logs and (problem := foreign(run)):
+        return None, partial(_without_asking, run, problem)
     return handle, partial(platform.status, run, handle)
 
 
@@ -105,6 +105,12 @@ def _by_copy(run: RunFolder, original: RunFolder) -> JobStatus:
     return JobStatus(Phase.LOST, reason) if status.is_active else status
 
 
+def _without_asking(run: RunFolder, problem: str) -> JobStatus:
+    """The status of a run whose platform is not asked, because whoever wrote its handle may have named any job."""
+    status = by_events(run)
+    return JobStatus(Phase.UNKNOWN, problem) if status.is_active else status
+
+
 def status_text(status: dict[str, Any]) -> str:
     lines = [f"{' '.join(filter(None, (status['state'], status['waiting'])))}: {status['run']}"]
     if status["steps"]:
@@ -120,8 +126,12 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
     run = RunFolder.open(run_path)
     handle, ask = status_of(run)
     tails: dict[Path, Tail] = {}
+    said = ""
     while True:
         now = ask()  # in any case: on Kubernetes this copies the pods' logs here
+        if now.phase == Phase.UNKNOWN and now.reason != said:  # there may never be more to see
+            said = now.reason
+            warn(said)
         if handle is not None and rank is not None:
             find_platform(handle["platform"]).bring_rank_log(run, handle, rank)
         nodes = sorted(run.logs.glob("node-*.log")) if rank is None else []

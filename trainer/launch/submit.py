@@ -16,7 +16,7 @@ from trainer.launch.moved import find_code
 from trainer.launch.platform import AnyPlan, AnyPlatform, Phase, Plan, find_platform, site_fact
 from trainer.records import read_json, write_json
 from trainer.run.folder import JOB, RunFolder
-from trainer.run.ownership import check_owner
+from trainer.run.ownership import check_owner, note_open_modes
 from trainer.wiring.secret import make_secret
 
 
@@ -122,6 +122,7 @@ def _place(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> dict[
         run.plan.mkdir(exist_ok=True)
         write_json(run.platform, place)
         make_secret(run.secret)
+    note_open_modes(runs[0])
     return place
 
 

@@ -16,8 +16,9 @@ from trainer.errors import WRONG_JOB, JobError
 from trainer.launch import control
 from trainer.launch.submit import run_job, submit_job
 from trainer.records import write_json
+from trainer.run import ownership
 from trainer.run.folder import RunFolder
-from trainer.run.ownership import check_owner
+from trainer.run.ownership import check_owner, note_open_modes
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
 
@@ -88,6 +89,54 @@ def test_a_default_acl_of_the_folder_around_gives_nobody_rights(tmp_path: Path) 
         check_owner(each)
 
 
+def test_a_file_system_of_fixed_modes_hides_nobody(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Windows' drives, CIFS and vfat, which few machines can mount for a test: a mode is never what was asked."""
+    stat = os.stat
+
+    def fixed(path: str | Path, **options: bool) -> os.stat_result:
+        facts = stat(path, **options)
+        return os.stat_result((facts.st_mode | 0o777, *facts[1:]), {"st_dev": facts.st_dev})
+
+    def refuse(path: str, mode: int) -> None:
+        raise PermissionError(path)
+
+    note_open_modes(run)
+    monkeypatch.setattr(Path, "stat", fixed)
+    with pytest.raises(JobError, match="others than you may write"):  # the modes of new files are as asked for
+        check_owner(run)
+    monkeypatch.setattr(os, "stat", fixed)
+    monkeypatch.setattr(os, "chmod", refuse)
+    check_owner(run)
+    assert capsys.readouterr().err == ""
+    note_open_modes(run)
+    assert capsys.readouterr().err.count(f"the file system of {run} lets others write to all files") == 1
+    assert not list(run.path.glob(".probe*"))
+
+
+def test_the_remedy_reaches_all_that_is_acted_upon(run: RunFolder) -> None:
+    """The code of a sweep, which lies beside its runs and where no option of chmod follows a link."""
+    sweep = run.path.with_name("a sweep")
+    sweep.mkdir()
+    run.code.rename(sweep / "code")
+    run.code.symlink_to("../a sweep/code")
+    check_owner(run)
+    for path in (sweep, sweep / "code", sweep / "code/package/task.py"):
+        path.chmod(path.stat().st_mode | 0o022)
+        with pytest.raises(JobError, match=f"others than you may write to .*{path.name}") as refused:
+            check_owner(run)
+        subprocess.run(["sh", "-c", refused.value.remedy.partition(": ")[2]], check=True)
+        check_owner(run)
+
+
+def test_the_remedy_names_an_acl_that_new_files_would_get(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.attempts.chmod(0o775)
+    monkeypatch.setattr(os, "listxattr", lambda path: ["system.posix_acl_default"] * (path == run.attempts))
+    with pytest.raises(JobError, match=f"setfacl -R -b {run} && chmod -R go-w {run}$"):
+        check_owner(run)
+
+
 def test_what_ranks_make_may_be_open_to_a_group(run: RunFolder) -> None:
     """A script may set its own umask, and its run goes on all the same."""
     run.tensorboard.mkdir()
@@ -108,6 +157,28 @@ def test_root_does_not_act_on_what_is_a_users(name: str, run: RunFolder) -> None
     os.chown(run.path / name, 1, -1)
     with pytest.raises(JobError, match=r"belongs to daemon, and you are root: nothing .* Act as daemon, or submit"):
         control.cancel(str(run))
+
+
+@needs_root
+def test_in_a_container_the_options_of_its_start_are_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.chown(run.job, 1, -1)
+    monkeypatch.setattr(ownership, "MARKS_OF_CONTAINERS", ["/"])
+    with pytest.raises(JobError, match=r"belongs to daemon.* --user \$\(id -u\), or.* --env=MUSTER_PLATFORM=docker"):
+        check_owner(run)
+
+
+def test_a_job_of_a_cluster_that_is_not_asked_for_has_an_unknown_state(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handle = {"platform": "kubernetes", "kind": "jobs.batch", "name": "b-1", "namespace": "x", "run": str(run)}
+    write_json(run.handle, handle)
+    run.handle.chmod(0o664)
+    found = control.status(str(run))
+    assert found["state"] == "unknown" and f"others than you may write to {run.handle}" in found["reason"]
+    control.logs(str(run), None, False)
+    assert f"others than you may write to {run.handle}" in capsys.readouterr().err
+    run.record("done")
+    assert control.status(str(run))["state"] == "done"
 
 
 @needs_root
