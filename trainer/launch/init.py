@@ -11,6 +11,7 @@ from trainer.errors import JobError
 
 TEXTS = Path(__file__).with_name("project")
 JOB = "job.yaml"
+IGNORE = ".dockerignore"
 LISTS = ("requirements.txt", "pyproject.toml")
 """What an image's packages can be read from; the first counts."""
 UNREAD = ("environment.yml", "environment.yaml", "Pipfile", "setup.py", "setup.cfg")
@@ -64,7 +65,7 @@ def _pieces(folder: Path, script: str | None) -> Iterator[Piece]:
     for platform in ("slurm", "docker", "k8s"):
         yield Piece(f"{platform}/site.yaml", _fill(f"{platform}-site.yaml", name=name), "facts about your cluster")
     yield Piece("Dockerfile", _dockerfile(folder), "the image: Muster's, and what the project needs")
-    yield Piece(".dockerignore", "runs\n.git\n.venv\n**/__pycache__\n", "what the image is built without")
+    yield Piece(IGNORE, _fill("dockerignore"), "what the image is built without: runs, secrets ...")
     makefile = _fill("Makefile", name=name)
     if (folder / "Makefile").exists() and (folder / "Makefile").read_text(errors="replace") != makefile:
         yield Piece("muster.mk", makefile, "targets for your Makefile, which takes them by `include muster.mk`")
@@ -109,7 +110,7 @@ def _dockerfile(folder: Path) -> str:
     elif found:
         read = f'python3 -c "{DEPENDENCIES}"'
         lines += [f"COPY {found} ./", f"RUN {read} | pip install --no-cache-dir --requirement /dev/stdin"]
-    return "\n".join([*lines, "COPY . ./", "USER 10001:10001", ""])
+    return "\n".join([*lines, "COPY --chown=10001:10001 . ./", "USER 10001:10001", ""])
 
 
 def _ignore_runs(folder: Path) -> Iterator[str]:
@@ -124,6 +125,11 @@ def _ignore_runs(folder: Path) -> Iterator[str]:
 
 
 def _notes(folder: Path) -> Iterator[str]:
+    lines = (folder / IGNORE).read_text(errors="replace").splitlines()
+    taken = [line for line in _fill("dockerignore").splitlines() if line[0] not in "#!" and line not in lines]
+    if taken and "*" not in lines:  # which leaves everything out, but for what it names
+        which = ", ".join(taken[:4]) + (f" and {len(taken) - 4} more" if len(taken) > 4 else "")
+        yield f"NOTE   {IGNORE} lacks {which}: what is called so gets into the image. Add {TEXTS / 'dockerignore'}"
     unread = [name for name in UNREAD if (folder / name).exists()]
     if unread and not any((folder / name).is_file() for name in LISTS):
         yield f"NOTE   {unread[0]} is not read: name what training needs in requirements.txt, and in the Dockerfile"

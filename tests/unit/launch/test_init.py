@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,10 +14,11 @@ import yaml
 from trainer.config.load import merge_job, to_job
 from trainer.errors import JobError
 from trainer.launch.docker.platform import DockerSite
-from trainer.launch.init import init
+from trainer.launch.init import TEXTS, init
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.site import read_site
 from trainer.launch.slurm.platform import SlurmSite
+from trainer.launch.source_files import SECRET
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -58,6 +60,56 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert yaml.safe_load(found["job.yaml"])["script"] == "train.py"
     assert "docker-run:" in found["muster.mk"] and any("include muster.mk" in line for line in said)
     assert said[-1].endswith(f"cd {tmp_path} && muster run job.yaml")
+
+
+def ignored(name: str, lines: list[str]) -> bool:
+    """Whether Docker leaves a file out: the last line counts that matches it or a folder around it."""
+    found = False
+    for line in lines:
+        pattern = re.escape(line.lstrip("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+        if not line.startswith("#") and re.fullmatch(f"{pattern}(/.*)?", name):
+            found = not line.startswith("!")
+    return found
+
+
+def test_no_secret_gets_into_the_image_and_what_does_can_be_read(tmp_path: Path) -> None:
+    """As snapshots of the code leave the same files behind."""
+    init(tmp_path, None)
+    lines = (tmp_path / ".dockerignore").read_text().splitlines()
+    endings = ("pem", "key", "p12", "pfx", "jks", "keystore", "kdbx")
+    secrets = [".env", ".env.local", *(f"server.{ending}" for ending in endings), "id_rsa", "id_dsa.pub", "id_ecdsa",
+               "id_ed25519.old", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".pgpass", ".htpasswd",
+               "kubeconfig", "credentials", "credentials.json", "credentials-prod", "secret.yaml", "secrets.toml",
+               ".docker/config.json", ".aws/config", ".ssh/x", ".gnupg/x", ".kube/config"]  # fmt: skip
+    code = [
+        "train.py",
+        ".env.example",
+        "credentials.py",
+        "keys.py",
+        "secrets.py",
+        "environment.yml",
+        "credentials/a.py",
+    ]
+    for folder in ("", "a/b/"):
+        assert [name for name in secrets if not SECRET.fullmatch(folder + name)] == []
+        assert [name for name in secrets if not ignored(folder + name, lines)] == []
+        assert [name for name in code if SECRET.fullmatch(folder + name) or ignored(folder + name, lines)] == []
+    for name in ("runs/x/job.yaml", ".venv/lib/credentials.py", "a/credentials/__pycache__/a.pyc"):
+        assert ignored(name, lines)
+    assert "\nCOPY --chown=10001:10001 . ./\n" in (tmp_path / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize(("lines", "lacks"), [
+    ("runs\n.git\n.venv\n**/__pycache__\n", "lacks **/credentials*, **/secret.*, "), ("*\n!src\n", ""),
+])  # fmt: skip
+def test_what_a_list_for_docker_lacks_is_said(tmp_path: Path, lines: str, lacks: str) -> None:
+    (tmp_path / ".dockerignore").write_text(lines)
+    said = [line for line in init(tmp_path, None) if line.startswith("NOTE   .dockerignore")]
+    assert (tmp_path / ".dockerignore").read_text() == lines
+    assert lacks in said[0] if lacks else not said
+    with (tmp_path / ".dockerignore").open("a") as file:
+        file.write((TEXTS / "dockerignore").read_text())
+    assert not any("NOTE   .dockerignore" in line for line in init(tmp_path, None))
 
 
 def test_a_job_that_runs_something_else_is_named(tmp_path: Path) -> None:
