@@ -154,7 +154,8 @@ class NodeAgent:
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.environment
-            arguments = (environment, self.job, self.run, self.job_file, self.threads, HIDDEN)
+            roots = self.diagnosis.roots
+            arguments = (environment, self.job, self.run, self.job_file, self.threads, HIDDEN, roots)
             process = PROCESSES.Process(target=run_rank, args=arguments)
             process.start()
             self.processes.append(process)

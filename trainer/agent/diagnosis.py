@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.agent.awake_clock import CLOCK
-from trainer.agent.exception_place import is_ours, place_of
+from trainer.agent.exception_place import is_ours
 from trainer.agent.failure import Failure, classify, describe_exit, first_failure, oom_kills
 from trainer.agent.fork_server import is_gone
 from trainer.agent.rank_process import STACKS, STACKS_FILE
@@ -132,7 +132,7 @@ class Diagnosis:
         """The failure of a rank that raised an exception: where, after which step, and whether it may pass."""
         message = f"{record['exception']}: {record['said']}"
         failure = self._of(self.first_rank + index, kind, message, record["code"], record["time"])
-        place = place_of(f"{record['traceback']}\n{record['message']}", self.roots)
+        place = record["place"]
         beat = self.heartbeat.read(index)
         late = beat.phase in UNSEEN and record["time"] - self.began > BRIEFLY_S  # nobody knows how far it was
         outside = record.get("from_outside", False) or WORKER_LOST in message

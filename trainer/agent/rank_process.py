@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.agent.exception_place import place_of
 from trainer.agent.fork_server import REFUSED
 from trainer.agent.script import end_script, run_script, watch_process_group
 from trainer.config.given import JOBS
@@ -42,9 +43,13 @@ FORK_SERVER = os.getpid()
 
 
 def run_rank(
-    environment: dict[str, str], job: Job, run: RunFolder, job_file: Path, threads: int, hidden: dict[str, str]
-) -> NoReturn:
-    """The body of one rank process, which gets `environment`; 0, 75 or an error's code is its exit code."""
+    environment: dict[str, str], job: Job, run: RunFolder, job_file: Path, threads: int, hidden: dict[str, str],
+    roots: list[Path],
+) -> NoReturn:  # fmt: skip
+    """The body of one rank process, which gets `environment`; 0, 75 or an error's code is its exit code.
+
+    `roots`: where the user's code may lie.
+    """
     HIDDEN.update(hidden)
     set_parent_death_signal(FORK_SERVER, signal.SIGKILL)  # which itself goes with the agent
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the fork server's timer
@@ -58,7 +63,7 @@ def run_rank(
     stacks = (read_path(HEARTBEAT) or run.job).with_name(f"{STACKS_FILE}{wiring.local_rank}").open("a")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log
-    on_failure = functools.partial(_record_failure, run.rank_failure(wiring.attempt, wiring.rank), wiring)
+    on_failure = functools.partial(record_failure, run.rank_failure(wiring.attempt, wiring.rank), wiring, roots)
 
     def work() -> int:
         if REFUSED:
@@ -141,7 +146,7 @@ def _is_from_outside(error: BaseException) -> bool:
     return isinstance(error, OSError) and not isinstance(error, lasting)
 
 
-def _record_failure(path: Path, wiring: RankWiring, error: BaseException) -> None:
+def record_failure(path: Path, wiring: RankWiring, roots: list[Path], error: BaseException) -> None:
     """Leave a record of the first exception for the agent's diagnosis, and the traceback in the log.
 
     The agent gets it through memory, because it must not depend on a disk; the file is for people.
@@ -154,10 +159,12 @@ def _record_failure(path: Path, wiring: RankWiring, error: BaseException) -> Non
         chain.append(cause)
     _drop_own_frames(error)
     text = "" if isinstance(error, (JobError, SystemExit)) else "".join(traceback.format_exception(error))
+    place = place_of(f"{text}\n{error}", roots)  # before anything in the names of files is hidden
     record = {
         "rank": wiring.rank, "host": socket.gethostname(), "time": time.monotonic(), "code": exit_code(error),
         "exception": type(error).__name__, "message": hide(str(error))[:4000], "traceback": hide(text)[-8000:],
         "chain": [type(item).__name__ for item in chain], "from_outside": any(map(_is_from_outside, chain)),
+        "place": hide(place),
     }  # fmt: skip
     with contextlib.suppress(OSError):
         Pulse(wiring.local_rank).leave_words(

@@ -16,7 +16,9 @@ def reference() -> str:
              "`${oc.env:NAME}` is the value of an environment variable, such as a password. Each start of the run",
              "reads it, so the variable must also be set where the run is continued or requeued. Muster writes the",
              "value nowhere: the run folder, checkpoints and error messages have `${oc.env:NAME}`. What your own code",
-             "prints stays as it is.", "",
+             "prints stays as it is. Errors show what is a part of many paths and messages: `USER`, `HOME` and their",
+             "like, variables that only `runs` uses, and values below 8 characters. A variable whose name has KEY,",
+             "TOKEN, SECRET, PASSW, CREDENTIAL or JWT in it is never shown.", "",
              "This page is generated: `python -m trainer.config.reference > docs/configuration.md`.", ""]  # fmt: skip
     lines += _table("Top level", Job, "")
     for item in dataclasses.fields(Job):

@@ -20,6 +20,13 @@ NAMED: dict[str, Any] = {
     ".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
 }  # fmt: skip
 FROM_ENVIRONMENT = re.compile(r"""\$\{\s*oc\.env\s*:\s*['"]?([^,}'"\s]+)""")
+PATH_KEY = re.compile(r"^runs[:=].*$", re.MULTILINE)
+"""A line of a job, or an override, whose value is a path of ours, which messages and remedies have to show."""
+NAMES_A_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT", re.IGNORECASE)
+NAMES_A_PLACE = re.compile(r"USER|LOGNAME|HOME|HOSTNAME|PWD|TMPDIR|SCRATCH|SLURM_(?!JWT).*")
+"""Variables that say who and where we are: parts of most paths, and no secrets."""
+SHORT = 8
+"""Characters below which a text may be part of any message, such as `data` or `1024`."""
 COLOUR = re.compile(r"[ \t]+(#(?:[0-9a-fA-F]{3}){1,2})[ \t]*$", re.MULTILINE)
 ONE_OF_SEVERAL = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+""")
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
@@ -97,12 +104,16 @@ def _read_plain(text: str, as_text: bool) -> Any:
 def hidden_values(text: str) -> dict[str, str]:
     """What a job takes from variables, with the words that say so; `text`: the job as it is written.
 
-    Texts of three letters are no secrets, and paths that exist neither: messages are read more easily with them.
+    What a variable holds whose name says that it is a secret, however short; of the others no short texts, paths that
+    exist or parts of the path of the runs: a message full of `${oc.env:USER}` names no folder and no command any more.
     """
     found: dict[str, str] = {}
+    elsewhere = FROM_ENVIRONMENT.findall(PATH_KEY.sub("", text))
     for name in FROM_ENVIRONMENT.findall(text):
         value = os.environ.get(name, "")
-        if len(value) > 3 and not os.path.exists(value):
+        is_secret = NAMES_A_SECRET.search(name)
+        is_plain = NAMES_A_PLACE.fullmatch(name) or name not in elsewhere or len(value) < SHORT
+        if len(value) > 3 and (is_secret or not is_plain) and not os.path.exists(value):
             found |= dict.fromkeys((value, repr(value)[1:-1]), f"${{oc.env:{name}}}")
     return found
 

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer.config.load import merge_job, to_job
-from trainer.config.values import expand_path, parse_value, read_yaml, split_values
+from trainer.config.values import expand_path, hidden_values, parse_value, read_yaml, split_values
 from trainer.errors import JobError
 from trainer.launch.site import read_site
 from trainer.launch.slurm.platform import SlurmSite
@@ -141,3 +141,23 @@ def test_paths_of_a_site_file_begin_as_in_a_shell(tmp_path: Path, monkeypatch: p
     read = read_site(site, "slurm", SlurmSite)
     assert (read.runs, read.setup) == ("/home/someone/runs", "/home/someone/setup.sh")
     assert (read.image, read.mounts) == ("/home/someone/a.sif", ["/home/someone/data:/data"])
+
+
+@pytest.mark.parametrize(("name", "value", "line", "is_hidden"), [
+    ("USER", "a-long-name", "task_args: {who: NAME}", False),
+    ("SLURM_JOB_NAME", "pretraining", "task_args: {who: NAME}", False),
+    ("WIDTH", "1024", "task_args: {width: NAME}", False),
+    ("PROJECT", "pretraining", "runs: /scratch/NAME/runs", False),
+    ("PROJECT", "pretraining", "runs=/scratch/NAME/runs", False),
+    ("PROJECT", "pretraining", "task_args: {project: NAME}", True),
+    ("PROJECT", "pretraining", "runs: /scratch/NAME/runs\nname: NAME", True),
+    ("API_KEY", "1024", "task_args: {key: NAME}", True),
+    ("TOKEN", "a-long-text", "runs: /scratch/NAME/runs", True),
+    ("SLURM_JWT", "a-long-text", "task_args: {key: NAME}", True),
+])  # fmt: skip
+def test_only_what_may_be_a_secret_is_hidden(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, line: str, is_hidden: bool
+) -> None:
+    """The rest is a part of paths and of commands to copy, and of messages that have nothing to do with it."""
+    monkeypatch.setenv(name, value)
+    assert (value in hidden_values(line.replace("NAME", f"${{oc.env:{name}}}"))) is is_hidden
