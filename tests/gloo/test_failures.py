@@ -47,7 +47,7 @@ def test_every_failure_is_named_and_followed_by_a_restart(tmp_path: Path) -> Non
             failure = fail_once(run, rank, word)
             assert (failure["rank"], failure["kind"]) == (rank, kind), (word, failure)
             assert message in str(failure["message"]), (word, failure)
-            paragraph = run.log("node-0.log").strip().splitlines()[-1]
+            paragraph = [line for line in run.log("node-0.log").splitlines() if " begins" not in line][-1]
             assert f"rank {rank} on node 0" in paragraph and f"[{kind}]" in paragraph, paragraph
             assert f"logs/rank-{rank}.log" in paragraph and REMEDIES.get(kind, "") in paragraph
         assert "Segmentation fault" in run.log("rank-1.log")
