@@ -51,10 +51,11 @@ class CheckpointWriter:
         except BlockingIOError:
             return
         with connection:
-            self.process = PROCESSES.Process(
+            process = PROCESSES.Process(
                 target=write, args=(connection, self.memory.paths, self.node), name="muster-writer"
             )
-            self.process.start()
+            process.start()  # where the fork server is gone, there is none
+            self.process = process
 
     def close(self, patience_s: float) -> None:
         """Let it finish, within a bound."""
