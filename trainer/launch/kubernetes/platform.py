@@ -131,9 +131,9 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By the cluster's objects, or `exit.json`, which keeps the end, because objects of ended jobs are removed."""
         ended = read_json(run.exit)
-        if ended is not None:  # runs of version 0.1 called the phase a word
-            phase = Phase(ended.get("phase") or ended["word"])
-            return JobStatus(phase, ended["reason"], ended["code"], progress=ended.get("progress", {}))
+        if ended is not None and (phase := ended.get("phase") or ended.get("word")) in set(Phase):  # a word in 0.1
+            reason, done = ended.get("reason", ""), ended.get("progress", {})
+            return JobStatus(Phase(phase), reason, ended.get("code"), progress=done)
         try:
             status = self._ask_cluster(run, handle)
         except Refused as error:

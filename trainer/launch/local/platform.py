@@ -102,6 +102,8 @@ class Supervised(Platform[SiteT, list[str]]):
         """By `exit.json`, else by whether the supervisor lives."""
         alive = _is_alive(handle)  # first: it may write exit.json and end between the two checks
         ended = read_json(run.exit)
+        if ended is not None and not isinstance(ended.get("code"), int):  # not of ours
+            ended = None
         if ended is None and alive:
             return JobStatus(Phase.RUNNING)
         host = handle.get("host", socket.gethostname())
