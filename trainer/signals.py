@@ -84,9 +84,9 @@ def kill_group(leader: int, has_ended: bool) -> bool:
     """Kill a process with its group, or what an ended one left behind in its group; False: there is no such group.
 
     While anything of a group lives, the kernel gives its number to no new process. So once the leader has ended, a
-    process of that number is a stranger's, and the group is gone.
+    process of that number is a stranger's, and the group is gone; unless it is the leader, whom nobody has reaped yet.
     """
-    if has_ended and process_stat(leader):
+    if has_ended and process_stat(leader)[:1] not in ([], ["Z"]):
         return False
     try:
         os.killpg(leader, signal.SIGKILL)

@@ -203,4 +203,6 @@ def test_the_context_holds_no_more_than_the_image(engine: Engine, wheels: Path, 
         "build", "--file=-", "--output", f"type=local,dest={tmp_path}/out", context, input=program, stdin=None
     )
     found = {path.name for path in (tmp_path / "out/context").iterdir()}
-    assert found == {"LICENSE", "README.md", "constraints.txt", "jobs", "muster.py", "pyproject.toml", "trainer"}
+    kept = {"LICENSE", "README.md", "constraints.txt", "docker", "jobs", "muster.py", "pyproject.toml", "trainer"}
+    assert found == kept
+    assert [path.name for path in (tmp_path / "out/context/docker").iterdir()] == ["lock.txt"]

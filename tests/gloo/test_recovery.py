@@ -91,6 +91,7 @@ def test_restarts_leak_nothing(tmp_path: Path) -> None:
         run.wait("first_step")
         for _ in range(3):
             kill_and_wait(run, 1, 0)
+        run.wait("checkpoint", len(run.events("checkpoint")) + 1)  # whoever writes them is there, too
         used = shared_memory(run)
         before = resources(run, used)
         assert before["template threads"] == 1

@@ -22,6 +22,7 @@ from shim import Shim
 
 from trainer.agent.scratch_folder import SHM
 from trainer.records import read_json
+from trainer.run.folder import RunFolder
 from trainer.run.goodput import TICKS
 
 PATIENCE_S = 120.0
@@ -101,7 +102,7 @@ class Campaign:
         try:
             wait_for("progress", saved, PATIENCE_S)
         except AssertionError:
-            print(json.dumps(self.run.events()[-12:], indent=1), self.run.status())
+            print(json.dumps(RunFolder(self.run.folder).read_events()[-20:], indent=1), self.run.status())
             raise
 
     def note_resources(self) -> None:
