@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from agents_peer import JOB, free_port
+
+from trainer.agent.kv_server import KeyValueServer
 
 
 @pytest.fixture
@@ -26,3 +29,11 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     if folder.is_mount():
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[KeyValueServer, int]]:
+    """What node 0's agent serves for three nodes, and its port."""
+    server = KeyValueServer(JOB, 3)
+    yield server, server.listen(["127.0.0.1"], [free_port()])
+    server.close(linger_s=0)

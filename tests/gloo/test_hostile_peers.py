@@ -8,29 +8,14 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
-from agents_peer import JOB, Peer, ended, free_port
+from agents_peer import JOB, Peer, connect, ended
 from muster_runs import wait_for
 
 from trainer.agent import kv_server, kv_store
-from trainer.agent.kv_client import KeyValueClient
 from trainer.agent.kv_server import KeyValueServer, bind
 from trainer.agent.proof import Membership, NotProvenError, parse_hello
-
-
-@pytest.fixture
-def served() -> Iterator[tuple[KeyValueServer, int]]:
-    """A server for three nodes, and its port."""
-    server = KeyValueServer(JOB, 3)
-    yield server, server.listen(["127.0.0.1"], [free_port()])
-    server.close(linger_s=0)
-
-
-def connect(port: int, node: int = 1, membership: Membership = JOB) -> KeyValueClient:
-    return KeyValueClient("127.0.0.1", port, membership, node)
-
 
 STRANGE = [
     b"[" * 5_000_000,

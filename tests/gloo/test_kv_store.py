@@ -6,29 +6,15 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
-from agents_peer import JOB, Peer, free_port
+from agents_peer import JOB, Peer, connect
 from muster_runs import wait_for
 
 from trainer.agent import kv_client, kv_server
-from trainer.agent.kv_client import KeyValueClient
 from trainer.agent.kv_server import KeyValueServer, bind
 from trainer.agent.kv_store import PeerLost
-from trainer.agent.proof import Membership, Seal, make_nonce, parse_hello, prove
-
-
-@pytest.fixture
-def served() -> Iterator[tuple[KeyValueServer, int]]:
-    """A server for three nodes, and its port."""
-    server = KeyValueServer(JOB, 3)
-    yield server, server.listen(["127.0.0.1"], [free_port()])
-    server.close(linger_s=0)
-
-
-def connect(port: int, node: int = 1, membership: Membership = JOB) -> KeyValueClient:
-    return KeyValueClient("127.0.0.1", port, membership, node)
+from trainer.agent.proof import Seal, make_nonce, parse_hello, prove
 
 
 def test_all_sides_see_the_same_values(served: tuple[KeyValueServer, int]) -> None:

@@ -1,4 +1,4 @@
-"""An agent that has proven itself to node 0's, and then says whatever a test likes."""
+"""Agents that join node 0's: one as it should be, and one that then says whatever a test likes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import contextlib
 import socket
 import time
 
+from trainer.agent.kv_client import KeyValueClient
 from trainer.agent.kv_server import bind
 from trainer.agent.proof import Membership, Seal, hello, make_nonce, parse_answer, prove
 
 JOB = Membership("digits-1/0", b"0123456789abcdef" * 4)
+
+
+def connect(port: int, node: int = 1, membership: Membership = JOB) -> KeyValueClient:
+    """An agent as it should be."""
+    return KeyValueClient("127.0.0.1", port, membership, node)
 
 
 class Peer:

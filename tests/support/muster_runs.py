@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
+from trainer.signals import process_stat as stat
 
 HERE = Path(__file__).parent
 MUSTER = str(Path(sys.executable).with_name("muster"))
@@ -46,14 +47,6 @@ def wait_for(what: str, ready: Callable[[], Any], timeout_s: float = PATIENCE_S)
         assert time.monotonic() < end, f"{what}: not after {timeout_s:.0f} s"
         time.sleep(0.02)
     return found
-
-
-def stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat after the name: state, parent, ...; empty when there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def alive(pid: int) -> bool:
