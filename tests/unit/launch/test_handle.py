@@ -34,6 +34,11 @@ def test_what_a_platform_gave_is_taken(platform: str, run: RunFolder) -> None:
     assert read_handle(run) == {"platform": platform, **GOOD[platform]}
 
 
+def test_the_short_name_of_a_kind_is_one(run: RunFolder) -> None:
+    write_json(run.handle, {"platform": "kubernetes", **GOOD["kubernetes"], "kind": "job"})
+    assert (read_handle(run) or {})["kind"] == "job"
+
+
 def test_who_only_looks_writes_nothing_into_what_others_may_write(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

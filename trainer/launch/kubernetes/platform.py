@@ -35,7 +35,7 @@ Manifests = list[dict[str, Any]]
 
 class Kubernetes(Platform[KubernetesSite, Manifests]):
     name, folder, site_type = "kubernetes", "k8s", KubernetesSite
-    ids = {"kind": "|".join(KINDS.values()), "name": "[a-z0-9]([-a-z0-9.]*[a-z0-9])?"}  # noqa: RUF012
+    ids = {"kind": "|".join([*KINDS, *KINDS.values()]), "name": "[a-z0-9]([-a-z0-9.]*[a-z0-9])?"}  # noqa: RUF012
     poll_s = 2.0
     copies_logs = True
     runs_code_of_here = False  # but that in the image
