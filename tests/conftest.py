@@ -12,6 +12,7 @@ engine. Slurm's faults have a cluster of their own.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -23,6 +24,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what we start inherits it, and under nohup it would be ignored
 os.umask(os.umask(0o022) | 0o022)  # as all our programs do: a run folder that others may write is refused
 
 TESTS = Path(__file__).parent

@@ -92,10 +92,11 @@ class Campaign:
         """Wait until the newest attempt has made a step and saved."""
 
         def saved() -> bool:
-            events = RunFolder(self.run.folder).read_events()
-            newest = max((event.get("attempt", -1) for event in events), default=-1)  # a full disk may cost an event
-            saves = [event for event in events if event["event"] == "checkpoint" and event["attempt"] == newest]
-            return any(event["time"] > began for event in saves)
+            attempts = self.run.events("attempt", "restart")
+            steps = self.run.events("first_step", "checkpoint")
+            since = [event for event in steps if event["attempt"] == attempts[-1]["attempt"]] if attempts else []
+            fresh = [event for event in since if event["event"] == "checkpoint" and event["time"] > began]
+            return bool(fresh) and any(event["event"] == "first_step" for event in since)
 
         began = time.time()
         try:

@@ -14,6 +14,8 @@ from trainer.records import open_lines, to_line, write_line
 
 RETRY_S = 10.0
 """How long a file is left alone after it could not be written: a server that is gone may take long to say so."""
+LEAST_RETRY_S = 1.0
+"""Before the next try when nobody writes meanwhile."""
 KEPT = 10_000
 """Lines that wait in memory for a file that cannot be written now."""
 
@@ -29,6 +31,8 @@ class LineFile:
         self.failed_at: float | None = None
         self.handle: int | None = None
         self.lock = threading.Lock()
+        self.retries = False
+        """Whether a thread will try again: what waits may be the last word, which no other line follows."""
 
     def write(self, value: Mapping[str, Any]) -> None:
         """Append a line, or keep it for later."""
@@ -66,12 +70,26 @@ class LineFile:
             if self.failed_at is None:
                 warn(f"{self.path} cannot be written: {error.strerror}. The job goes on; lines wait in memory for it")
             self.failed_at = time.monotonic()
+            self._retry_later()
             return
         if self.failed_at is not None:
             self.failed_at = None
             warn(f"{self.path} can be written again; {self.lost} lines are lost")
         if not self.stays_open:
             self._close()
+
+    def _retry_later(self) -> None:
+        if not self.retries:
+            self.retries = True
+            timer = threading.Timer(max(self.retry_s, LEAST_RETRY_S), self._retry)
+            timer.daemon = True
+            timer.start()
+
+    def _retry(self) -> None:
+        with self.lock:
+            self.retries = False
+            if self.waiting:
+                self._flush()
 
     def _open(self) -> int:
         self.path.parent.mkdir(exist_ok=True)

@@ -6,10 +6,12 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from muster_runs import wait_for
 from paths import ROOT
 
 from trainer.records import read_json, read_lines, write_json
@@ -69,6 +71,19 @@ def test_lines_wait_and_follow(
         file.write({"step": step})
     file.close()
     assert "5 lines could not be written and are lost" in capsys.readouterr().err
+
+
+def test_the_last_line_follows_although_nothing_else_is_written(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_file, "LEAST_RETRY_S", 0.02)
+    file = LineFile(tmp_path / "node-0.jsonl", retry_s=0, stays_open=False)
+    disk.problem = errno.ENOSPC
+    file.write({"event": "restart"})
+    time.sleep(0.1)  # several tries
+    assert read_lines(file.path) == []
+    disk.problem = 0
+    wait_for("the line", lambda: read_lines(file.path) == [{"event": "restart"}], 5)
 
 
 def test_an_event_that_cannot_be_written_is_printed_and_follows(
