@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from muster_runs import wait_for
 
 from trainer.agent.agent import NodeAgent
 from trainer.agent.diagnosis import Diagnosis
 from trainer.run.folder import RunFolder
-from trainer.signals import kill_group, send_signal, start_of
+from trainer.signals import kill_group, process_stat, send_signal, start_of
 
 
 @pytest.fixture
@@ -36,16 +37,20 @@ def test_the_number_alone_names_nobody(stranger: subprocess.Popen[bytes]) -> Non
     assert not send_signal(stranger.pid, start, signal.SIGTERM)
 
 
-def test_what_an_ended_leader_left_in_its_group_is_killed() -> None:
-    program = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)"
+@pytest.mark.parametrize("reaped", [True, False])
+def test_what_an_ended_leader_left_in_its_group_is_killed(reaped: bool) -> None:
+    """Also while nobody has reaped the leader, whose number is no stranger's then."""
+    program = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
     leader = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
-    child = int(leader.communicate()[0])
-    start = start_of(child)
-    assert start
+    assert leader.stdout is not None
+    child = int(leader.stdout.readline())
+    wait_for("its end", lambda: process_stat(leader.pid)[:1] == ["Z"])
+    if reaped:
+        leader.wait()
+    assert process_stat(child)[:1] not in ([], ["Z"])
     assert kill_group(leader.pid, True)
-    while start_of(child) == start and Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        pass
-    assert not kill_group(leader.pid, True) or start_of(child)  # a zombie still holds the group
+    wait_for("the end of its child", lambda: process_stat(child)[:1] in ([], ["Z"]))
+    leader.communicate()
 
 
 def of_ended_rank(pid: int) -> Any:
