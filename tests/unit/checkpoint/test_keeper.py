@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 from trainer.checkpoint import copies, files, writer
-from trainer.checkpoint.copies import Pace
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.memory import Memory
 from trainer.checkpoint.writer import Order
@@ -283,31 +281,3 @@ def test_what_is_being_saved_is_not_filled_again(disk: Disk, under_agent: tuple[
     second.close(nothing)
     start().await_others(beat)
     assert beats and disk.saved() == {1: 1.0}
-
-
-def test_copies_take_half_a_percent_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(copies.time, "perf_counter", lambda: clock[0])
-    pace, count = Pace(), 0
-    for step in range(1, 2000):
-        clock[0] += 0.003
-        if step % pace.every == 0:
-            began, count = clock[0], count + 1
-            clock[0] += 0.0004
-            pace.took(step, began, 0.0004)
-    assert pace.every == 32 and 0.0025 < count * 0.0004 / clock[0] < 0.0055
-
-
-def test_what_it_takes_to_gather_a_state_counts(under_agent: tuple[Memory, Callable[..., Keeper]]) -> None:
-    """Steps of 10 ms and a state that takes 10 ms to gather: half a percent is every 256 steps."""
-    _, start = under_agent
-    rank = start()
-
-    def gather() -> dict[str, Any]:
-        time.sleep(0.01)
-        return state(1)
-
-    for step in (1, 2):
-        rank.boundary(4 * step + 1, gather)
-        time.sleep(0.01)
-    assert rank.copies is not None and rank.copies.pace.every >= 128
