@@ -147,6 +147,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.host:
         host(*json.loads(options.host))
+    if options.watch <= 3:
+        parser.error("--watch: the first two seconds and the last do not count, so give more than 3")
     cases = [(nodes, share, spread) for nodes in options.nodes for share in options.share for spread in options.spread]
     rows = [measure_one(*case, options.watch) for case in cases]
     print(table([["nodes", "node 0 has", "starts", "met after", "watching: node 0", "another"], *(

@@ -30,15 +30,12 @@ def serve_store(wiring: Wiring, membership: Membership, say: Callable[[str], Non
     return server
 
 
-def find_store(
-    wiring: Wiring, membership: Membership, pause: Callable[[str, float], None], connect_s: float = CONNECT_S
-) -> KeyValueClient:
+def find_store(wiring: Wiring, membership: Membership, pause: Callable[[str, float], None]) -> KeyValueClient:
     """Find node 0 among those who listen; its name is looked up anew at every try.
 
-    `pause(problem, seconds)` is called between two tries, and raises what ends them. `connect_s`: what a listener has
-    at first to be reached, and then to answer.
+    `pause(problem, seconds)` is called between two tries, and raises what ends them.
     """
-    search, found, pause_s = _Search(wiring, membership, connect_s), None, RETRY_S / 8
+    search, found, pause_s = _Search(wiring, membership), None, RETRY_S / 8
     try:
         while not (found := search.look()):
             pause_s = min(2 * pause_s, max(RETRY_S, wiring.nodes / RETRIES_PER_S))
@@ -51,10 +48,10 @@ def find_store(
 class _Search:
     """Asks all who listen at the same time: whoever says nothing, or says it slowly, holds up nobody but himself."""
 
-    def __init__(self, wiring: Wiring, membership: Membership, connect_s: float) -> None:
-        self.wiring, self.membership, self.connect_s = wiring, membership, connect_s
+    def __init__(self, wiring: Wiring, membership: Membership) -> None:
+        self.wiring, self.membership = wiring, membership
         self.ports, self.problem = deque(wiring.ports), NOBODY
-        self.patience = dict.fromkeys(wiring.ports, connect_s + wiring.nodes / PROOFS_PER_S)
+        self.patience = dict.fromkeys(wiring.ports, CONNECT_S + wiring.nodes / PROOFS_PER_S)
         self.problems: dict[int, str] = {}  # by port, the newest last
         self.asked: set[int] = set()  # the ports where somebody has not answered yet
         self.changed = threading.Condition()  # guards what follows from answers: all that is above, and below
@@ -87,7 +84,7 @@ class _Search:
         """Ask who listens there, if somebody does; whether that took too long."""
         problem = f"port {port}: no answer"  # until there is one
         try:
-            connection = socket.create_connection((self.wiring.master_addr, port), self.connect_s)
+            connection = socket.create_connection((self.wiring.master_addr, port), CONNECT_S)
         except ConnectionRefusedError:
             self._note(port, None)
             return False

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from trainer.agent.awake_clock import CLOCK
 from trainer.agent.failure import Failure
@@ -80,7 +81,7 @@ class NodeRendezvous:
                 if end:
                     raise read_end(end) from None
                 text = f"node {self.wiring.node_rank}: {error}"
-                self._pause(False, deadline, lambda: "node 0:", lambda text=text: text)  # type: ignore[misc]
+                self._pause(False, deadline, partial(str, "node 0:"), partial(str, text))
 
     def _meet(self, deadline: float) -> Round:
         store = self.store = self.store or self._open_store(deadline)
@@ -171,13 +172,9 @@ class NodeRendezvous:
             )
 
     def _pause(
-        self,
-        stop: bool,
-        deadline: float,
-        waiting_for: Callable[[], str],
-        timeout: Callable[[], str],
+        self, stop: bool, deadline: float, waiting_for: Callable[[], str], timeout: Callable[[], str],
         pause_s: float = LOOK_S,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Between two tries: notice a stop request and the bound, and show progress."""
         if stop or self.interrupted():
             raise self._stopped()
@@ -216,7 +213,8 @@ class NodeRendezvous:
             def pause(problem: str, pause_s: float) -> None:
                 name, node = self.wiring.master_addr, self.wiring.node_rank
                 timeout = f"node {node} found no master at {name} within {self.bound_s:.0f} s: {problem}"
-                self._pause(False, deadline, f"the master {name}: {problem};".__str__, timeout.__str__, pause_s)
+                waiting_for = partial(str, f"the master {name}: {problem};")
+                self._pause(False, deadline, waiting_for, partial(str, timeout), pause_s)
 
             return find_store(self.wiring, self.membership, pause)
         self.widen_at = CLOCK.now() + WIDEN_S
