@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import documents
 import pytest
 from engine import Engine
 from engine_image import Image
+
+from trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -64,3 +67,25 @@ def test_the_image_of_a_project_of_ones_own(engine: Engine, image: Image, tmp_pa
     done = engine.docker("run", "--rm", "--entrypoint=python", "mine", "-c", "import mine")
     engine.docker("rmi", "--force", "mine")
     assert "mine, as 10001" in done.stdout
+
+
+@pytest.mark.usefixtures("named")
+def test_a_project_that_init_made(engine: Engine, tmp_path: Path) -> None:
+    """Its image is built and trains. It has no secrets, and its user can read files that only we can read here."""
+    project = tmp_path / "flowers"
+    project.mkdir()
+    (project / "requirements.txt").write_text("scikit-learn\n")  # it is there: nothing is downloaded
+    (project / ".env").write_text("KEY=secret\n")
+    muster = f"{sys.executable} -m muster"
+    for command in (f"{muster} init", f'make docker-build docker-run MUSTER="{muster}" ARGS=train.epochs=1'):
+        done = subprocess.run(
+            shlex.split(command), cwd=project, capture_output=True, text=True, env=engine.env, timeout=400, umask=0o077
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    [run] = (path for path in (project / "runs").iterdir() if path.is_dir() and not path.is_symlink())
+    assert RunFolder(run).result.exists()
+    listed = engine.docker("run", "--rm", "--entrypoint=ls", "flowers", "-A", "/workspace").stdout.split()
+    readable = engine.docker("run", "--rm", "--entrypoint=cat", "flowers", "/workspace/training.py").stdout
+    engine.docker("rmi", "--force", "flowers")
+    assert {"job.yaml", "training.py"} < set(listed) and ".env" not in listed
+    assert "class Training" in readable
