@@ -28,8 +28,7 @@ PATIENCE_S = 60.0
 
 def environment(**variables: str) -> dict[str, str]:
     """Of a command that a user types: ours without what may have been left in it."""
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
-            "MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # fmt: skip  # or make says which folder it enters
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     kept = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith(("MUSTER_", "SLURM_", "TORCH"))}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}", **variables}
 
