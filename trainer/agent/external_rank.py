@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainer.agent.rank_process import end_with, print_error
 from trainer.agent.script import run_script
+from trainer.config.job import RANKED
 from trainer.config.load import merge_job, to_job, to_text
 from trainer.errors import JobError
 from trainer.run.folder import RunFolder, run_of
@@ -22,10 +23,10 @@ def run_external_rank(path: Path, overrides: list[str]) -> int:
     if job.script:
         os.environ[SESSION] = str(path)
         return run_script(job, path)
-    if job.parallel != "ddp" and wiring.world_size > 1:
+    if job.parallel not in RANKED and wiring.world_size > 1:
         problem = f"uses one process, but the launcher started {wiring.world_size} ranks"
         raise JobError("parallel", job.parallel, problem, "Use parallel=ddp, or start one process")
-    if job.parallel == "ddp" and job.world_size != wiring.world_size:
+    if job.parallel in RANKED and job.world_size != wiring.world_size:
         problem = f"with nodes={job.nodes} makes {job.world_size} ranks, but the launcher started {wiring.world_size}"
         raise JobError("devices_per_node", job.devices_per_node, problem, "Make the two agree")
     from trainer.training.rank import choose_run, train

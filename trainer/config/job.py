@@ -18,6 +18,9 @@ def _key(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+RANKED = ("ddp",)
+"""The modes with a rank for each device; others are one process."""
+
 # The keys are a table: not one argument a line.
 # fmt: off
 
@@ -177,7 +180,7 @@ class Job:
     @property
     def ranks_per_node(self) -> int:
         """Processes that each agent forks: one per device under ddp and for scripts, else one."""
-        return self.devices_per_node if self.parallel == "ddp" else 1
+        return self.devices_per_node if self.parallel in RANKED else 1
 
     @property
     def world_size(self) -> int:

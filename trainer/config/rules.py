@@ -15,6 +15,8 @@ from trainer.errors import JobError, wrong_choice
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIONS = {"ddp": Ddp}
+"""Modes that have a section of their own in the job, of the same name."""
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -122,10 +124,11 @@ def check_job(job: Job, code_is_here: bool = True) -> None:
     if job.parallel == "auto":
         job.parallel = "ddp" if job.nodes * job.devices_per_node > 1 else "single"
     _check(job, MODES)
-    for name, value in vars(job.ddp).items():
-        if job.parallel != "ddp" and value != getattr(Ddp(), name):
-            problem = f"would be ignored with parallel={job.parallel}"
-            raise JobError(f"ddp.{name}", value, problem, "Use parallel=ddp, or remove it")
+    for mode, kind in OPTIONS.items():
+        for name, value in vars(getattr(job, mode)).items():
+            if job.parallel != mode and value != getattr(kind(), name):
+                problem = f"would be ignored with parallel={job.parallel}"
+                raise JobError(f"{mode}.{name}", value, problem, f"Use parallel={mode}, or remove it")
     if job.task:
         _check(job, TRAINING)
         if job.ddp.sync_every > 1:

@@ -1,6 +1,6 @@
 """What the training loop asks of a mode, with the answers of a single process.
 
-The modes themselves are in `trainer.parallel.modes` (single, dp) and `trainer.parallel.ddp`.
+The modes themselves are in `trainer.parallel.modes` (single, dp), and, on `trainer.parallel.group`, files of their own.
 """
 
 from collections.abc import Callable, Sequence

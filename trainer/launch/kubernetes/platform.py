@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
+from trainer.config.job import RANKED
 from trainer.config.load import read_sections
 from trainer.errors import STOPPED, JobError, MaybeAccepted
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
@@ -192,7 +193,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int) -> None:
         """From the pod of that rank, while it runs: the run folder of the pods is not the one here."""
         kubectl, job = Kubectl(handle), read_sections(run.job)
-        per_node = int(job.get("devices_per_node", 1)) if job.get("parallel", "auto") in ("auto", "ddp") else 1
+        per_node = int(job.get("devices_per_node", 1)) if job.get("parallel", "auto") in ("auto", *RANKED) else 1
         try:
             items = kubectl.get("pods", f"--selector={INSTANCE}={handle['name']}")
         except (Refused, Unanswered):
