@@ -47,7 +47,7 @@ class TrainingState:
         self.job, self.position, self.parallel, self.report = job, Position(), parallel, report
         self.root = report.run.checkpoints
         self.tracked = TrackedObjects(explain or self._explain)
-        self.keeper = Keeper(job, parallel, report.run, report.attempt, self.tracked.has_buffers, report.notice)
+        self.keeper = Keeper(job, parallel, report.run, report.attempt, self.differs, report.notice)
         self.beat = partial(report.phase, "saving", self.position)
         self.begin_beat = partial(report.phase, "starting", self.position)
         self.metrics: dict[str, float] = {}
@@ -66,6 +66,10 @@ class TrainingState:
     def config(self) -> dict[str, Any]:
         """The job as it was given: interpolations stay as written, so it holds no secret."""
         return read_sections(self.report.run.job) if self.report.run.job.exists() else {}
+
+    def differs(self) -> bool:
+        """Whether what this rank holds is not what all hold, and that of rank 0 counts."""
+        return not self.parallel.has_whole_state or self.tracked.has_buffers()
 
     def track(self, **objects: Any) -> None:
         """Keep these objects from here on; None is none."""

@@ -18,7 +18,7 @@ def _key(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-RANKED = ("ddp",)
+RANKED = ("ddp", "server")
 """The modes with a rank for each device; others are one process."""
 
 # The keys are a table: not one argument a line.
@@ -85,6 +85,15 @@ class Ddp:
     sync_every: int = _key(1, "post-local SGD: after `sync_start` steps, average the weights every this many steps "
         "(1: off, gradients are averaged at every step)", minimum=1)
     sync_start: int = _key(0, "ordinary steps before post-local SGD begins", minimum=0)
+
+
+@dataclass
+class Server:
+    """Options of the parameter server, rank 0, which holds the weights. With other modes, changing them is an error."""
+
+    synchronous: bool = _key(True,
+        "update once all ranks have sent gradients; false: rank 0 only serves, and updates whenever one of the others "
+        "sends some. These wait for nobody, and no two runs give the same weights")
 
 
 @dataclass
@@ -157,11 +166,11 @@ class Job:
     preload: list[str] = _key([],
         "installed modules that each node imports once, not each rank at each start: [transformers.trainer]")
     parallel: str = _key("auto",
-        "single, dp (DataParallel: one process on one node) or ddp; auto: ddp for more than one device",
-        choices=("auto", "single", "dp", "ddp"))
+        "single, dp (DataParallel: one process on one node), ddp, or server (a parameter server, to compare with); "
+        "auto: ddp for more than one device", choices=("auto", "single", "dp", "ddp", "server"))
     nodes: int = _key(1, "number of nodes; each runs one agent", minimum=1)
-    devices_per_node: int = _key(1, "number of devices on each node; with ddp this is also the number of ranks",
-        minimum=1)
+    devices_per_node: int = _key(1,
+        "number of devices on each node; except with single and dp this is also the number of ranks", minimum=1)
     devices: list[int] | None = _key(None,
         "which devices of the node to use, the primary one first, for example [2,3,1]")
     device: str = _key("auto", "auto: GPUs if the node has enough of them, otherwise the CPU",
@@ -172,6 +181,7 @@ class Job:
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     ddp: Ddp = field(default_factory=Ddp)
+    server: Server = field(default_factory=Server)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
@@ -179,10 +189,15 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Processes that each agent forks: one per device under ddp and for scripts, else one."""
+        """Processes that each agent forks: one per device, but for single and dp one for all."""
         return self.devices_per_node if self.parallel in RANKED else 1
 
     @property
     def world_size(self) -> int:
         """Ranks in all."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def parts(self) -> int:
+        """Ranks that a global batch is divided among."""
+        return self.world_size - (self.parallel == "server" and not self.server.synchronous)

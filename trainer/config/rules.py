@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from trainer.config.job import Ddp, Job
+from trainer.config.job import Ddp, Job, Server
 from trainer.config.user_code import MissingModule, check_symbol, find_source
 from trainer.errors import JobError, wrong_choice
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 OPTIMIZERS = ("adamw", "adam", "sgd")
-OPTIONS = {"ddp": Ddp}
+OPTIONS = {"ddp": Ddp, "server": Server}
 """Modes that have a section of their own in the job, of the same name."""
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -58,6 +58,8 @@ MODES = (
          "parallel=single uses one device on one node", "Use parallel=ddp, or set it to 1"),
     Rule("nodes", lambda job: job.parallel == "dp" and job.nodes > 1, "DataParallel (parallel=dp) works on one node",
          "Use parallel=ddp for several nodes"),
+    Rule("devices_per_node", lambda job: job.parallel == "server" and job.world_size == 1,
+         "leaves a parameter server without others", "Set it to 2 or more, or use parallel=single"),
     Rule("train.compile", lambda job: job.parallel == "dp" and job.train.compile,
          "torch cannot compile what DataParallel replicates", "Use parallel=ddp, or remove it"),
 )  # fmt: skip
@@ -111,6 +113,18 @@ LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on the
 )  # fmt: skip
 
 
+SERVER = (
+    Rule("train.precision", lambda job: job.train.precision == "fp16",
+         "scales losses on each rank, and a parameter server updates on one", "Use bf16, or parallel=ddp"),
+)  # fmt: skip
+
+ASYNCHRONOUS = (
+    Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
+         "needs the weights after each update, of which an asynchronous server sends each rank a few",
+         "Remove it, or server.synchronous=true"),
+)  # fmt: skip
+
+
 def check_job(job: Job, code_is_here: bool = True) -> None:
     """Complete `parallel: auto` and refuse what cannot work. Raises JobError: with key, value and remedy.
 
@@ -133,6 +147,8 @@ def check_job(job: Job, code_is_here: bool = True) -> None:
         _check(job, TRAINING)
         if job.ddp.sync_every > 1:
             _check(job, LOCAL_SGD)
+        if job.parallel == "server":
+            _check(job, SERVER if job.server.synchronous else SERVER + ASYNCHRONOUS)
         _check_batch(job)
         _check_code("task", job.task, job.task_args, code_is_here)
         for key, known in {"train.optimizer": OPTIMIZERS, "train.schedule": SCHEDULES}.items():
@@ -164,13 +180,13 @@ def _check(job: Job, rules: tuple[Rule, ...]) -> None:
 
 def _check_batch(job: Job) -> None:
     """Refuse a global batch that does not divide, naming the nearest sizes that do."""
-    batch, parts = job.train.batch_size, job.world_size * job.train.accumulate
+    batch, parts = job.train.batch_size, job.parts * job.train.accumulate
     if job.parallel == "dp" and batch // parts < job.devices_per_node:
         problem = f"is too small: {job.devices_per_node} devices would not all get a sample of each micro-batch"
         remedy = f"Use at least {job.devices_per_node * parts}, or fewer devices"
         raise JobError("train.batch_size", batch, problem, remedy)
     if batch % parts:
         below = batch // parts * parts
-        problem = f"does not divide among {job.world_size} ranks x {job.train.accumulate} micro-batches"
+        problem = f"does not divide among {job.parts} ranks x {job.train.accumulate} micro-batches"
         smaller = f"{below} or " if below else ""
         raise JobError("train.batch_size", batch, problem, f"The nearest sizes that do: {smaller}{below + parts}")

@@ -58,13 +58,13 @@ def share_of(samples: int, part: int, parts: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The samples of one rank among `world_size`, in steps of the global batch."""
+    """The samples of one part among `parts` of each global batch, in steps of the global batch; part -1 has none."""
 
     count: int
     batch_size: int
     accumulate: int
-    rank: int
-    world_size: int
+    part: int
+    parts: int
     seed: int
     shuffle: bool = True
 
@@ -74,14 +74,14 @@ class Sampler:
         return -(-self.count // self.batch_size)
 
     def epoch(self, position: Position) -> Iterator[MicroBatch]:
-        """This rank's micro-batches from `position` to the end of its epoch."""
+        """This part's micro-batches from `position` to the end of its epoch."""
         epoch = position.epoch
-        parts = self.accumulate * self.world_size
+        parts = self.accumulate * self.parts
         order = epoch_order(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count, dtype=np.int64)
         for start in range(position.samples, self.count, self.batch_size):
             stop = min(start + self.batch_size, self.count)
             for micro in range(self.accumulate):
-                first, last = share_of(stop - start, micro * self.world_size + self.rank, parts)
+                first, last = (0, 0) if self.part < 0 else share_of(stop - start, micro * self.parts + self.part, parts)
                 indices = order[start + first : start + last] if last > first else order[start : start + 1]
                 yield MicroBatch(epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.job import Job
+from trainer.data.sampler import MicroBatch
 from trainer.parallel.fast_path import run_backward
+from trainer.parallel.returned import check_count
 from trainer.parallel.step import Step
 from trainer.wiring.devices import rank_gpus, use_cuda
 from trainer.wiring.rank import RankWiring
@@ -42,6 +44,14 @@ class Parallel:
     """Whether `warm_up` must be called before the first step."""
     steps = 0
     """How many steps are done. The loop sets it when it resumes."""
+    updates = 1
+    """In each step; every one has so small a part of the learning rate."""
+    has_whole_state = True
+    """Whether what this rank holds after a step is all that a training goes on from."""
+    stops_anywhere = False
+    """Whether rank 0's state is whole where all ranks stop, even if ranks are not alike there."""
+    irreproducible = ""
+    """Why two runs of one job differ, if they do."""
     _gradient: tuple[Any, Tensor] = None, torch.empty(0)
     _loss: Tensor | None = None
     """This rank's part of the global mean loss of the current step, so far."""
@@ -51,7 +61,11 @@ class Parallel:
     def __init__(self, job: Job, wiring: RankWiring) -> None:
         self.job = job
         self.rank, self.world_size = wiring.rank, wiring.world_size
+        self.part, self.parts = self.rank, self.world_size
+        """Of each global batch, which part this rank computes, and of how many; a part of -1: none."""
         self.local_rank, self.restarts = wiring.local_rank, wiring.restarts
+        self.apply: Callable[[], None] = lambda: None
+        """Updates the weights of this rank by its gradients. The loop sets it."""
         self.cuda = use_cuda(job)
         gpus = rank_gpus(job, self.local_rank) if self.cuda else []
         self.devices = [torch.device("cuda", index) for index in gpus] or [torch.device("cpu")]
@@ -70,6 +84,13 @@ class Parallel:
     def compute(self, batch: Any, count: int, evaluate: bool = False) -> Any:
         """What the step makes of a batch of `count` samples, on this rank alone."""
         return self.module(batch, evaluate)
+
+    def learn(self, batch: Any, micro: MicroBatch, scaler: torch.amp.GradScaler | None) -> None:
+        """Add the gradients of a micro-batch, and remember its loss for `agree`."""
+        losses = self.losses(batch, len(micro.indices), micro.last)
+        check_count(losses, len(micro.indices))
+        # The mean over the global batch: the sum over the parts will be divided by their number.
+        self.backward(losses, self.parts * bool(micro.count) / micro.step_count, scaler)
 
     def losses(self, batch: Any, count: int, last: bool = True) -> Tensor:
         """The losses of this rank's micro-batch, on the first device, as `read_losses` gives them; `last`: of the step.
@@ -120,6 +141,18 @@ class Parallel:
             if parameter.grad is not None:
                 parameter.grad.mul_(share)
         return loss * share
+
+    def update(self) -> None:
+        """Update the weights by what was agreed on."""
+        self.apply()
+
+    def clip(self, parameters: Sequence[Tensor], norm: float) -> None:
+        """Clip the gradients to this global norm."""
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def measurements(self) -> dict[str, float]:
+        """What else there is to record of the steps since the last call."""
+        return {}
 
     def finish_step(self, optimizer: torch.optim.Optimizer, due: bool) -> bool:
         """Do what the mode does after an update; return whether all ranks hold the same weights now."""

@@ -38,6 +38,10 @@ def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
         from trainer.parallel.ddp import Distributed
 
         return Distributed(job, wiring, supervised)
+    if job.parallel == "server":
+        from trainer.parallel.server import make_server
+
+        return make_server(job, wiring, supervised)
     return DataParallel(job, wiring) if job.parallel == "dp" else Parallel(job, wiring)
 
 

@@ -73,7 +73,8 @@ class Report:
         if position.step % self.job.log.every_steps and position.step != self.steps:
             return
         losses = [float(loss) for loss in self.losses]
-        self.log(position, {"loss": losses[-1], "mean_loss": sum(losses) / len(losses), "lr": rate})
+        values = {"loss": losses[-1], "mean_loss": sum(losses) / len(losses), "lr": rate}
+        self.log(position, values | self.parallel.measurements())
         self.losses.clear()
 
     def done(self, position: Position, samples: int) -> None:

@@ -53,3 +53,14 @@ class Continuation:
                 f"the learning rate of step {step + 1} is {now:.3g}, not {before:.3g} as when the run stopped: "
                 f"train.schedule={self.job.train.schedule} with train.lr={self.job.train.lr:g} now spans {steps} steps"
             )
+
+    def warn(self, irreproducible: str) -> None:
+        """Say what a mode cannot promise, and why, if there is anything."""
+        step = self.state.position.step
+        if irreproducible:
+            self.report.note(f"this run is not reproducible: {irreproducible}")
+        if irreproducible and step:
+            self.report.notice(
+                f"the run goes on from step {step}, but not as if it had never stopped: {irreproducible}. It still "
+                "uses each sample of an epoch once; its weights will be others"
+            )

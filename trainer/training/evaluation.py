@@ -34,8 +34,8 @@ def evaluate(
     alike. `seed` is told the number of each batch before it is computed, so what draws random numbers gives the same
     at any world size too.
     """
-    plan = list(evaluation_batches(count, batch_size, parallel.rank, parallel.world_size))
-    rounds = math.ceil(math.ceil(count / batch_size) / parallel.world_size)
+    plan = list(evaluation_batches(count, batch_size, parallel.part, parallel.parts))
+    rounds = math.ceil(math.ceil(count / batch_size) / parallel.parts)
     batches = mover.move(loader.read([(0, indices) for _, indices in plan]))
     sums: list[tuple[int, dict[str, Tensor]]] = []
     step, own = parallel.step, parallel.step.model

@@ -18,7 +18,6 @@ from trainer.data.sampler import Indices, MicroBatch, Position, Sampler
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.fast_path import make_step
-from trainer.parallel.returned import check_count
 from trainer.reporting.rank_report import Report
 from trainer.task import Task
 from trainer.training.boundary import Boundary
@@ -50,12 +49,13 @@ class Trainer(Boundary):
         self.task = task
         train, device = job.train, parallel.device
         count, self.eval_count = (count_samples(*each) for each in zip(DATASETS, (train_data, eval_data), strict=True))
-        self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.rank, parallel.world_size, job.seed)
+        self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.part, parallel.parts, job.seed)
         self.optimizer = make_optimizer(model, train)
         # A trace shall show the update by its name, and an optimizer of the user's may have hooks.
         public = bool(job.log.profile_steps) or train.optimizer not in OPTIMIZERS
         self.update_weights = self.optimizer.step if public else make_step(self.optimizer)
         self.rates = Rates(self.optimizer, train.lr)
+        parallel.apply = self.apply_gradients
         self.scaler = make_scaler(train.precision, device)
         self.average = None if train.ema_decay is None else WeightAverage(model, train.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -109,6 +109,7 @@ class Trainer(Boundary):
         self.continuation.check_data()
         self.plan()
         self.continuation.announce(self.rate, self.steps)
+        self.continuation.warn(self.parallel.irreproducible)
         self.parallel.steps = self.position.step
         self.report.start(self.position, self.steps, self.sampler.steps_per_epoch)
         if self.position.step and not self.state.evaluated:
@@ -177,16 +178,12 @@ class Trainer(Boundary):
         """One update from one global batch; afterwards whatever is due. Whether all ranks hold the same weights now."""
         position, parallel = self.position, self.parallel
         self.seed_generators(parallel.rank)
-        rate = self.rates.set(self.rate(position.step))
+        rate = self.rates.set(self.rate(position.step) / parallel.updates)
         for micro, batch in micros:
-            losses = parallel.losses(batch, len(micro.indices), micro.last)
-            check_count(losses, len(micro.indices))
-            # The mean over the global batch: DDP will divide the sum over ranks by their number.
-            weight = parallel.world_size * bool(micro.count) / micro.step_count
             if micro.last:
                 self.report.samples(position, micros)
-            parallel.backward(losses, weight, self.scaler)
-        if not self.checked:
+            parallel.learn(batch, micro, self.scaler)
+        if not self.checked and parallel.part >= 0:
             self.checked = True
             self.tell(check_gradients(self.model, self.parameters))
         step_count = micros[0][0].step_count
@@ -194,13 +191,15 @@ class Trainer(Boundary):
         due = self.cadence.evaluation(after) or self.cadence.checkpoint(after)
         loss = parallel.agree(due)
         if self.loss_check.allows_update(loss, after.step, [micro for micro, _ in micros]):
-            self.update()
+            parallel.update()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
         self.drop_gradients()
         position.step, position.epoch, position.samples = after.step, after.epoch, after.samples
         whole = parallel.finish_step(self.optimizer, due)
         self.state.evaluated = not due
         self.report.step(position, loss, rate, step_count)
-        if whole and position.step < self.steps and self.stops.tick():
+        if (whole or parallel.stops_anywhere) and position.step < self.steps and self.stops.tick():
             self.save_and_stop()
         if due:
             self.finish_step()
@@ -212,19 +211,17 @@ class Trainer(Boundary):
             self.report.note(note)
             self.told.add(note)
 
-    def update(self) -> None:
-        """Apply the gradients."""
+    def apply_gradients(self) -> None:
+        """Update the weights of this rank by its gradients."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.job.train.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.job.train.clip_norm)
+            self.parallel.clip(self.parameters, self.job.train.clip_norm)
         if self.scaler is None:
             self.update_weights()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
 
     def drop_gradients(self) -> None:
         """As `Optimizer.zero_grad`, which records itself for a profiler: 3 % of a step of 3 ms."""

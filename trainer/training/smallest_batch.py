@@ -29,7 +29,7 @@ def check_smallest_batch(
     """
     model = parallel.step.model
     norms = {name: part for name, part in model.named_modules() if isinstance(part, BATCH_NORMS)}
-    parts, replicas = job.world_size * job.train.accumulate, job.devices_per_node if job.parallel == "dp" else 1
+    parts, replicas = job.parts * job.train.accumulate, job.devices_per_node if job.parallel == "dp" else 1
     for key, size, samples, shares, concerned in (
         ("train.batch_size", job.train.batch_size, count, parts, [n for n, norm in norms.items() if norm.training]),
         ("evaluation.batch_size", job.evaluation.batch_size, eval_count, 1,

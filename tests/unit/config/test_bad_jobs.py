@@ -89,6 +89,7 @@ RANGES = [
     (["devices=[1,1]"], "devices=[1, 1]", "different device numbers"),
     (["devices=[-1]"], "devices=[-1]", "different device numbers"),
 ]  # fmt: skip
+ASYNC = ["server.synchronous=false"]
 COMBINATIONS = [
     (["train.batch_size=10", "devices_per_node=4"], "train.batch_size=10", "4 ranks x 1 micro-batches", "8 or 12"),
     (["train.batch_size=3", "devices_per_node=4"], "train.batch_size=3", "nearest sizes that do: 4"),
@@ -113,6 +114,11 @@ COMBINATIONS = [
     (["ddp.compression=powersgd", "train.on_nan=skip", *DDP], "train.on_nan='skip'", "a NaN would stay"),
     (["ddp.compression=fp16", "train.precision=float64", *DDP], "ddp.compression='fp16'", "float64"),
     (["parallel=dp", "train.compile=true", *DDP], "train.compile=True", "parallel=ddp"),
+    (["parallel=server"], "devices_per_node=1", "without others", "parallel=single"),
+    (["parallel=server", "train.precision=fp16", *DDP], "train.precision='fp16'", "parameter server", "bf16"),
+    (["parallel=server", *ASYNC, "train.ema_decay=0.9", *DDP], "train.ema_decay=0.9", "asynchronous"),
+    ([*ASYNC, *DDP], "server.synchronous=False", "would be ignored with parallel=ddp", "parallel=server"),
+    (["parallel=server", *ASYNC, "devices_per_node=4"], "train.batch_size=64", "3 ranks x 1", "63 or 66"),
     (["device=cpu", "train.precision=fp16"], "train.precision='fp16'", "needs a GPU", "bf16"),
     (["device=cpu", "ddp.sync_batchnorm=true", *DDP], "ddp.sync_batchnorm=True", "GPUs only"),
     (["checkpoint.best_mode=min"], "checkpoint.best_mode='min'", "checkpoint.best"),
