@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 ORPHANED = signal.SIGHUP
 """Tells a supervisor that the command which follows its run is gone. It may come twice, and then changes nothing: the
-kernel sends it whenever a thread of the command ends that was the parent meanwhile, and a progress bar has a thread.
+kernel sends it whenever a thread of the command ends that was the parent meanwhile, and libraries may start threads.
 """
 SUPERVISOR_SIGNALS = (*SIGNALS, ORPHANED)
 """Whoever starts a supervisor blocks these, so that none is lost before their handlers are there."""

@@ -11,7 +11,6 @@ import subprocess
 import termios
 from pathlib import Path
 
-import pytest
 from muster_runs import MUSTER, environment, followed, muster, processes_of, wait_for
 from paths import ROOT, SUPPORT
 
@@ -38,6 +37,23 @@ class Talking(Digits):
         print(os.environ["RANK"], "makes a model")
         return super().model()
 """
+SESSION = """
+import time, torch, muster
+with muster.Session() as session:
+    model = session.wrap(torch.nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session.track(model=model, optimizer=optimizer)
+    for epoch in session.epochs(10):
+        for (batch,) in session.batches(torch.utils.data.TensorDataset(torch.ones(16, 1)), 4):
+            loss = model(batch).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.log(loss=loss)
+            time.sleep(0.03)
+        print("the script says", epoch)
+"""
+BAR = re.compile("[━─]+  ")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -60,17 +76,34 @@ def watch(columns: int, *words: str) -> list[str]:
     return re.split(r"[\r\n]+", CONTROL.sub("", shown.decode()))
 
 
-@pytest.mark.parametrize("columns", [80, 140])
-def test_the_bar_is_seen(tmp_path: Path, columns: int) -> None:
-    keys = ("device=cpu", "parallel=single", "train.steps=100", "evaluation.every_steps=30")
-    lines = watch(columns, "jobs/digits.yaml", f"runs={tmp_path}", *keys)
-    drawn = [line for line in lines if "samples/s" in line and "/100" in line]
-    assert drawn, lines
-    for line in drawn:
-        assert len(line.rstrip()) <= columns
-        assert line.count("━") + line.count("╸") + line.count("╺") >= 10, line
-        assert re.search(r"loss \d\.\d{4}  [\d,]+ samples/s", line), line
-    assert any("accuracy" in line for line in drawn) == (columns == 140)
+def test_the_bar_is_seen(tmp_path: Path) -> None:
+    keys = ("device=cpu", "parallel=single", "train.steps=100", "evaluation.every_steps=30", "log.every_steps=5")
+    lines = watch(80, "jobs/digits.yaml", f"runs={tmp_path}", *keys)
+    assert "training 100 steps (5 epochs): single, 1 rank on cpu" in lines
+    drawn = [line for line in lines if BAR.match(line)]
+    assert drawn and all(len(line.rstrip()) < 80 for line in drawn), lines
+    assert any(re.search(r"  \d+/100  .*\d s left", line) for line in drawn)
+    values = r"epoch \d(/5)?  train (loss )?\d\.\d{4}  eval (loss )?\d\.\d{4}"
+    assert any(re.search(values, line) for line in drawn)
+    evaluations = [line for line in lines if " evaluation loss " in line]
+    assert [line.split("  ")[:2] for line in evaluations[:2]] == [
+        ["step 23/100", "epoch 1"],
+        ["step 30/100", "epoch 2"],
+    ]
+    assert lines.index(evaluations[-1]) > lines.index(drawn[0]), "they come above the bar, which is drawn again"
+    assert "time " in lines[-3] or not [line for line in lines[lines.index(evaluations[-1]) + 2 :] if BAR.match(line)]
+
+
+def test_a_session_has_the_bar_below_what_its_script_prints(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SESSION)
+    (tmp_path / "train.yaml").write_text("script: train.py\ndevice: cpu\nlog: {every_steps: 1}\n")
+    words = [str(tmp_path / "train.yaml"), f"script={tmp_path / 'train.py'}", f"runs={tmp_path}"]
+    lines = watch(80, *words)
+    assert "training 40 steps (10 epochs): single, 1 rank on cpu" in lines
+    drawn = [line for line in lines if BAR.match(line)]
+    assert any(re.search(r"  \d+/40  epoch \d+(/10)?  train (loss )?\d", line) for line in drawn), lines
+    said = [line.rstrip() for line in lines if "says" in line]
+    assert said == [f"the script says {epoch}" for epoch in range(10)], "and none on one line with a bar"
 
 
 def test_a_terminal_that_is_closed_ends_the_run(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What can be asked of a run: its status, its logs, to stop, to come back. Parsing the arguments is in `cli`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from trainer.launch.moved import copied_from
 from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
 from trainer.launch.waiting import is_waiting, waited
 from trainer.records import NOT_OURS, is_count, write_json
+from trainer.run.descriptions import describe, duration, epoch, numbers, values_of
+from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.goodput import goodput
-from trainer.run.history import likely_end, restart_causes, restarts_text, why_ended
+from trainer.run.history import likely_end, restart_causes, restarts_text, training_times, why_ended
 from trainer.run.line_file import warn
 from trainer.run.log_tail import Tail, nobody_reads
 from trainer.run.ownership import check_owner, foreign
-from trainer.run.progress import last_evaluation, newest_step
+from trainer.run.progress import last_evaluation, measured, newest_lines, newest_step, pace
 from trainer.run.summary import separate_ranks
 
 
@@ -68,22 +70,57 @@ def _status(run: RunFolder) -> dict[str, Any]:
     now = ask()
     good = now.is_active or now.phase == Phase.DONE
     events = run.read_main_events() if good else run.read_events()
-    steps = (last_event(events, "training") or {}).get("steps")
+    training, state, reason = last_event(events, "training") or {}, now.phase, now.reason
+    if state == Phase.RUNNING and (last := last_event(events, "pending", "wired")) and last["event"] == "pending":
+        state, reason = Phase.PENDING, reason or str(last.get("reason", ""))
+    lines = newest_lines(run, events)
+    step, steps = newest_step(lines, events), training.get("steps")
+    step = now.progress.get("step") if step is None else step
+    steps = steps if is_count(steps) else now.progress.get("steps")
     attempts = now.progress | (last_event(events, "attempt", "restart") or {})
-    step = newest_step(run, events)
     share = goodput(events)
     note = separate_ranks(run) if now.phase == Phase.DONE else ""
-    reason = now.reason or (note if good else why_ended(run, events) or likely_end(run, events))
+    reason = reason or (note if good else why_ended(run, events) or likely_end(run, events))
     return {
-        "run": str(run), "platform": handle["platform"] if handle else None, "state": now.phase,
+        "run": str(run), "platform": handle["platform"] if handle else None, "state": state,
         "reason": reason, "restarts": len(restart_causes(events)), "restarts_text": restarts_text(events),
         "goodput": round(share.share, 4) if share else None, "goodput_text": f"goodput {share}" if share else "",
-        "waiting": waited(run) if is_waiting(now) else "",
-        "code": now.code, "step": now.progress.get("step") if step is None else step,
-        "steps": steps if is_count(steps) else now.progress.get("steps"),
+        "waiting": waited(run) if is_waiting(now) or state == Phase.PENDING else "",
+        "code": now.code, "step": step, "steps": steps,
         "attempt": attempts.get("attempt"), "handle": handle,
         "metrics": last_evaluation(run) or now.progress.get("metrics", {}),
+        "epoch": epoch(training, step), "epochs": epoch(training, steps),
+        **_times(now, events, lines, step, steps), "last_failure": _last_failure(events),
+        "place": find_platform(handle["platform"]).called(handle) if handle else "",
     }  # fmt: skip
+
+
+def _times(
+    now: JobStatus, events: Sequence[Event], lines: Sequence[dict[str, Any]], step: Any, steps: Any
+) -> dict[str, Any]:
+    """When it was submitted, for how long it trained in all attempts, how fast, for how long still; its newest values.
+
+    None for what is not known.
+    """
+    trains = now.phase == Phase.RUNNING
+    logged = [line for line in lines if line.get("kind") == "train"]
+    times, speed = training_times(events, time.time() if trains else None), pace(logged)
+    left = (steps - step) / speed if trains and speed and is_count(step) and is_count(steps) and steps else None
+    since = logged[-1]["time"] if left is not None else 0.0
+    return {
+        "submitted": events[0]["time"] if events else None,
+        "elapsed_s": round(sum(times), 1) if times else None,
+        "left_s": None if left is None else round(max(0.0, left - (time.time() - since)), 1),
+        "train": measured(logged[-1]) if logged else {},
+    }
+
+
+def _last_failure(events: Sequence[Event]) -> str:
+    """The newest first cause of the end of an attempt, and the step at which that was."""
+    event = last_event(events, "failure")
+    if event is None or not (text := describe({"node": "?", "kind": "unknown", "message": "", **event})):
+        return ""
+    return text + (f", at step {event['at_step']}" if is_count(event.get("at_step")) else "")
 
 
 def by_events(run: RunFolder) -> JobStatus:
@@ -112,12 +149,23 @@ def _without_asking(run: RunFolder, problem: str) -> JobStatus:
 
 
 def status_text(status: dict[str, Any]) -> str:
+    """What is known, a line for each thing; `muster status --json` has the same for machines."""
     lines = [f"{' '.join(filter(None, (status['state'], status['waiting'])))}: {status['run']}"]
-    if status["steps"]:
-        lines.append(f"step {status['step']} of {status['steps']}, attempt {status['attempt']}")
+    if status["steps"] or status["step"]:
+        of = f" of {status['steps']}" if status["steps"] else ""
+        epochs = f", epoch {status['epoch'] or 1} of {status['epochs']}" if status["epochs"] else ""
+        lines.append(f"step {status['step'] or 0}{of}{epochs}")
+    train, speed = values_of(status["train"])
+    times = [f"trained for {duration(status['elapsed_s'])}" if status["elapsed_s"] is not None else "", speed]
+    times += [f"about {duration(status['left_s'])} left" if status["left_s"] is not None else ""]
+    lines.append(", ".join(filter(None, times)))
+    lines.append(f"train {'  '.join(train)}" if train else "")
+    lines.append(f"evaluation {'  '.join(numbers(status['metrics']))}" if status["metrics"] else "")
     if status["restarts"]:
         lines += [f"restarts {status['restarts_text']}", status["goodput_text"]]
-    lines += ["  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items()), status["reason"]]
+    if status["last_failure"] and status["state"] != Phase.FAILED:  # or it is the reason
+        lines.append(f"last failure: {status['last_failure']}")
+    lines += [f"on {status['platform']}: {status['place']}" if status["place"] else "", status["reason"]]
     return "\n".join(line for line in lines if line)
 
 

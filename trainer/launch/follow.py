@@ -1,75 +1,80 @@
-"""Following a run from its folder: what a script prints; of a task a bar in a terminal, plain lines elsewhere.
+"""Following a run from its folder until it ends. Then there is a table, or the reason why there is none.
 
-At the end there is a table, or the reason why there is none.
+What is seen meanwhile is in `trainer.launch.display`.
 """
 
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 from trainer.config.job import Job
 from trainer.errors import FAILED, WRONG_JOB
+from trainer.launch.display import Bar, Lines, can_draw
 from trainer.launch.platform import JobStatus, Phase
 from trainer.launch.waiting import Waiting
-from trainer.records import NOT_OURS, is_count, parse_lines
-from trainer.run.event_files import Event
+from trainer.records import NOT_OURS, is_number, parse_lines
 from trainer.run.folder import RunFolder
 from trainer.run.history import likely_end, restarts_text, why_ended
 from trainer.run.line_file import warn
 from trainer.run.log_tail import EventTail, Tail
-from trainer.run.progress import measured
 from trainer.run.summary import plain_table, resume_command, separate_ranks
 
 POLL_S = 0.1
-BESIDE = 45
-"""Columns for bar, counts, time and gaps: what is said beside them gets the rest of the terminal."""
 
 
 def follow(
-    run: RunFolder, job: Job, status: Callable[[], JobStatus], stop: Callable[[], None], all_ranks: bool = False
+    run: RunFolder,
+    job: Job,
+    status: Callable[[], JobStatus],
+    stop: Callable[[], None],
+    all_ranks: bool = False,
+    speaks: bool = False,
 ) -> int:
     """Show a run until it ends; Ctrl-C calls `stop` and goes on waiting. Return the job's exit code.
 
-    Of a script, what rank 0 prints is shown as under torchrun; `all_ranks`: what every rank prints.
-    """
+    Of a script, what rank 0 prints is shown as under torchrun; `all_ranks`: what every rank prints. `speaks`: `status`
+    itself prints how the run goes.
+    """  # fmt: skip
     events, metrics, waiting = EventTail(run), Tail(run.metrics), Waiting(run)
     ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
     output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
-    with ExitStack() as stack:
-        show = Bar(stack) if sys.stdout.isatty() and not job.script else Lines()
-        now, problem = JobStatus(Phase.PENDING), ""
+    show = Bar(bool(job.script)) if can_draw() and not speaks else Lines()
+    now, problem = JobStatus(Phase.PENDING), ""
+    try:
         while True:
             try:
                 now = status()
                 if text := waiting.line(now):
                     show.say(text)
-                for event in events.events(last=not now.is_active):
+                for line in sorted([*events.events(not now.is_active), *parse_lines(metrics.lines())], key=_time):
                     with suppress(*NOT_OURS):
-                        show.event(event)
-                for line in parse_lines(metrics.lines()):
-                    with suppress(*NOT_OURS):
-                        show.metrics(line)
+                        show.event(line) if "event" in line else show.metrics(line)
                 if all_ranks:
                     show.output(output, not now.is_active)
                 elif output:
-                    output[0].copy()
+                    show.copy(output[0])
                 if not now.is_active:
                     break
+                with suppress(*NOT_OURS):
+                    show.draw()
                 time.sleep(POLL_S)
             except BrokenPipeError:
                 raise  # nobody follows the run any more
             except OSError as error:  # a file server that does not answer, or a full disk that our output goes to
                 if str(error) != problem:
+                    show.clear()
                     warn(f"cannot be shown: {error}")
                 problem = str(error)
                 if not now.is_active:
                     break
                 time.sleep(POLL_S)
             except KeyboardInterrupt:
-                show.say("stopping: one step, one checkpoint (Ctrl-C again to end at once)")
+                show.stopping()
                 stop()
+    finally:
+        show.clear()
     try:
         end(run, now)
     except BrokenPipeError:
@@ -79,6 +84,11 @@ def follow(
     except NOT_OURS as error:
         warn(f"the end of {run} cannot be shown: its records cannot be read: {error!r}")
     return now.code if now.code is not None else FAILED
+
+
+def _time(line: dict[str, Any]) -> float:
+    """When an event or a line of the metrics was written."""
+    return float(when) if is_number(when := line.get("time")) else 0.0
 
 
 def end(run: RunFolder, status: JobStatus) -> None:
@@ -94,102 +104,3 @@ def end(run: RunFolder, status: JobStatus) -> None:
     print(f"{status.phase.upper()}: {reason}{restarts}", file=sys.stderr)
     if status.code != WRONG_JOB:  # that one would only be refused again
         print(f"Continue with: {resume_command(run)}", file=sys.stderr)
-
-
-class Lines:
-    """Plain lines for a log: events and evaluations, and now and then a step."""
-
-    steps = 0
-    shown = 0.0
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def output(self, logs: dict[int, Tail], ended: bool) -> None:
-        """What ranks printed, line by line; that of rank 0 as it is."""
-        for rank, log in logs.items():
-            for line in log.lines(ended):
-                self.say(f"[rank {rank}] {line}" if rank else line)
-
-    def event(self, event: Event) -> None:
-        steps = event.get("steps") if event["event"] == "training" else None
-        self.steps = steps if is_count(steps) else self.steps
-        text = describe(event)
-        if text:
-            self.say(text)
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        """Evaluations always, steps at most every 5 s."""
-        if line["kind"] != "evaluation":
-            if time.monotonic() - self.shown <= 5:
-                return
-            self.shown = time.monotonic()
-        self.say(f"step {line['step']}/{self.steps or '?'}  {numbers(line)}")
-
-
-class Bar(Lines):
-    """A progress bar with the newest loss, speed and evaluation; lines appear above it."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # slow
-
-        columns = BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
-        self.bar = stack.enter_context(Progress(*columns, expand=True))
-        self.task, self.best = self.bar.add_task("", total=None, text="starting"), ""
-
-    def say(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False, markup=False)
-
-    def event(self, event: Event) -> None:
-        if event["event"] == "training":
-            steps, step = event.get("steps"), event.get("step")
-            self.bar.update(self.task, total=steps if is_count(steps) and steps else None)
-            self._go_to(step)
-        super().event(event)
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        text = numbers(line)
-        if line["kind"] == "evaluation":
-            self.best = text
-            return
-        if len(text) + 2 + len(self.best) <= self.bar.console.width - BESIDE:
-            text += f"  {self.best}"
-        self.bar.update(self.task, text=text)
-        self._go_to(line["step"])
-
-    def _go_to(self, step: Any) -> None:
-        """Anything but a number would end the thread that draws the bar."""
-        if is_count(step):
-            self.bar.update(self.task, completed=step)
-
-
-def numbers(line: dict[str, Any]) -> str:
-    """What a line of `metrics.jsonl` measured, in words."""
-    found = measured(line)
-    speed = f"{found.pop('samples_per_s'):,.0f} samples/s" if "samples_per_s" in found else ""
-    if "mean_loss" in found:  # of a task
-        found = {"loss": found["mean_loss"]}
-    return "  ".join([*(f"{name} {value:.4f}" for name, value in found.items()), *filter(None, [speed])])
-
-
-TEXTS = {
-    "training": "training{begun}{end}: {parallel}, {world_size} rank(s) on {device}",
-    "failure": "{who}node {node} failed [{kind}]: {message:.300}{place}",
-    "restart": "restarting: attempt {attempt}", "resume": "resumed from {folder}", "requeued": "requeued",
-    "checkpoint_refused": "checkpoint refused: {problem}", "pending": "pending: {reason}",
-    "agent_lost": "the agent of node {node} was lost (exit {code}); starting it again",
-    "stopped": "stopped at step {step} with a checkpoint",
-    "note": "NOTE: {message}", "notice": "WARNING: {message}", "nonfinite_loss": "the loss of step {step} is {loss}",
-}  # fmt: skip
-
-
-def describe(event: Event) -> str:
-    """An event in words, empty for those that only machines read, and for a refusal: the end of the run is about it."""
-    if event["event"] == "failure" and event.get("code") == WRONG_JOB:
-        return ""
-    begun = f" from step {event['step']}" if event.get("step") else ""
-    end = f" to {event['steps']}" if event.get("steps") else ""  # scripts need not tell
-    who = "" if event.get("rank") is None else f"rank {event['rank']} on "
-    place = f" (at {where})" if (where := event.get("cause", "").partition(" at ")[2]) else ""
-    words = {"begun": begun, "end": end, "who": who, "place": place}
-    return TEXTS.get(event["event"], "").format_map({**event, **words})

@@ -127,6 +127,10 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     def submit(self, plan: Plan[SiteT], request: RequestT, follow: bool) -> dict[str, Any]:
         """Send the request; return the handle that `handle.json` keeps. `follow`: the caller waits for the end."""
 
+    def called(self, handle: dict[str, Any]) -> str:
+        """What the platform calls the submission, for people who want to ask it themselves."""
+        return "/".join(str(handle[key]) for key in self.ids)
+
     def resources(self, plan: Plan[SiteT]) -> list[str]:
         """What the platform is asked for; the runs of an array ask for the same."""
         raise NotImplementedError

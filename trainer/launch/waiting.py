@@ -4,6 +4,7 @@ import contextlib
 import time
 
 from trainer.launch.platform import JobStatus, Phase
+from trainer.run.descriptions import duration
 from trainer.run.folder import RunFolder
 
 REPEAT_S = 300.0
@@ -39,5 +40,5 @@ def waited(run: RunFolder) -> str:
     for path in (run.handle, *run.event_files(), *run.logs.glob("*.*")):
         with contextlib.suppress(OSError):
             newest = max(newest, path.stat().st_mtime)
-    minutes = int(time.time() - newest) // 60 if newest else 0
-    return f"for {minutes} min" if 0 < minutes < 120 else f"for {minutes // 60} h" if minutes > 0 else ""
+    passed = time.time() - newest if newest else 0.0
+    return f"for {duration(passed)}" if passed >= 60 else ""

@@ -75,8 +75,8 @@ def restarts_text(events: Sequence[Event]) -> str:
     return f"{len(causes)}: {counted}" if causes else ""
 
 
-def training_times(events: Sequence[Event]) -> list[float]:
-    """Seconds that each attempt trained for, which reached its loop."""
+def training_times(events: Sequence[Event], now: float | None = None) -> list[float]:
+    """Seconds that each attempt trained for, which reached its loop; until `now`, if the last one still trains."""
     times: list[float] = []
     began = last = None
     for event in events:
@@ -86,7 +86,7 @@ def training_times(events: Sequence[Event]) -> list[float]:
             began = None
         began = time if name == "training" else began
         last = time
-    return times
+    return times if began is None or now is None else [*times, max(0.0, now - began)]
 
 
 def why_ended(run: RunFolder, events: Sequence[Event]) -> str:

@@ -43,9 +43,7 @@ class Tail:
 
     def copy(self) -> None:
         """Write all that is new to standard output. Raises BrokenPipeError: nobody reads it."""
-        new = self.read()
-        while new:
-            new = new[os.write(sys.stdout.fileno(), new) :]
+        write_out(self.read())
 
 
 class EventTail:
@@ -67,6 +65,12 @@ class EventTail:
         self.next = time.monotonic() + EACH_S * len(self.tails)
         found = [event for tail in self.tails.values() for event in parse_lines(tail.lines())]
         return sorted(filter(is_event, found), key=lambda event: float(event["time"]))
+
+
+def write_out(text: bytes) -> None:
+    """Write to standard output, at once and as it is. Raises BrokenPipeError: nobody reads it."""
+    while text:
+        text = text[os.write(sys.stdout.fileno(), text) :]
 
 
 def nobody_reads() -> bool:

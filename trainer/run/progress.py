@@ -9,20 +9,31 @@ from trainer.run.folder import RunFolder, last_event
 
 END = 64 << 10
 """What is read of the metrics, from their end."""
-STEPS = 20
-"""Lines of it that are looked at for the newest step: a stale attempt may have written the last ones."""
 LONG_END = 1 << 20
 """What is read for an average, and where an evaluation is looked for that has no file of its own."""
 
 
-def newest_step(run: RunFolder, events: Sequence[Event]) -> int | None:
-    """The last step that is known to be done in the newest training; None before it."""
+def newest_lines(run: RunFolder, events: Sequence[Event]) -> list[dict[str, Any]]:
+    """What the newest training logged lately: a stale attempt may have written the last lines."""
+    training = last_event(events, "training") or {}
+    newest = parse_lines(read_end(run.metrics, END).split(b"\n"))
+    return [line for line in newest if _is_since(line, training)]
+
+
+def newest_step(lines: Sequence[dict[str, Any]], events: Sequence[Event]) -> int | None:
+    """The last step that is known to be done in the newest training, of which these are the lines; None before it."""
     training = last_event(events, "training") or {}
     since = events[events.index(training) :] if training else events
-    newest = parse_lines(read_end(run.metrics, END).split(b"\n")[-STEPS:])
-    lines = [line for line in newest if _is_since(line, training)]
     steps = [*(event for event in since if event["event"] in ("training", "checkpoint", "stopped")), *lines]
     return max((line["step"] for line in steps if is_count(line.get("step"))), default=None)
+
+
+def pace(lines: Sequence[dict[str, Any]]) -> float | None:
+    """Steps in a second, over all lines of one training; None where they tell too little."""
+    known = [line for line in lines if is_count(line.get("step")) and is_number(line.get("time"))]
+    if len(known) < 2 or known[-1]["time"] <= known[0]["time"] or known[-1]["step"] <= known[0]["step"]:
+        return None
+    return float((known[-1]["step"] - known[0]["step"]) / (known[-1]["time"] - known[0]["time"]))
 
 
 def _is_since(line: dict[str, Any], training: Event) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.records import read_json
+from trainer.run.descriptions import count, duration, number
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.goodput import goodput
 from trainer.run.history import restarts_text, training_times
@@ -22,9 +23,9 @@ def plain_table(run: RunFolder) -> str:
     events = run.read_main_events()
     metrics = result["metrics"].items()
     memory = (f"rank {item['rank']} {item['device']} {item['peak_mb']:,.0f} MiB" for item in result["peak_memory_mb"])
-    table = {name: f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}" for name, value in metrics} | {
+    table = {name: number(value) for name, value in metrics} | {
         **_speed(run, result, training_times(events)),
-        "mode": f"{result['parallel']}, {result['world_size']} rank(s), {result['device']}",
+        "mode": f"{result['parallel']}, {count(result['world_size'], 'rank')}, {result['device']}",
         "peak memory": "; ".join(memory),
         **({"restarts": text} if (text := restarts_text(events)) else {}),
         **({"goodput": str(share)} if (share := goodput(events)) else {}),
@@ -40,7 +41,10 @@ def _speed(run: RunFolder, result: dict[str, Any], times: Sequence[float]) -> di
     if len(times) > 1:
         speed = mean_speed(run) or speed
         time, attempts = sum(times), f" in {len(times)} attempts"
-    return {"samples/s": f"{speed:,.0f}", "time": f"{time:.1f} s for {result['steps']} steps{attempts}"}
+    return {
+        "samples/s": f"{speed:,.0f}",
+        "time": f"{f'{time:.1f} s' if time < 100 else duration(time)} for {result['steps']} steps{attempts}",
+    }
 
 
 def separate_ranks(run: RunFolder) -> str:

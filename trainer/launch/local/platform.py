@@ -83,6 +83,9 @@ class Supervised(Platform[SiteT, list[str]]):
     def render(self, request: list[str]) -> str:
         return "\n".join(request)
 
+    def called(self, handle: dict[str, Any]) -> str:
+        return f"process {handle['pid']} on {handle.get('host', 'this machine')}"
+
     @abstractmethod
     def nodes(self, run: RunFolder, job: Job) -> Nodes:
         """What the supervisor of a submitted run starts."""

@@ -156,6 +156,9 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
                 (run.logs / name).symlink_to(Path("../..", plan.run.name, "logs", target))
         return [{"job_id": f"{array}_{index}"} for index in range(len(runs))]
 
+    def called(self, handle: dict[str, Any]) -> str:
+        return f"job {handle['job_id']}"
+
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         return SlurmJob(run, str(handle["job_id"]), bool(handle.get("cancelled"))).status()
 
