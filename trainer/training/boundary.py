@@ -7,7 +7,7 @@ from trainer.checkpoint.savable import check_savable
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.job import Job
 from trainer.data.generators import Generators, seed_own
-from trainer.data.rng import STEPS, derive_seed, seed_generators
+from trainer.data.rng import STEPS, derive_step_seed, seed_generators
 from trainer.errors import JobError, Stopped
 from trainer.parallel.base import Parallel
 from trainer.parallel.stops import Stops
@@ -36,7 +36,7 @@ class Boundary:
 
     def seed_generators(self, number: int, stream: bytes = STEPS) -> None:
         """Seed all generators for what is computed at the current position, so none is ever saved."""
-        value = derive_seed(self.job.seed, self.position.step, number, stream)
+        value = derive_step_seed(self.job.seed, self.position.step, number, stream)
         seed_generators(value, self.parallel.devices)
         if self.own_generators:
             seed_own(self.own_generators, value)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from trainer.data.batches import BatchDataset
-from trainer.data.rng import COLLATING, EVALUATION, SAMPLES, STEPS, derive_seed, seed_generators
+from trainer.data.rng import COLLATING, EVALUATION, SAMPLES, STEPS, derive_seed, derive_step_seed, seed_generators
 from trainer.tasks.digits import Digits
 
 
@@ -46,6 +46,11 @@ def test_seeds_never_change() -> None:
     assert [derive_seed(0, 0, 0), derive_seed(1, 2, 3)] == [2891389769238885931, 13041116711478803063]
     assert derive_seed(1, 2, 3, STEPS) == 3512366156060974893
     assert derive_seed(1, 2, 3, EVALUATION) == 6790812417750518539
+
+
+def test_seeds_of_steps_are_the_same_however_they_are_derived() -> None:
+    for step in (0, 63, 64, 65, 10**12):
+        assert derive_step_seed(3, step, 1) == derive_seed(3, step, 1, STEPS)
 
 
 class Noise(Dataset[Any]):
