@@ -61,7 +61,9 @@ k8s-logs: setup ## Follow the logs of JOB's pods
 	  xargs -I LABEL kubectl logs --selector LABEL --prefix --follow --tail -1 --max-log-requests 1000
 
 k8s-delete: setup ## Stop JOB and remove its objects
-	@$(RENDER) | kubectl delete --ignore-not-found --filename -
+	@text=$$($(RENDER)); kubectl delete --ignore-not-found --filename - <<<"$$text"; \
+	  awk '/^  namespace:/ {n=$$2} /instance:/ {i=$$2} /^---/ {exit} END {print "--namespace=" n, "-l=app.kubernetes.io/instance=" i}' \
+	  <<<"$$text" | xargs kubectl delete configmap --ignore-not-found
 
 ##@ Develop
 

@@ -31,7 +31,13 @@ os.umask(os.umask(0o022) | 0o022)  # as all our programs do: a run folder that o
 
 TESTS = Path(__file__).parent
 APART = "slurm/test_faults.py"
-ONE_WORKER = {APART: APART, "slurm": "slurm", "docker": "engine", "kubernetes/test_pods.py": "engine"}
+ONE_WORKER = {
+    APART: APART,
+    "slurm": "slurm",
+    "docker": "engine",
+    "kubernetes/test_pods.py": "engine",
+    "kubernetes/test_travel.py": "engine",
+}
 """Files and tiers whose tests share what takes long to start: they run in the same worker."""
 FIRST = ("slurm", "engine", APART, "cli/test_make_train.py", "cli/test_documents.py")
 """The longest groups of tests, which workers begin with."""

@@ -1,4 +1,4 @@
-"""Fixtures of the Kubernetes tier: an API server in memory, which the real kubectl talks to."""
+"""Fixtures of the Kubernetes tier: an API server in memory, which the real kubectl talks to, and pods that run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine import Engine
+from engine_image import Image
 from fake_api_server import Cluster, serving
+from fake_job_controller import Pods
 from paths import ROOT
+from pod_runs import Runs
 
 
 @pytest.fixture
@@ -36,3 +40,16 @@ def site(tmp_path: Path) -> Path:
     path = tmp_path / "site.yaml"
     path.write_text("claim: runs\n")
     return path
+
+
+@pytest.fixture
+def pods(cluster: Cluster, engine: Engine, image: Image, tmp_path: Path) -> Iterator[Pods]:
+    """A cluster whose pods run."""
+    playing = Pods(engine, image.tag, cluster, tmp_path / "volumes")
+    yield playing
+    playing.close()
+
+
+@pytest.fixture
+def runs(pods: Pods, tmp_path: Path) -> Runs:
+    return Runs(pods, tmp_path)

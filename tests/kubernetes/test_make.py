@@ -38,6 +38,10 @@ def test_apply_logs_and_delete(cluster: Cluster, tmp_path: Path, kind: str) -> N
         assert f"hello from digits-{node}-abcde" in printed
     for node in (0, 1):
         cluster.remove("pods", f"digits-{node}-abcde")
+    for name, instance in (("digits-code0-0123abcd", "digits"), ("other-code0-0123abcd", "other")):
+        labels = {"app.kubernetes.io/instance": instance}  # of code that was edited since
+        cluster.put("configmaps", {"metadata": {"name": name, "labels": labels}})
     make("k8s-delete", *words)
-    assert cluster.objects == {}
+    assert list(cluster.objects) == [("configmaps", "other-code0-0123abcd")]
+    cluster.objects.clear()
     make("k8s-delete", *words)  # what is gone already is no error

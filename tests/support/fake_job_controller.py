@@ -183,13 +183,17 @@ class Pods(Kubelet):
     def _decide(self, job: Object, pod: Object, code: int) -> None:
         """The first rule of podFailurePolicy that matches (tasks/job/pod-failure-policy)."""
         conditions = {each["type"] for each in pod["status"].get("conditions", []) if each["status"] == "True"}
+        steps = [each["state"]["terminated"]["exitCode"] for each in pod["status"].get("initContainerStatuses", [])]
+        container = "code" if any(steps) else "agent"
         for index, rule in enumerate(job["spec"]["podFailurePolicy"]["rules"]):
             codes = rule.get("onExitCodes")
-            matches = (
-                code in codes["values"] if codes else conditions & {each["type"] for each in rule["onPodConditions"]}
-            )
+            if codes:  # without a name it is about all containers, those before the agent too
+                matches = code in codes["values"] and codes.get("containerName", container) == container
+            else:
+                matches = bool(conditions & {each["type"] for each in rule["onPodConditions"]})
             if matches and rule["action"] == "FailJob":
-                message = f"Container agent for pod failed with exit code {code} matching FailJob rule at index {index}"
+                message = f"Container {container} for pod failed with exit code {code} matching FailJob rule at index "
+                message += str(index)
                 return self._condition(job, "FailureTarget", True, "PodFailurePolicy", message)
             if matches:
                 return None

@@ -29,6 +29,8 @@ class Kubelet:
         self.dns.set()
         self.stopping: dict[str, threading.Thread] = {}
         self.known: set[str] = set()
+        self.steps: list[tuple[str, str]] = []
+        """What containers before the agent printed, with the names of their pods."""
         cluster.read_log = self.read_log
 
     def _start(self, pod: Object) -> None:
@@ -39,13 +41,34 @@ class Kubelet:
                 message = f'0/1 nodes are available: persistentvolumeclaim "{claim}" not found.'
                 condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
                 return self._status(pod, phase="Pending", conditions=[condition])
-        words = run_words(pod, self.cluster, self.folder, self.image)
+        for step in pod["spec"].get("initContainers", []):
+            if not self._ran(pod, step):
+                return None
+        (container,) = pod["spec"]["containers"]
+        words = run_words(pod, container, self.cluster, self.folder, self.image)
         alias = f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}"
         names = [f"--network-alias={alias}"] if self.dns.is_set() else []
-        self.engine.docker("run", "--detach", f"--network={self.network}", *names, *words)
+        name = f"--name={pod['metadata']['name']}"
+        self.engine.docker("run", "--detach", f"--network={self.network}", name, *names, *words)
         self.known.add(pod["metadata"]["name"])
         return self._status(pod, phase="Running", conditions=[], containerStatuses=[
             {"name": "agent", "state": {"running": {"startedAt": now()}}}])  # fmt: skip
+
+    def _ran(self, pod: Object, step: Object) -> bool:
+        """Run a container to its end before the others; its failure is the pod's (concepts/workloads/pods/
+        init-containers).
+        """
+        words = run_words(pod, step, self.cluster, self.folder, self.image)
+        done = self.engine.docker("run", "--rm", "--network=none", *words, check=False)
+        code, printed = done.returncode, (done.stdout + done.stderr)[-2048:]
+        state = {"terminated": {"exitCode": code, "message": printed if code else "", "finishedAt": now()}}
+        waits = {"waiting": {"reason": "PodInitializing"}}
+        self._status(pod, phase="Failed" if code else "Pending", containerStatuses=[{"name": "agent", "state": waits}],
+                     initContainerStatuses=[{"name": step["name"], "state": state}])  # fmt: skip
+        self.steps.append((pod["metadata"]["name"], done.stdout))
+        if code:
+            self.ended_pod(pod, code)
+        return not code
 
     def publish_names(self) -> None:
         """Let the pods' names resolve from now on ("Pod's hostname and subdomain fields" in
@@ -99,7 +122,7 @@ class Kubelet:
         """
         state = self.engine.inspect(pod["metadata"]["name"])["State"]
         code = state["ExitCode"]
-        message = (self.folder / "pods" / pod["metadata"]["name"] / "termination-log").read_text()
+        message = (self.folder / "pods" / pod["metadata"]["name"] / "termination-log-agent").read_text()
         if code and not message:  # terminationMessagePolicy: FallbackToLogsOnError
             printed = self.engine.docker("logs", "--tail=80", pod["metadata"]["name"])
             message = (printed.stdout + printed.stderr)[-2048:]

@@ -5,6 +5,7 @@ Each rule names its page of kubernetes.io/docs.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from pathlib import Path
@@ -14,24 +15,25 @@ from fake_api_server import Cluster, Object
 
 MODELLED = {
     "name", "image", "imagePullPolicy", "command", "args", "env", "resources", "terminationMessagePath",
-    "terminationMessagePolicy", "securityContext", "volumeMounts",
+    "terminationMessagePolicy", "securityContext", "volumeMounts", "workingDir",
 }  # fmt: skip
+WORD = "/dev/termination-log"
+"""Where a container's last word is, if it does not say."""
 
 
-def run_words(pod: Object, cluster: Cluster, folder: Path, image: str) -> list[str]:
-    """Options, image and arguments; `image` stands for the one that the manifest names.
+def run_words(pod: Object, container: Object, cluster: Cluster, folder: Path, image: str) -> list[str]:
+    """Options, image and arguments of one of its containers; `image` stands for the one that the manifest names.
 
     Limits: concepts/configuration/manage-resources-containers. Command and arguments:
     tasks/inject-data-application/define-command-argument-container. The file for the last word:
     tasks/debug/debug-application/determine-reason-pod-failure.
     """
     spec = pod["spec"]
-    (container,) = spec["containers"]
     assert set(container) <= MODELLED, f"not modelled: {set(container) - MODELLED}"
     name = pod["metadata"]["name"]
     home = folder / "pods" / name
-    home.mkdir(parents=True)
-    words = [f"--name={name}", f"--hostname={spec['hostname']}"]
+    home.mkdir(parents=True, exist_ok=True)
+    words = [f"--hostname={spec['hostname']}"] if "hostname" in spec else []
     words += [f"--env={key}={value}" for key, value in variables(pod, container, cluster).items()]
     words += security(spec["securityContext"], container["securityContext"])
     limits = container["resources"]["limits"]
@@ -45,19 +47,21 @@ def run_words(pod: Object, cluster: Cluster, folder: Path, image: str) -> list[s
     group = spec["securityContext"]["fsGroup"]
     for mount in container["volumeMounts"]:
         words.append(mounted(volumes[mount["name"]], mount, cluster, folder, home, group))
-    log = home / "termination-log"
+    log = home / f"termination-log-{container['name']}"
     log.touch()
     log.chmod(0o666)  # as the kubelet makes it
-    words.append(f"--mount=type=bind,source={log},target={container['terminationMessagePath']}")
+    words.append(f"--mount=type=bind,source={log},target={container.get('terminationMessagePath', WORD)}")
     if "command" in container:
         words.append(f"--entrypoint={container['command'][0]}")
-    return [*words, image, *container.get("command", [])[1:], *container["args"]]
+    if "workingDir" in container:
+        words.append(f"--workdir={container['workingDir']}")
+    return [*words, image, *container.get("command", [])[1:], *container.get("args", [])]
 
 
 def variables(pod: Object, container: Object, cluster: Cluster) -> dict[str, str]:
     """Variables; some are labels (concepts/workloads/pods/downward-api) or Secrets (concepts/configuration/secret)."""
     found = {}
-    for entry in container["env"]:
+    for entry in container.get("env", []):
         if "value" in entry:
             found[entry["name"]] = entry["value"]
             continue
@@ -88,18 +92,28 @@ def mounted(volume: Object, mount: Object, cluster: Cluster, folder: Path, home:
         return f"--mount=type=tmpfs,target={target},tmpfs-size={int(bytes_of(empty['sizeLimit']))},tmpfs-mode=1777"
     if empty is not None:
         source = home / volume["name"]
-        source.mkdir()
-    elif "configMap" in volume:
+        source.mkdir(exist_ok=True)  # the containers of a pod share it
+    elif "configMap" in volume or "projected" in volume:
         source = home / volume["name"]
-        source.mkdir(mode=0o755)
-        for key, text in cluster.objects["configmaps", volume["configMap"]["name"]]["data"].items():
-            (source / key).write_text(text)
+        for each in volume.get("projected", {}).get("sources", [volume]):
+            write_map(each["configMap"], cluster, source)
         return f"--mount=type=bind,source={source},target={target},readonly"
     else:
         source = folder / "claims" / volume["persistentVolumeClaim"]["claimName"]
     os.chown(source, -1, group)  # fsGroup: the volume's group may write, and what is made in it keeps the group
     source.chmod(0o2770 if empty is None else 0o2777)
     return f"--mount=type=bind,source={source},target={target}{read_only}"
+
+
+def write_map(wanted: Object, cluster: Cluster, folder: Path) -> None:
+    """A ConfigMap's keys as files; with items, those alone, by their paths (concepts/configuration/configmap)."""
+    found = cluster.objects["configmaps", wanted["name"]]
+    data = {key: text.encode() for key, text in found.get("data", {}).items()}
+    data |= {key: base64.b64decode(text) for key, text in found.get("binaryData", {}).items()}
+    paths = {item["path"]: item["key"] for item in wanted.get("items", [])} or {key: key for key in data}
+    for path, key in paths.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data[key])
 
 
 def bytes_of(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,23 +26,22 @@ VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persiste
 
 def restricted(documents: list[Manifest]) -> Iterator[str]:
     """Pod Security Standards, level restricted, control by control (kubernetes.io, concepts/security)."""
-    pod, inner = pod_spec(documents), container(documents).get("securityContext", {})
+    pod = pod_spec(documents)
     outer = pod.get("securityContext", {})
     for name in ("hostNetwork", "hostPID", "hostIPC"):
         if pod.get(name):
             yield f"restricted: {name}"
-    if inner.get("privileged") or inner.get("allowPrivilegeEscalation") is not False:
-        yield "restricted: privilege escalation"
-    if inner.get("capabilities", {}).get("drop") != ["ALL"] or inner["capabilities"].get("add"):
-        yield "restricted: capabilities"
-    if not inner.get("runAsNonRoot", outer.get("runAsNonRoot")) or 0 in (
-        inner.get("runAsUser"),
-        outer.get("runAsUser"),
-    ):
-        yield "restricted: runs as root"
-    profile = inner.get("seccompProfile", outer.get("seccompProfile", {}))
-    if profile.get("type") not in ("RuntimeDefault", "Localhost"):
-        yield "restricted: seccomp"
+    for inner in (each.get("securityContext", {}) for each in (*pod.get("initContainers", []), *pod["containers"])):
+        if inner.get("privileged") or inner.get("allowPrivilegeEscalation") is not False:
+            yield "restricted: privilege escalation"
+        if inner.get("capabilities", {}).get("drop") != ["ALL"] or inner["capabilities"].get("add"):
+            yield "restricted: capabilities"
+        roots = 0 in (inner.get("runAsUser"), outer.get("runAsUser"))
+        if roots or not inner.get("runAsNonRoot", outer.get("runAsNonRoot")):
+            yield "restricted: runs as root"
+        profile = inner.get("seccompProfile", outer.get("seccompProfile", {}))
+        if profile.get("type") not in ("RuntimeDefault", "Localhost"):
+            yield "restricted: seccomp"
     for volume in pod["volumes"]:
         if not set(volume) - {"name"} <= VOLUMES:
             yield f"restricted: volume {volume['name']}"
@@ -57,7 +57,8 @@ def least_privilege(documents: list[Manifest]) -> Iterator[str]:
         yield "a service account's token is mounted"
     if pod.get("enableServiceLinks") is not False:
         yield "variables of other Services leak in"
-    if container(documents)["securityContext"].get("readOnlyRootFilesystem") is not True:
+    contexts = [each.get("securityContext", {}) for each in (*pod.get("initContainers", []), *pod["containers"])]
+    if any(context.get("readOnlyRootFilesystem") is not True for context in contexts):
         yield "the root file system is writable"
 
 
@@ -84,8 +85,44 @@ def volumes(documents: list[Manifest]) -> Iterator[str]:
     ]
     paths = [mount["mountPath"] for mount in container(documents)["volumeMounts"] if mount["name"] in
              [volume["name"] for volume in mounted]]  # fmt: skip
-    if [f"{path}/{key}" for path in paths for key in config["data"]] != container(documents)["args"]:
+    if "job.yaml" not in config["data"] or [f"{path}/job.yaml" for path in paths] != container(documents)["args"]:
         yield "the agent is not given the job file of the ConfigMap"
+
+
+def code(documents: list[Manifest]) -> Iterator[str]:
+    """The step that unpacks the run's code is given what its volumes hold, and the agent cannot change what it unpacks.
+
+    A ConfigMap holds at most 1 MiB, and `kubectl apply` repeats it in an annotation, of which the API takes 256 KiB.
+    """
+    pod, agent = pod_spec(documents), container(documents)
+    maps = {each["metadata"]["name"]: each for each in documents if each["kind"] == "ConfigMap"}
+    data, own = only(documents, "ConfigMap")["data"], only(documents, "ConfigMap")["metadata"]["labels"]
+    for name, each in maps.items():
+        if each.get("immutable") is not True or len(json.dumps(each)) > 256 << 10:
+            yield f"{name} may change, or is too large for kubectl apply"
+        if each["metadata"]["labels"] != own:
+            yield f"{name} does not go with the job's objects"
+    for step in pod.get("initContainers", []):
+        known = {volume["name"]: volume for volume in pod["volumes"]}
+        there = []
+        for mount in step["volumeMounts"]:
+            volume = known[mount["name"]]
+            for source in volume.get("projected", {}).get("sources", []):
+                there += [f"{mount['mountPath']}/{key}" for key in maps[source["configMap"]["name"]]["binaryData"]]
+            items = volume.get("configMap", {}).get("items", [])
+            there += [f"{mount['mountPath']}/{item['path']}" for item in items if item["key"] in data]
+            if not mount.get("readOnly") and "emptyDir" not in volume:
+                yield f"{mount['name']} may be changed by the step before the agent"
+        _, _, script, _, folder, *parts = step["command"]
+        if not {script, *parts} <= {*there, *(part for part in parts if part.startswith("/runs/"))}:
+            yield "the step before the agent is given files that its volumes do not hold"
+        if {"name": "code", "mountPath": folder, "readOnly": True} not in agent["volumeMounts"]:
+            yield "the agent has no code, or may change it"
+        if agent.get("workingDir") != folder:
+            yield "the agent does not start where its code is"
+        for name, amount in step["resources"]["limits"].items():
+            if amount != agent["resources"]["limits"].get(name):
+                yield f"the step before the agent asks for other {name}"
 
 
 def memory(documents: list[Manifest]) -> Iterator[str]:
@@ -182,4 +219,4 @@ def owner_is_last(documents: list[Manifest]) -> Iterator[str]:
         yield "the Job is not applied last"
 
 
-RULES += [restricted, least_privilege, volumes, memory, network, placement, dead_nodes, texts, owner_is_last]
+RULES += [restricted, least_privilege, volumes, code, memory, network, placement, dead_nodes, texts, owner_is_last]

@@ -38,6 +38,8 @@ class Plan(Generic[SiteT]):
     site: SiteT
     site_file: Path | None = None
     """Where `site` was read; None: the platform's own file."""
+    job_folder: Path | None = None
+    """Where the job file of a new run lies; user code may lie beside it."""
 
     def folder_lines(self, has_code: bool) -> list[str]:
         """Shell lines that make the run folder, if it is not there; `has_code`: ranks find the user's code in it."""
@@ -114,6 +116,9 @@ class Platform(ABC, Generic[SiteT, RequestT]):
         from trainer.launch.site import read_site  # here: `muster status` starts faster without
 
         return read_site(path, self.folder, self.site_type)
+
+    def take_code(self, plan: Plan[SiteT]) -> None:
+        """Copy the user's code into the run folder, where the request depends on it. Raises JobError."""
 
     @abstractmethod
     def build(self, plan: Plan[SiteT]) -> RequestT:

@@ -58,8 +58,9 @@ def _plan(job_path: str, overrides: Sequence[str], on: str | None, site: Path | 
     runs = getattr(facts, "runs", None)  # where some sites want run folders to be
     if run is None and runs and not any(word.startswith("runs=") for word in overrides):
         config.runs = job.runs = runs
+    folder = None if run else Path(job_path).resolve().parent
     run = run or RunFolder(Path(job.runs).resolve() / f"{job.name}-ID")
-    return platform, Plan(job, to_text(config), run, facts, site)
+    return platform, Plan(job, to_text(config), run, facts, site, folder)
 
 
 @contextmanager
@@ -128,6 +129,7 @@ def _place(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> dict[
 
 def _submit(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
     place = _place(platform, plan, [plan.run])
+    platform.take_code(plan)
     request = platform.build(plan)
     (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
     handle = place | platform.submit(plan, request, following) | {"run": str(plan.run)}

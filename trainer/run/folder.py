@@ -57,6 +57,7 @@ class RunFolder:
     source = Entry("plan/source.json", "The working directory, the job file's folder and the run's own at submission.")
     platform = Entry("plan/platform.json", "The platform and the site file; known before the job is accepted.")
     code = Entry("code", "A folder: the snapshot of the user's code.")
+    code_archive = Entry("code.tar.gz", "The same, packed: on the claim of a Kubernetes run whose code is large.")
     handle = Entry("handle.json", "The platform, and its name for the job.")
     secret = Entry("secret", "By which the agents of the run know each other: for its owner's eyes alone.")
     sweep = Entry("sweep.json", "The runs of a sweep; only in the folder of one.")

@@ -1,9 +1,12 @@
 """From a plan to manifests: the templates of `k8s/` with OmegaConf's `${...}` filled in. Pure; nothing is submitted."""
 
+import base64
 import dataclasses
 import hashlib
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.load import read_sections
 from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError
+from trainer.launch.kubernetes.code import ARCHIVE, MOUNT, Code
 from trainer.launch.kubernetes.site import KubernetesSite, check_fit, split_mount
 from trainer.launch.platform import Plan
 from trainer.launch.site import fabric_environment, template
+from trainer.run.folder import RunFolder
 
 GRACE_MARGIN_S = 15
 """From the agent's own bound to the kubelet's kill: ranks are ended, the last word is written."""
@@ -30,16 +35,20 @@ TEXT_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "data")
 """Mappings whose values the API takes as strings only."""
 
 
-def make_manifests(plan: Plan[KubernetesSite]) -> list[dict[str, Any]]:
-    """Make what the Job needs, then the Job. Raises JobError: the site cannot hold it, or a template is wrong."""
+def make_manifests(plan: Plan[KubernetesSite], code: Code | None = None) -> list[dict[str, Any]]:
+    """Make what the Job needs, then the Job; `code`: what travels with it, None: it is in the image.
+
+    Raises JobError: the site cannot hold it, or a template is wrong.
+    """
     site = plan.site
     check_fit(site, plan.job)
     claim = [] if site.claim_size is None else ["claim"]
     workload = ["jobset"] if site.kind == "jobset" else ["service", "job"]
     names = ["networkpolicy", *claim, "configmap", *workload]
     templates = {name: read_sections(template("k8s", f"{name}.yaml")) for name in ["pod", *names]}
-    values = _escape(_values(plan))
+    values = _escape(_values(plan) | _code_values(plan, code))
     _add_extras(templates["pod"]["template"]["spec"], site)
+    _drop(templates, code)
     templates["networkpolicy"]["spec"]["egress"] += _escape(site.egress)
     for name in names:
         templates[name]["metadata"]["namespace"] = site.namespace
@@ -51,7 +60,9 @@ def make_manifests(plan: Plan[KubernetesSite]) -> list[dict[str, Any]]:
         problem = " ".join(str(error).split("\n")[0].split())
         remedy = "A template may use job.*, site.* and the names that the other templates use"
         raise JobError(f"k8s/{name}.yaml", key, problem, remedy) from None
-    return [_clean(resolved["k8s"][name]) for name in names]
+    manifests = [_clean(resolved["k8s"][name]) for name in names]
+    maps = names.index("configmap")
+    return [*manifests[:maps], *_code_maps(manifests[maps], code), *manifests[maps:]]
 
 
 def object_name(plan: Plan[KubernetesSite]) -> str:
@@ -105,6 +116,67 @@ def _values(plan: Plan[KubernetesSite]) -> dict[str, Any]:
         "by_hand": int(not plan.run.source.exists()), "run_shared": int(site.claim is not None),
         "claim": {"claimName": site.claim} if site.claim else None, "no_claim": None if site.claim else {},
     }  # fmt: skip
+
+
+def _code_values(plan: Plan[KubernetesSite], code: Code | None) -> dict[str, Any]:
+    """What the templates say about the code of the run."""
+    if code is None:
+        return {"code": None}
+    mount, files = {"name": "archive", "mountPath": str(ARCHIVE)}, [f"{ARCHIVE}/{key}" for key in code.parts()]
+    if not code.fits:
+        mount, files = {"name": "runs", "mountPath": "/runs"}, [str(archive_on_claim(plan))]
+    data = {"job.yaml": "job.yaml", "unpack.py": "unpack.py", "source.json": "plan/source.json"}
+    return {"code": {
+        "folder": str(MOUNT), "command": ["python3", "-I", "/etc/muster/unpack.py", code.sha256, str(MOUNT), *files],
+        "unpack": Path(__file__).with_name("unpack.py").read_text(), "mount": {**mount, "readOnly": True},
+        "source": json.dumps({"working_directory": str(MOUNT), "job_folder": str(code.folder)}) + "\n",
+        "items": [{"key": key, "path": path} for key, path in data.items()],
+        "sources": [{"configMap": {"name": name}} for name in _map_names(object_name(plan), code)],
+        "limits": {"cpu": plan.site.cpu, "memory": plan.site.memory},
+    }}  # fmt: skip
+
+
+def archive_on_claim(plan: Plan[KubernetesSite]) -> Path:
+    """Where a run's code lies on its claim, as the pods see it, when it is too large for ConfigMaps."""
+    return RunFolder(Path("/runs", run_name(plan))).code_archive
+
+
+def _map_names(name: str, code: Code) -> list[str]:
+    """By the hash: a node that still has a ConfigMap of an earlier submission must not take it for this one."""
+    return [f"{name}-code{part}-{code.sha256[:8]}" for part in range(len(code.parts()))]
+
+
+def _code_maps(config: dict[str, Any], code: Code | None) -> list[dict[str, Any]]:
+    """The ConfigMaps of the code, which say the same of themselves as that of the job."""
+    if code is None or not code.fits:
+        return []
+    names = _map_names(config["metadata"]["name"], code)
+    return [
+        {**{field: value for field, value in config.items() if field != "data"},
+         "metadata": {**config["metadata"], "name": name}, "binaryData": {key: base64.b64encode(part).decode()}}
+        for name, (key, part) in zip(names, code.parts().items(), strict=True)
+    ]  # fmt: skip
+
+
+def _drop(templates: dict[str, Any], code: Code | None) -> None:
+    """Take out of the templates what this run does not need: all about code that is in the image, or its ConfigMaps.
+
+    Raises JobError: the templates are older than code that travels.
+    """
+    pod, data = templates["pod"]["template"]["spec"], templates["configmap"]["data"]
+    agent, first = pod["containers"][0], pod.get("initContainers", [])
+    if code is not None and not any(each["name"] == "code" for each in first):
+        remedy = "Take the lines for the code over from Muster's own k8s/pod.yaml, or set code: image in the site file"
+        raise JobError("k8s/pod.yaml", "initContainers", "has none that unpacks the code of the run", remedy)
+    gone = ["archive", "code"] if code is None else [] if code.fits else ["archive"]
+    pod["volumes"] = [each for each in pod["volumes"] if each["name"] not in gone]
+    if code is None:
+        agent["volumeMounts"] = [each for each in agent["volumeMounts"] if each["name"] not in gone]
+        pod["initContainers"] = [each for each in first if each["name"] != "code"] or None
+        agent["workingDir"] = None
+        templates["configmap"]["data"] = {key: value for key, value in data.items() if key == "job.yaml"}
+        for each in pod["volumes"]:
+            each.get("configMap", {}).pop("items", None)
 
 
 def _secret_source(plan: Plan[KubernetesSite], name: str) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config.job import RANKED
 from trainer.config.load import read_sections
 from trainer.errors import STOPPED, JobError, MaybeAccepted
+from trainer.launch.kubernetes.code import pack_code, travels
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
 from trainer.launch.kubernetes.manifests import INSTANCE, make_manifests, render_manifests, secret_object
 from trainer.launch.kubernetes.pod_logs import (
@@ -21,6 +23,7 @@ from trainer.launch.kubernetes.pod_logs import (
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import Pod, missing_nodes, newest_pods, read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
+from trainer.launch.snapshot import take_snapshot
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
 from trainer.run.log_tail import last_lines, size
@@ -39,11 +42,15 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     ids = {"kind": "|".join([*KINDS, *KINDS.values()]), "name": "[a-z0-9]([-a-z0-9.]*[a-z0-9])?"}  # noqa: RUF012
     poll_s = 2.0
     copies_logs = True
-    runs_code_of_here = False  # but that in the image
+    runs_code_of_here = False  # alone: a module may be in the image
     following = False
 
+    def take_code(self, plan: Plan[KubernetesSite]) -> None:
+        if travels(plan.site, plan.run):
+            take_snapshot(Path.cwd(), plan.run)
+
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
-        return make_manifests(plan)
+        return make_manifests(plan, pack_code(plan))
 
     def render(self, request: Manifests) -> str:
         return render_manifests(request)
@@ -93,8 +100,9 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     def _delete_remains(self, kubectl: Kubectl, name: str) -> None:
         """Delete what an earlier submission left. Raises JobError: it failed, or pods of it do not end."""
         try:
-            remains = (kubectl.workload, f"configmap/{name}", f"secret/{name}")
+            remains = (kubectl.workload, f"secret/{name}")
             kubectl.run_or_raise("delete", *remains, "--ignore-not-found", "--cascade=foreground")
+            kubectl.run_or_raise("delete", "configmap", f"--selector={INSTANCE}={name}", "--ignore-not-found")
         except Unanswered as error:
             problem = "pods of the earlier submission have not ended"
             remedy = (

@@ -18,12 +18,13 @@ OBJECT = re.compile(r"[a-z0-9][a-z0-9.-]{,252}")
 IMAGE = re.compile(r"[a-z0-9]\S*")
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 POWERS = {"m": -1, "": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
+CODE = ("auto", "snapshot", "image")
 OURS = re.compile(
     r"(MUSTER|TORCHELASTIC)_\w+|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|HOME|TMPDIR|"
     r"JOB_COMPLETION_INDEX|CUDA_VISIBLE_DEVICES"
 )
 """Variables that Muster sets in the pods."""
-PATHS = ("/", "/dev/shm", "/etc/muster", "/runs", "/tmp")
+PATHS = ("/", "/archive", "/code", "/dev/shm", "/etc/muster", "/runs", "/tmp")
 MARGIN = 2**30
 """Bytes that a pod needs beside its shared memory: the interpreters and torch of the agent and its ranks."""
 
@@ -38,6 +39,7 @@ class KubernetesSite:
     image: str = "muster"
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: list[str] = field(default_factory=list)
+    code: str = "auto"
     command: list[str] = field(default_factory=list)
     cpu: str = "1"
     memory: str = "4Gi"
@@ -79,6 +81,7 @@ class KubernetesSite:
                "Set cpu, memory or gpu; the number of GPUs comes from the job")
               for name, value in self.resources.items()),
             (self.kind not in ("job", "jobset"), "kind", self.kind, "must be one of job, jobset", "Choose one of them"),
+            (self.code not in CODE, "code", self.code, f"must be one of {', '.join(CODE)}", "Choose one of them"),
             (not IMAGE.fullmatch(self.image), "image", self.image, "is not a valid image name",
              "For example registry.example/team/muster:1"),
             (self.spread is None and self.spread_policy != "ScheduleAnyway", "spread_policy", self.spread_policy,

@@ -9,6 +9,8 @@ from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB
 from trainer.launch.kubernetes.waits import Event, explain_wait
 from trainer.launch.platform import JobStatus, Phase
 
+CODE = "code"
+"""The container that unpacks the run's code, before the agent's."""
 INDEX = "batch.kubernetes.io/job-completion-index"
 """The annotation that holds a pod's index, and so its node rank."""
 LATE_S = 60
@@ -54,7 +56,10 @@ class Pod:
 def read_pod(item: dict[str, Any]) -> Pod:
     status, metadata = item.get("status", {}), item["metadata"]
     phase = status.get("phase", "Pending")
-    container = (status.get("containerStatuses") or [{}])[0].get("state", {})
+    agent = (status.get("containerStatuses") or [{}])[0].get("state", {})
+    steps = [each.get("state", {}) for each in status.get("initContainerStatuses", []) if each["name"] == CODE]
+    late = [step for step in steps if step.get("terminated", {}).get("exitCode") != DONE]
+    container = (late or [agent])[0]  # the step before the agent speaks for the pod until it has unpacked the code
     ended = container.get("terminated") or {}
     conditions = {each["type"]: each for each in status.get("conditions", [])}
     code, disrupted = ended.get("exitCode"), _true_conditions(item).get("DisruptionTarget", {})
@@ -69,10 +74,10 @@ def read_pod(item: dict[str, Any]) -> Pod:
     waiting = f"{why.get('reason', 'starting')}: {why.get('message', '')}".strip(": ")
     deleted = metadata.get("deletionTimestamp")  # when its grace period ends
     unasked = not deleted or disrupted.get("reason") == "DeletionByTaintManager"
-    unready = "running" in container and conditions.get("Ready", {}).get("status") == "False"
+    unready = "running" in agent and conditions.get("Ready", {}).get("status") == "False"
     return Pod(
         metadata["name"], int(metadata.get("annotations", {}).get(INDEX, 0)), item.get("spec", {}).get("nodeName", ""),
-        phase, bool(ended) or "running" in container, metadata.get("creationTimestamp", ""),
+        phase, "terminated" in agent or "running" in agent, metadata.get("creationTimestamp", ""),
         ended.get("finishedAt", ""), code,
         message or (status.get("message", "") if phase == "Failed" else ""), killed,
         waiting if phase == "Pending" else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pod_rules  # noqa: F401  adds its rules
@@ -11,6 +12,13 @@ import yaml
 from manifest_rules import Manifest, problems
 from paths import ROOT, SUPPORT
 
+from trainer.config.load import merge_job, to_job, to_text
+from trainer.launch.kubernetes.code import Code
+from trainer.launch.kubernetes.manifests import make_manifests, render_manifests
+from trainer.launch.kubernetes.site import KubernetesSite
+from trainer.launch.platform import Plan
+from trainer.run.folder import RunFolder
+
 EXAMPLES = ROOT / "k8s/examples"
 GONE = object()
 ALL = {"action": "FailJob", "onExitCodes": {"containerName": "agent", "operator": "NotIn", "values": [0]}}
@@ -18,6 +26,7 @@ HOST = {"name": "host", "hostPath": {"path": "/"}}
 OTHER = {"matchLabels": {"app": "other"}}
 POD = "Job.spec.template.spec"
 AGENT = f"{POD}.containers.0"
+STEP = f"{POD}.initContainers.0"
 SET_JOB = "JobSet.spec.replicatedJobs.0.template.spec"
 
 # Example, what is changed (a number inserts into a list after "+"), its new value, a word of the finding.
@@ -97,13 +106,26 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("digits", f"{POD}.tolerations.0", GONE, "longer than the other agents wait"),
     ("digits", f"{POD}.tolerations.1.tolerationSeconds", 300, "longer than the other agents wait"),
     ("digits", "Job.metadata.annotations.a", True, "no string"),
+    ("code", "Code.immutable", GONE, "may change"),
+    ("code", "Code.binaryData.more", "A" * (256 << 10), "too large for kubectl apply"),
+    ("code", "Code.metadata.labels", {}, "does not go with the job's objects"),
+    ("code", f"{STEP}.volumeMounts.0.readOnly", GONE, "may be changed by the step"),
+    ("code", f"{STEP}.command.2", "/unpack.py", "files that its volumes do not hold"),
+    ("code", f"{POD}.volumes.0.configMap.items.1", GONE, "files that its volumes do not hold"),
+    ("code", f"{STEP}.command.5", "/archive/other", "files that its volumes do not hold"),
+    ("code", f"{AGENT}.volumeMounts.4.readOnly", GONE, "or may change it"),
+    ("code", f"{AGENT}.workingDir", "/", "does not start where"),
+    ("code", f"{STEP}.resources.limits.cpu", "8", "asks for other cpu"),
+    ("code", f"{STEP}.securityContext.privileged", True, "escalation"),
+    ("code", f"{STEP}.securityContext.readOnlyRootFilesystem", GONE, "file system is writable"),
 ]
 
 
 def change(documents: list[Manifest], path: str, value: Any) -> None:
     """Put `value` at a path such as `Job.spec.x.0`; "+0" inserts, and "~" stands for a dot within a key."""
     kind, *parts, last = [part.replace("~", ".") for part in path.split(".")]
-    (place,) = (document for document in documents if document["kind"] == kind)
+    kinds = ["Code" if "binaryData" in document else document["kind"] for document in documents]
+    place = documents[kinds.index(kind)]
     for part in parts:
         place = place[int(part) if isinstance(place, list) else part]
     if last.startswith("+"):
@@ -117,6 +139,11 @@ def change(documents: list[Manifest], path: str, value: Any) -> None:
 
 
 def read(name: str) -> list[Manifest]:
+    """An example; `code`: the first of them with code that goes with it."""
+    if name == "code":
+        config = merge_job(ROOT / "jobs/digits.yaml", ["nodes=2", "devices_per_node=1", "device=cpu"])
+        plan = Plan(to_job(config), to_text(config), RunFolder(Path("digits-ID")), KubernetesSite())
+        return list(yaml.safe_load_all(render_manifests(make_manifests(plan, Code(b"a tar", Path("/code"))))))
     return list(yaml.safe_load_all((EXAMPLES / f"{name}.yaml").read_text()))
 
 

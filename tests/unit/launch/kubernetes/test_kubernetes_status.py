@@ -46,6 +46,27 @@ def status_of(owner: dict[str, Any], *pods: dict[str, Any], events: tuple[dict[s
     return read_status(owner, [read_pod(item) for item in pods], list(events))
 
 
+def unpacking(**state: Any) -> dict[str, Any]:
+    """Before the agent: its container waits for the one that unpacks the code."""
+    waits = {"waiting": {"reason": "PodInitializing"}}
+    return {"initContainerStatuses": [{"name": "code", "state": state}], "containerStatuses": [{"state": waits}]}
+
+
+def test_the_step_before_the_agent_speaks_for_the_pod_until_it_is_done() -> None:
+    no_image = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    status = status_of(job(), pod(0, phase="Pending", **unpacking(**no_image)))
+    assert (status.phase, "ImagePullBackOff: no such image" in status.reason) == (Phase.PENDING, True)
+    busy = read_pod(pod(0, phase="Pending", **unpacking(running={}), **UNREADY))
+    assert (busy.silent, busy.started, busy.waiting) == (False, False, "starting")
+    done = {"initContainerStatuses": unpacking(terminated={"exitCode": 0})["initContainerStatuses"]}
+    assert read_pod(pod(0, **done)).started
+    refused = unpacking(terminated={"exitCode": 64, "message": "ERROR: the run's code is not what was submitted"})
+    failed = job({"type": "Failed", "reason": "PodFailurePolicy", "message": "exit code 64 matching"})
+    status = status_of(failed, pod(0, phase="Failed", **refused), pod(1, **ended(75)))
+    assert (status.phase, status.code) == (Phase.FAILED, 64)
+    assert "is not what was submitted" in status.reason
+
+
 UNREADY = {"conditions": [{"type": "Ready", "status": "False"}]}
 LONG_AGO, FUTURE = "2026-01-01T00:00:00Z", "2099-01-01T00:00:00Z"
 
