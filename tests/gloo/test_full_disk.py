@@ -29,23 +29,31 @@ def steps(run: Run) -> list[int]:
 
 
 def test_a_training_goes_on_while_nothing_can_be_written(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
-    """Metrics, samples and events wait in memory, and are there in the end."""
+    """Metrics, samples and events wait in memory, and are there in the end. Instead of a checkpoint there is the next
+    one; the last is tried again until it is there.
+    """
     disk = small_disk("8m")
-    keys = ["train.steps=115", "train.batch_size=2", "task_args.step_s=0.03", "log.samples=true",
-            "log.tensorboard=true", "checkpoint.every_steps=1000"]  # fmt: skip
+    keys = ["train.steps=160", "train.batch_size=2", "task_args.step_s=0.03", "log.samples=true",
+            "log.tensorboard=true", "checkpoint.every_steps=20"]  # fmt: skip
     with submitted(disk, *keys) as run:
-        run.wait("first_step")
+        run.wait("checkpoint")
         ballast = fill(disk)
         before = len(steps(run))
         time.sleep(2)
-        missing = 115 - len(steps(run))
-        assert missing > 40 and before < 60, "or it was not full"
+        missing = 160 - len(steps(run))
+        assert missing > 60 and before < 60, "or it was not full"
+        ballast.unlink()
+        assert run.wait("checkpoint", len(run.events("checkpoint")) + 1)["step"] < 160
+        assert "Muster tries again with the next checkpoint" in run.events("notice")[-1]["message"]
+        ballast = fill(disk)
+        time.sleep(4)  # more than the steps that are left take
         ballast.unlink()
         assert result(run) == 0, run.log("node-0.log")
-        assert steps(run) == list(range(1, 116))
+        assert not run.events("failure") and (run.folder / "checkpoints" / "step-000000160").is_dir()
+        assert steps(run) == list(range(1, 161))
         for rank in range(2):
             lines = read_lines(run.folder / f"samples-rank{rank}.jsonl")
-            assert [line["step"] for line in lines] == list(range(115))
+            assert [line["step"] for line in lines] == list(range(160))
         assert "bytes of this log could not be written" in run.log("rank-0.log")
 
 

@@ -6,16 +6,19 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 from muster_runs import FULL, HERE, Run, alive, kill, result, submitted, wait_for
-from ranks import complete, make_job, order_of_samples
+from ranks import complete, make_job, order_of_samples, train
 from states import difference, read_state
 
+from trainer.checkpoint.memory import Memory
 from trainer.records import read_lines
+from trainer.run.folder import RunFolder
 
 ONE_NODE, TWO_NODES = ["devices_per_node=2"], ["nodes=2"]
 ALONE = ["devices_per_node=1"]
@@ -98,6 +101,19 @@ def test_a_hung_rank(tmp_path: Path) -> None:
         run.order(1, "hang")
         resume = run.wait("resume")
         assert resume["folder"] == "memory" and resume["step"] > 0
+
+
+def test_what_memory_alone_holds_in_the_end_is_saved(tmp_path: Path) -> None:
+    """The last checkpoint could not be, and a rank was killed: the next one finds nothing else to do."""
+    memory, job = Memory.make(), make_job("train.steps=4", "devices_per_node=1", file=HERE / "faulty.yaml")
+    for attempt in range(2):
+        memory.attempt = attempt
+        run = train(tmp_path, job, **memory.environment())
+        assert run.codes == [0], run.output()
+        last = tmp_path / "checkpoints" / "step-000000004"
+        assert last.is_dir(), f"of attempt {attempt}"
+        shutil.rmtree(last.parent)
+    assert [event["folder"] for event in RunFolder(tmp_path).read_events() if event["event"] == "resume"] == ["memory"]
 
 
 def buffers(run: Run) -> list[str]:

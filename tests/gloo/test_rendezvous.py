@@ -5,14 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 from muster_runs import wait_for
 
 from trainer.agent.failure import Failure
+from trainer.agent.kv_server import KeyValueServer
 from trainer.agent.rendezvous import NodeRendezvous
 from trainer.agent.rounds import Ended, Round, Wishes
 from trainer.errors import STOPPED, WRONG_JOB
@@ -20,11 +21,21 @@ from trainer.wiring.network import candidate_ports
 from trainer.wiring.node import Wiring
 
 SECRET = b"0123456789abcdef" * 4
-Pair = tuple[NodeRendezvous, NodeRendezvous]
 told: list[list[Failure]] = []
 """The failures that node 0 was told of in each round of the present test."""
 
 multiprocessing.set_forkserver_preload(["torch.distributed", "trainer.agent.rank_store"])
+
+
+class Agent(NodeRendezvous):
+    """One that may be asked to stop."""
+
+    def __init__(self, wiring: Wiring, next_attempt: Callable[[int, list[Failure]], int]) -> None:
+        self.asked = False
+        super().__init__(wiring, SECRET, 60, 60, lambda: self.asked, next_attempt, lambda text: None)
+
+
+Pair = tuple[Agent, Agent]
 
 
 @pytest.fixture
@@ -39,12 +50,11 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     ports = tuple(candidate_ports(str(tmp_path)))
     hosts = ("127.0.0.1", "127.0.0.2")
     both = [
-        NodeRendezvous(
-            Wiring("local", tmp_path.name, 0, 2, node, hosts, hosts[0], ports, 1, None, 1, None, "lo", {}),
-            SECRET, 60, 60, lambda: False, next_attempt, lambda text: None,
+        Agent(
+            Wiring("local", tmp_path.name, 0, 2, node, hosts, hosts[0], ports, 1, None, 1, None, "lo", {}), next_attempt
         )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     yield both[0], both[1]
     for node in reversed(both):
         node.shutdown()
@@ -103,6 +113,28 @@ def test_what_one_wants_the_other_sees(pair: Pair) -> None:
     wait_for("the request", lambda: pair[1].look() == Wishes(stop=True), 5)
     for end in meet(pair):
         assert isinstance(end, Ended) and end.code == STOPPED
+
+
+def test_a_pod_that_leaves_again_is_waited_for(pair: Pair) -> None:
+    """It has told all that the others need for a round, but it will start no ranks in it."""
+    meet(pair)
+    for agent in pair:
+        agent.alone = True
+    store = pair[0].store
+    assert isinstance(store, KeyValueServer)
+    with ThreadPoolExecutor() as pool:
+        leaving = pool.submit(pair[1].next_round)
+        wait_for("its report", lambda: 1 in store.told.get("2/report", {}))
+        pair[1].asked = True
+        with pytest.raises(Ended) as end:
+            leaving.result(10)
+        assert end.value.code == STOPPED
+        pair[1].shutdown()
+        first = pool.submit(pair[0].next_round)
+        assert wait([first], 0.5).not_done
+        pair[1].asked, pair[1].round, pair[1].done = False, 0, 0  # as another in its place would be
+        second = pool.submit(pair[1].next_round)
+        assert first.result(10) == second.result(10) and first.result().number == 2
 
 
 def test_one_that_sees_a_hang_waits_for_the_other_to_look(pair: Pair) -> None:

@@ -28,6 +28,8 @@ from trainer.run.goodput import TICKS
 PATIENCE_S = 120.0
 TROUBLE = ("failure", "hung", "agent_lost", "restart", "attempt", "ended")
 """Events of a run that somebody disturbed."""
+ENDS = ("failure", "agent_lost", "attempt")
+"""Those of them that another attempt follows, or that tell of one."""
 
 
 class Outcome(NamedTuple):
@@ -73,7 +75,7 @@ class Campaign:
         outcome = self.faults[name](self)
         if outcome.event:
             self.run.wait(outcome.event, before[outcome.event] + 1, PATIENCE_S)
-            self.progress()
+            self.progress(before["attempt"] + before["restart"] + (outcome.event in ENDS))
         else:
             self.progress()
             self.progress()
@@ -88,17 +90,21 @@ class Campaign:
         assert not wrong, (name, wrong)
         assert outcome.event != "failure" or failures[0]["kind"] in outcome.kinds, (name, failures)
 
-    def progress(self) -> None:
-        """Wait until the newest attempt has made a step and saved."""
+    def progress(self, attempts: int = 1) -> None:
+        """Wait until the newest attempt, of at least so many, has made a step and saved.
+
+        Events are counted: after a jump of the clock their times stand still until it has caught up.
+        """
+        before = len(self.run.events("checkpoint"))
 
         def saved() -> bool:
-            attempts = self.run.events("attempt", "restart")
+            begun = self.run.events("attempt", "restart")
+            newest = max((event["attempt"] for event in begun), default=-1)
             steps = self.run.events("first_step", "checkpoint")
-            since = [event for event in steps if event["attempt"] == attempts[-1]["attempt"]] if attempts else []
-            fresh = [event for event in since if event["event"] == "checkpoint" and event["time"] > began]
-            return bool(fresh) and any(event["event"] == "first_step" for event in since)
+            first = any(event["attempt"] == newest for event in steps if event["event"] == "first_step")
+            fresh = [event for event in steps if event["event"] == "checkpoint"][before:]
+            return len(begun) >= attempts and first and any(event["attempt"] == newest for event in fresh)
 
-        began = time.time()
         try:
             wait_for("progress", saved, PATIENCE_S)
         except AssertionError:

@@ -102,7 +102,8 @@ class Run:
     def ranks(self) -> dict[int, int]:
         """The process ids of the newest attempt's ranks."""
         started = self.events("ranks")
-        newest = [event for event in started if event["attempt"] == started[-1]["attempt"]]
+        attempt = max(event["attempt"] for event in started)
+        newest = [event for event in started if event["attempt"] == attempt]
         return {int(rank): pid for event in newest for rank, pid in event["pids"].items()}
 
     def agents(self) -> dict[int, int]:
@@ -111,8 +112,7 @@ class Run:
 
     def template(self, node: int) -> int:
         """The process that the ranks of a node are forked from."""
-        agent = self.agents()[node]
-        found = wait_for("ranks", lambda: [pid for pid in children(agent) if children(pid)])
+        found = wait_for("ranks", lambda: [pid for pid in children(self.agents()[node]) if children(pid)])
         assert len(found) == 1
         return int(found[0])
 

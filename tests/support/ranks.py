@@ -65,8 +65,9 @@ class Run:
 
 
 def train(
-    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 120.0, attempt: int | None = None
-) -> Run:
+    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 120.0, attempt: int | None = None,
+    **variables: str,
+) -> Run:  # fmt: skip
     """Train `job` in `folder` as its next attempt; `fault` happens to this attempt only."""
     folder.mkdir(parents=True, exist_ok=True)
     if attempt is None:
@@ -76,6 +77,7 @@ def train(
         "WORLD_SIZE": str(job.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "MUSTER_ATTEMPT": str(attempt), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or each rank starts compiler processes that import torch
+        **variables,
     }  # fmt: skip
     processes = []
     for rank in range(job.world_size):

@@ -17,7 +17,7 @@ from trainer.config.job import Job
 from trainer.config.load import merge_job, read_sections, to_job, to_text
 from trainer.errors import DONE, WRONG_JOB, JobError
 from trainer.records import tell_platform, write_text
-from trainer.run.abilities import check_abilities
+from trainer.run.abilities import check_abilities, patiently
 from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder, run_of
 from trainer.run.reserve import keep_room, make_room
@@ -63,13 +63,13 @@ def run_node(path: Path, overrides: list[str], secret: bytes | None) -> int:
     if run is None:  # a new one; on a scheduler it is named after the job there
         named = RunFolder(Path(job.runs).resolve() / f"{job.name}-{wiring.job_id}")
         run = RunFolder.create(job.runs, job.name, text) if wiring.platform == "alone" else named
-    _open(run)
+    patiently(lambda: _open(run), say)
     note = note_earlier_run(run, text) if is_by_hand() else ""
     if note and wiring.node_rank == 0:
         say(note)
     write_as(wiring.node_rank)
     if wiring.node_rank == 0 and not run.job.exists():
-        write_text(run.job, text)
+        patiently(lambda: write_text(run.job, text), say)
     run.record(
         "wired", node=wiring.node_rank, master=wiring.master_addr, platform=wiring.platform, launch=wiring.launch,
         visible_devices=wiring.visible_devices, pid=os.getpid(),

@@ -24,6 +24,7 @@ from trainer.config.job import Job
 from trainer.errors import FAILED, HIDDEN, STOPPED, WRONG_JOB, JobError, Stopped, hide
 from trainer.records import to_line, write_json
 from trainer.reporting.heartbeat import Pulse
+from trainer.run.abilities import patiently
 from trainer.run.event_files import write_as
 from trainer.run.folder import RunFolder
 from trainer.run.output import never_fail
@@ -59,7 +60,7 @@ def run_rank(
     write_as(group_rank())
     with contextlib.suppress(OSError):  # a sandbox may refuse; `top` and `pgrep muster-rank` tell ranks by this name
         Path("/proc/self/comm").write_text(f"muster-rank-{wiring.rank}")
-    _redirect(run.rank_log(wiring.rank))
+    patiently(lambda: _redirect(run.rank_log(wiring.rank)))
     stacks = (read_path(HEARTBEAT) or run.job).with_name(f"{STACKS_FILE}{wiring.local_rank}").open("a")
     faulthandler.register(STACKS, stacks, all_threads=True, chain=False)
     faulthandler.enable(sys.stderr)  # a crash in native code leaves a Python stack in the log

@@ -101,7 +101,9 @@ class NodeRendezvous:
                 self._plan(store, deadline)
             self._await(deadline, lambda: self._planned() == self.round, lambda: [0])
         except (Ended, RendezvousTimeoutError) as error:  # the others are here, or on their way
-            if store.get("end") == [None] and not (self.alone and self.interrupted()):
+            if self.alone and self.interrupted():
+                store.tell(f"{self.round}/report", None)  # or they would start ranks that wait for ours
+            elif store.get("end") == [None]:
                 end = error if isinstance(error, Ended) else Ended(f"peer lost: {error}", self.in_vain)
                 store.set("end", make_end(str(end), end.code))
             raise
@@ -118,8 +120,8 @@ class NodeRendezvous:
         key = f"{self.round}/report"
         self._await(
             deadline,
-            lambda: store.get(key) == [True],
-            lambda: [node for node in range(self.wiring.nodes) if node not in store.told.get(key, {})],
+            lambda: store.get(key) == [True] and None not in store.told[key].values(),  # None: it has left again
+            lambda: [node for node in range(self.wiring.nodes) if store.told.get(key, {}).get(node) is None],
         )
         reports = [store.told[key][node] for node in range(self.wiring.nodes)]
         check_versions([report.get("versions") if isinstance(report, dict) else None for report in reports])

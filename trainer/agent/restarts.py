@@ -9,7 +9,7 @@ from trainer.checkpoint.memory import Memory
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.run import attempts
-from trainer.run.abilities import PASSING
+from trainer.run.abilities import PASSING, patiently
 from trainer.run.folder import RunFolder
 
 
@@ -23,10 +23,8 @@ class RestartPolicy:
         self.restarts_without_progress = 0
         self.last_step = -1
         self.attempt: int | None = None  # the last one of this launch
-        self.killed = (
-            0,
-            0,
-        )  # how often, and on which node, agents were killed without progress; where nobody else counts
+        # How often, and on which node, agents were killed without progress, where nobody else counts.
+        self.killed = (0, 0)
 
     def next_attempt(self, round_number: int, failures: list[Failure]) -> int:
         """Decide how it goes on after the failures of all nodes; return the number of the next attempt.
@@ -42,11 +40,7 @@ class RestartPolicy:
         if cause is not None:
             self._spend_restart(cause)
         try:
-            newest = attempts.newest(self.run)
-            if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
-                raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
-            self.memory.attempt = newest + 1  # before anyone can see it: what is being saved stays ours
-            attempts.claim(self.run, newest + 1)
+            self.attempt = patiently(self._claim, self.say)
         except attempts.StaleAttempt as error:  # it came between the two looks
             self.memory.attempt = -1  # so that one is not ours, and nothing is written beside it
             raise Ended(f"{error}: another launch of this run goes on", FAILED) from None
@@ -55,9 +49,17 @@ class RestartPolicy:
                 raise Ended(_unwritable(self.run, error, cause), FAILED) from None
             remedy = "Give a writable runs folder"
             raise JobError("runs", str(self.run), f"cannot be written ({error})", remedy) from None
-        self.attempt = newest + 1
         self.run.record("restart" if cause else "attempt", attempt=self.attempt, round=round_number)
         return self.attempt
+
+    def _claim(self) -> int:
+        """Own the run from here on."""
+        newest = attempts.newest(self.run)
+        if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
+            raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
+        self.memory.attempt = newest + 1  # before anyone can see it: what is being saved stays ours
+        attempts.claim(self.run, newest + 1)
+        return newest + 1
 
     def _spend_restart(self, cause: Failure) -> None:
         """Count a restart, record why, and end the job if a restart cannot help."""

@@ -13,10 +13,11 @@ from trainer.checkpoint.exchange import checksum, give_all
 from trainer.checkpoint.memory import MOMENTS, Memory
 from trainer.checkpoint.orders import NothingCommitted, Orders
 from trainer.checkpoint.snapshot import put_together, take_apart
-from trainer.checkpoint.writer import Order, aside, commit
+from trainer.checkpoint.writer import LOOK_S, Order, aside, commit
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
 from trainer.parallel.patience import TIMES, Patience
+from trainer.run.abilities import PASSING
 from trainer.run.folder import RunFolder
 from trainer.wiring.variables import MEMORY, WRITER, read_path, read_words
 
@@ -41,6 +42,8 @@ class Keeper:
             self.memory.attempt = attempt
         self.copies: Copies | None = None
         self.orders: Orders | None = None
+        self.failed: OSError | None = None
+        """Why the newest save that is over was not committed, where that was spared."""
         if self.memory is not None and parallel.local_rank == 0:
             self.copies = Copies(self.memory, self.run, attempt, parallel.devices, self.recovers, tell)
             self.orders = Orders(self.memory, writer)
@@ -109,16 +112,16 @@ class Keeper:
     def save(self, order: Order, moment: int, contents: Contents, beat: Callable[[], None]) -> None:
         """Rank 0 has a checkpoint committed: at once, or from a copy while training goes on. `beat`: signs of life.
 
-        Raises Exception: what went wrong with one before, or at once with this one.
+        Raises Exception: what went wrong with one before, or at once with this one, unless that is spared.
         """
         beat = self._bound(beat)
         copies, orders = self.copies, self.orders
         if self.asynchronous and copies is not None and orders is not None:
-            while orders.hear(0):
+            while self._hear(orders, 0):
                 pass
             copies.settle(True)
             while (index := copies.choose()) is None:
-                if not orders.hear(0.1):
+                if not self._hear(orders, 0.1):
                     time.sleep(0.01)  # nothing of ours: what an earlier attempt ordered is being written
                 beat()
             if self._fill(copies, index, moment, lambda: contents):
@@ -126,12 +129,64 @@ class Keeper:
                 return
         tree, tensors = take_apart(contents)
         state = put_together(tree, [tensor.cpu() for tensor in tensors])
-        aside(lambda: commit(order, state), beat=beat)
+        try:
+            aside(lambda: commit(order, state), beat=beat)
+            self.failed = None
+        except OSError as error:
+            self._spare(error)
+
+    def _hear(self, orders: Orders, timeout_s: float) -> bool:
+        """See `Orders.hear`. What it raises may be spared."""
+        try:
+            heard = orders.hear(timeout_s)
+        except OSError as error:
+            self._spare(error)
+            return True
+        self.failed = None if heard else self.failed
+        return heard
+
+    def _spare(self, error: OSError) -> None:
+        """Let a save fail, and the next one try again: memory holds the state, so a restart would mend nothing.
+
+        That is said when it begins. Raises OSError: it is no error that passes, or there is no copy in memory.
+        """
+        if not self._may_fail(error):
+            raise error
+        if self.failed is None:
+            self.tell(
+                f"a checkpoint could not be saved: {error}. The training goes on, and Muster tries again with the next "
+                "checkpoint. Until one is saved, the state is in memory alone, and is lost if the run ends"
+            )
+        self.failed = error
+
+    def _may_fail(self, error: OSError) -> bool:
+        return self.copies is not None and self.recovers and error.errno in PASSING
+
+    def insist(self, save: Callable[[], None], beat: Callable[[], None]) -> None:
+        """Return when all is committed that `save` saves, which is tried again for as long as a disk may hang.
+
+        Raises Exception: as `wait`.
+        """
+        end = time.monotonic() + self.limit_s
+        while True:
+            save()
+            try:
+                self.wait(beat)
+                return
+            except OSError as error:
+                if not self._may_fail(error) or time.monotonic() > end:
+                    raise
+            time.sleep(LOOK_S)
+            beat()
 
     def wait(self, beat: Callable[[], None]) -> None:
-        """Return when everything is committed. Raises Exception: what went wrong."""
-        if self.orders is not None:
-            self.orders.wait(self._bound(beat))
+        """Return when all is committed. Raises Exception: what went wrong with the newest save, or for good."""
+        beat, orders = self._bound(beat), self.orders
+        while orders is not None and orders.count:
+            self._hear(orders, LOOK_S)
+            beat()
+        if self.failed is not None:
+            raise self.failed
 
     def _bound(self, beat: Callable[[], None]) -> Callable[[], None]:
         """Signs of life for one wait. They end with NothingCommitted when there was time enough for any disk."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -58,6 +58,8 @@ class TrainingState:
         """Value of the best metric so far, and the name of its checkpoint."""
         self.evaluated = True
         """Whether what was due at the current position has been done."""
+        self.owed = False
+        """Whether what the training goes on from may be in memory alone, where nothing was saved since."""
         self.facts: Callable[[], dict[str, Any]] = dict
         """What else a checkpoint says of its run, and what the one that was restored said."""
         self.restored: dict[str, Any] = {}
@@ -83,30 +85,28 @@ class TrainingState:
         Raises Exception: it, or the one before, could not be committed; on all ranks.
         """
         self._choose_best()
-        self._agree([partial(self._submit, wait), *([self._wait] if wait else [])])
+        submit = partial(self._submit, wait)
+        self._agree(partial(self.keeper.insist, submit, self.beat) if wait else submit)
+        self.owed = False
 
     def settle(self) -> None:
         """Return when everything is committed. Raises Exception: something could not be, on all ranks."""
-        self._agree([self._wait])
+        self._agree(partial(self.keeper.wait, self.beat))
 
-    def _agree(self, actions: Sequence[Callable[[], None]]) -> None:
+    def _agree(self, action: Callable[[], None]) -> None:
         """Let rank 0 do something; what goes wrong is raised on all ranks."""
         started = time.perf_counter()
         self.beat()
         problem: BaseException | None = None
         if self.parallel.rank == 0:
             try:
-                for action in actions:
-                    action()
+                action()
             except Exception as error:
                 problem = error
         if self.parallel.any(problem is not None, self.beat):
             said = self.parallel.share(f"{type(problem).__name__}: {problem}")
             raise problem or RuntimeError(f"rank 0 could not save: {said}")
         self.report.pause(time.perf_counter() - started)
-
-    def _wait(self) -> None:
-        self.keeper.wait(self.beat)
 
     def close(self) -> None:
         """Finish what is being written; for an end that has a cause of its own."""
@@ -176,6 +176,7 @@ class TrainingState:
         """The newest state to go on from: in the memory of the nodes, or a whole checkpoint; None: neither."""
         first, beat = self.parallel.rank == 0, self.begin_beat
         kept = self.keeper.recover(self.report.run.steps_committed() if first else -1, beat)
+        self.owed = kept is not None
         if kept is not None:
             if first and not self.job.checkpoint.asynchronous:  # else whoever writes does it
                 checkpoint.sweep(self.root)

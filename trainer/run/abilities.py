@@ -1,16 +1,27 @@
-"""What a run folder's file system must be able to do: asked before anything is started, not after an epoch."""
+"""What a run folder's file system must be able to do: asked before anything is started, not after an epoch.
+
+And what it may fail to do for a moment, which is waited for.
+"""
 
 import errno
 import os
 import secrets
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from trainer.errors import JobError
 from trainer.records import append_line, write_json
+from trainer.signals import FLAG
+
+T = TypeVar("T")
 
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EINTR, errno.EMFILE, errno.ENFILE)
 """Errors that say nothing about what a file system can do."""
+PATIENCE_S, RETRY_S = 30.0, 0.2
+"""How long such an error is waited for, and between two tries."""
 
 
 def check_abilities(folder: Path) -> None:
@@ -36,3 +47,21 @@ def check_abilities(folder: Path) -> None:
         raise JobError("runs", str(folder), problem, remedy) from None
     finally:
         shutil.rmtree(probe, ignore_errors=True)
+
+
+def patiently(act: Callable[[], T], tell: Callable[[str], None] = lambda text: None) -> T:
+    """What `act` returns. It is tried again while the disk is full, or its server restarts; `tell` says so, once.
+
+    Raises OSError: another error, or it stays for `PATIENCE_S`, or until somebody asks this process to stop.
+    """
+    end, told = time.monotonic() + PATIENCE_S, False
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            if error.errno not in PASSING or time.monotonic() > end or FLAG.requested:
+                raise
+            if not told:
+                tell(f"the run folder cannot be written: {error}. Trying again for {PATIENCE_S:.0f} s")
+            told = True
+            time.sleep(RETRY_S)

@@ -22,8 +22,11 @@ def claim(run: RunFolder, attempt: int) -> None:
         handle = os.open(run.attempts / f"{attempt:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:  # two launches of the run claim at the same time: one of them has it
         raise StaleAttempt(f"attempt {attempt} of {run.name} is somebody else's") from None
-    os.fsync(handle)
-    os.close(handle)
+    with contextlib.suppress(OSError):  # it is there for all to see; tried again, it would be somebody else's
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     _sweep(run)
 
 
@@ -37,7 +40,11 @@ def _sweep(run: RunFolder) -> None:
 
 def newest(run: RunFolder) -> int:
     """The number of the newest attempt, -1 before the first."""
-    return max((int(path.name) for path in run.attempts.glob("*") if path.name.isdecimal()), default=-1)
+    try:
+        names = os.listdir(run.attempts)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
 
 
 def check_current(run: RunFolder, attempt: int, ours: Callable[[], int] | None = None) -> None:

@@ -123,6 +123,8 @@ class Trainer(Boundary):
                 yield
                 if self.position.step >= self.steps:
                     break
+        if self.state.owed:  # the last checkpoint of the attempt before could not be saved
+            self.save(wait=True)
 
     def try_everything(self) -> bool:
         """Try what comes later, unless an earlier attempt of this launch has trained already; whether it was done."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from trainer.agent.rounds import Ended
 from trainer.checkpoint.memory import Memory
 from trainer.config.job import Agent, Job
 from trainer.errors import FAILED, JobError
-from trainer.run import attempts
+from trainer.run import abilities, attempts
 from trainer.run.folder import RunFolder
 
 BUG = Failure(0, "host", 1, 5.0, FAILED, "user code", "ValueError: bad", "rank-1.log", cause="ValueError at bad.py:12",
@@ -139,6 +141,29 @@ def test_a_folder_that_cannot_be_written_is_the_jobs_error(tmp_path: Path, monke
     monkeypatch.setattr(policy, "attempt", None)
     with pytest.raises(JobError, match=r"runs='.*': cannot be written .*Give a writable"):
         policy.fail()
+
+
+def test_a_disk_that_fails_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here no file can be opened any more, which counts as such an error."""
+    policy = Policy(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = os.open(tmp_path, os.O_RDONLY)
+
+    def end() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened, before[1]))
+    monkeypatch.setattr(abilities.time, "sleep", lambda seconds: end())
+    try:
+        assert policy.fail() == 1
+        assert len(policy.said) == 1 and "Too many open files" in policy.said[0]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened, before[1]))
+        monkeypatch.setattr(abilities, "PATIENCE_S", 0.0)
+        with pytest.raises(Ended, match="The run folder cannot be written: Too many open files"):
+            policy.fail()
+    finally:
+        end()
+        os.close(opened)
 
 
 def test_agents_that_were_killed_without_progress_use_up_the_budget(tmp_path: Path) -> None:

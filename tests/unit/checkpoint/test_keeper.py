@@ -193,6 +193,23 @@ def test_a_state_that_does_not_fit_is_saved_without_a_copy(
     assert len(told) == 1 and "3 MiB are missing" in told[0]
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_is_no_failure_while_memory_holds_the_state(
+    disk: Disk, under_agent: tuple[Memory, Callable[..., Keeper]], asynchronous: bool
+) -> None:
+    """It is said once, and the next checkpoint is tried; at the end the newest must be on the disk."""
+    kept, full = under_agent[1](asynchronous=asynchronous), OSError(errno.ENOSPC, "No space left on device")
+    disk.ready.set()
+    for step, problem in enumerate((full, full, None, full), 1):
+        disk.problem = problem  # type: ignore[assignment]
+        kept.save(disk.order(step), 4 * step + 1, state(step), nothing)
+        kept.await_others(nothing)  # it shall meet this disk, not that of the next save
+    assert disk.saved() == {3: 3.0} and "No space left on device" in told[0]
+    with pytest.raises(OSError, match="No space left"):
+        kept.wait(nothing)
+    assert len(told) == 2
+
+
 class Note:
     """Something of the user's."""
 
