@@ -17,7 +17,8 @@ from paths import MUSTER, ROOT
 from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.slurm.platform import Slurm
-from trainer.launch.submit import render_job, submit_job, submit_sweep
+from trainer.launch.submit import render_job, submit_job
+from trainer.launch.sweep import submit_sweep
 from trainer.run.folder import RunFolder, last_event
 from trainer.run.summary import resume_command
 
@@ -174,19 +175,13 @@ def test_a_job_that_slurm_may_have_taken_keeps_its_run(client: SimpleNamespace, 
     assert ended is not None and said in ended["reason"] and (run / "code").is_dir()
 
 
-def test_a_platform_without_arrays_leaves_nothing_behind(runs: Path) -> None:
-    with pytest.raises(JobError, match="local has no job arrays"):
-        submit_sweep(str(ROOT / JOB), [*CPU, f"runs={runs}"], None, None, "train.lr=0.1,0.01")
-    assert not runs.exists()
-
-
 @pytest.mark.parametrize("sizes", ["nodes=1,2", "devices_per_node=1,2", "device=cpu,cuda"])
 def test_an_array_cannot_give_its_runs_different_sizes(client: SimpleNamespace, runs: Path, sizes: str) -> None:
     words = [f"runs={runs}", "nodes=2", "parallel=ddp", "device=cuda", "devices_per_node=1"]
     with pytest.raises(JobError, match=rf"--sweep='{sizes}': .* needs --\S+\. Submit them one by one: .* --on slurm"):
         submit_sweep(JOB, words, "slurm", None, sizes)
     assert client.words("sbatch") == [] and not runs.exists()
-    made = submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "name=a,b")
+    made = submit_sweep(JOB, [*CPU, f"runs={runs}"], "slurm", None, "name=a,b").runs
     assert [run.name[:2] for run in made] == ["a-", "b-"]
 
 
@@ -247,7 +242,7 @@ def test_the_container_of_a_sweep_sees_its_runs(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(f"runtime: {runtime}\nimage: muster.sqsh\nruns: {runs}\n")
-    made = [run.path for run in submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01")]
+    made = [run.path for run in submit_sweep(JOB, CPU, "slurm", site, "train.lr=0.1,0.01").runs]
     (sent,) = client.words("sbatch")
     assert f"{runs}:{runs}" in sent
     assert {run.parent for run in made} == {runs}

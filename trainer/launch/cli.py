@@ -11,7 +11,7 @@ import typer
 from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.launch import control
 from trainer.launch.platform import Phase
-from trainer.launch.submit import render_job, run_job, submit_job, submit_sweep
+from trainer.launch.submit import render_job, run_job, submit_job
 from trainer.run.ownership import forbid_group_writes
 
 app = typer.Typer(
@@ -20,19 +20,20 @@ app = typer.Typer(
 )  # fmt: skip
 Argument, Option = typer.Argument, typer.Option
 
-JobFile = Annotated[str, Argument(help="A job file, or the folder of a run to continue.", show_default=False)]
+JobFile = Annotated[str, Argument(help="A job file, or a run to continue.", show_default=False)]
 JobFileOnly = Annotated[str, Argument(help="A job file.", show_default=False)]
 Overrides = Annotated[list[str] | None, Argument(help="key=value, for example train.lr=0.1.")]
 ON = "local, docker, slurm or kubernetes; default: where the run was submitted, or local."
 On = Annotated[str | None, Option("--on", help=ON)]
 Site = Annotated[Path | None, Option("--site", help="Site file; default: the one of the run, or of the platform.")]
-RunFolder = Annotated[str, Argument(help="The folder of a run.", show_default=False)]
-RunsFolder = Annotated[Path, Argument(help="The folder of run folders.")]
+RUN = "A run: its folder, its name as far as no other begins so, or latest."
+RunFolder = Annotated[str, Argument(help=RUN, show_default=False)]
+RunsOrSweep = Annotated[str, Argument(help="A folder of runs, or a sweep.")]
 ProjectFolder = Annotated[Path, Argument(help="The folder of the project; default: this one.", show_default=False)]
 Script = Annotated[str | None, Option("--script", help="A script to run, which may exist. Default: a task.")]
 Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
 AllRanks = Annotated[bool, Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")]
-Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: submit a run for each value.")]
+Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: one run for each value.")]
 Rank = Annotated[int | None, Option("--rank", help="Print the log of one rank; default: of all nodes.")]
 Follow = Annotated[bool, Option("-f", "--follow", help="Go on printing as the log grows.")]
 Steps = Annotated[int, Option("--steps", help="Timed steps of each run, after its warm-up.")]
@@ -41,21 +42,35 @@ Rounds = Annotated[int, Option("--rounds", help="Timed runs of each mode, in tur
 
 @app.command()
 def run(
-    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None, all_ranks: AllRanks = False
-) -> None:
+    job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None, all_ranks: AllRanks = False,
+    sweep: Sweep = None,
+) -> None:  # fmt: skip
     """Submit a job and follow it to its end.
 
-    The exit code is that of the job. Ctrl-C stops the job, which saves a checkpoint first.
+    The exit code is that of the job. Ctrl-C stops the job, which saves a checkpoint first. Of a sweep, all runs are
+    followed to their ends, and the exit code is 0 if all of them are done.
     """
-    raise typer.Exit(run_job(job, overrides or [], on, site, all_ranks))
+    if sweep is None:
+        raise typer.Exit(run_job(job, overrides or [], on, site, all_ranks))
+    from trainer.launch import listing
+    from trainer.launch import sweep as sweeps
+
+    made, code = sweeps.run_sweep(job, overrides or [], on, site, sweep, all_ranks)
+    print("\n" + listing.sweep_text(listing.compare_sweep(made)))
+    raise typer.Exit(code)
 
 
 @app.command()
 def submit(job: JobFile, overrides: Overrides = None, on: On = None, site: Site = None, sweep: Sweep = None) -> None:
     """Submit a job, print its run folder and return."""
-    words = overrides or []
-    for folder in [submit_job(job, words, on, site)] if sweep is None else submit_sweep(job, words, on, site, sweep):
-        print(folder)
+    if sweep is None:
+        print(submit_job(job, overrides or [], on, site))
+        return
+    from trainer.launch.sweep import submit_sweep
+
+    made = submit_sweep(job, overrides or [], on, site, sweep)
+    print(*(made.lines if sys.stdout.isatty() else made.runs), sep="\n")
+    print(f"`muster list {made.folder.name}` shows their results", file=sys.stderr)
 
 
 @app.command()
@@ -115,10 +130,11 @@ def init(folder: ProjectFolder = Path(), script: Script = None) -> None:
 
 
 @app.command("list")
-def list_(runs: RunsFolder = Path("runs"), as_json: Json = False) -> None:
-    """List the runs of a folder, the newest last."""
-    found = control.list_all(runs)
-    print(json.dumps(found) if as_json else control.list_text(found))
+def list_(runs: RunsOrSweep = "runs", as_json: Json = False) -> None:
+    """List the runs of a folder, or the results of a sweep."""
+    from trainer.launch import listing
+
+    print(listing.list_runs(runs, as_json))
 
 
 def open_standard_files() -> None:

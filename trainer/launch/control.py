@@ -19,9 +19,11 @@ from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, training_times, why_ended
 from trainer.run.line_file import warn
 from trainer.run.log_tail import Tail, nobody_reads
+from trainer.run.named import find_path, find_run
 from trainer.run.ownership import check_owner, foreign
 from trainer.run.progress import last_evaluation, measured, newest_lines, newest_step, pace
 from trainer.run.summary import separate_ranks
+from trainer.run.sweep import read_sweep
 
 
 def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobStatus]]:
@@ -39,7 +41,7 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
 
 def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
     """A run that has not ended, its platform and its handle."""
-    run = RunFolder.open(run_path)
+    run = find_run(run_path)
     check_owner(run)
     handle = read_handle(run)
     if handle is None:
@@ -55,7 +57,7 @@ def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
 
 def status(run_path: str) -> dict[str, Any]:
     """Everything that is known about a run. Raises JobError: it is none, or somebody else wrote into its records."""
-    run = RunFolder.open(run_path)
+    run = find_run(run_path)
     try:
         return _status(run)
     except JobError:
@@ -171,7 +173,7 @@ def status_text(status: dict[str, Any]) -> str:
 
 def logs(run_path: str, rank: int | None, following: bool) -> None:
     """Print one rank's log, or those of all agents; go on while the run lives when `following`."""
-    run = RunFolder.open(run_path)
+    run = find_run(run_path)
     handle, ask = status_of(run)
     tails: dict[Path, Tail] = {}
     said = ""
@@ -203,6 +205,18 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
 
 
 def cancel(run_path: str) -> None:
+    """Stop a run for good; of a sweep those that have not ended."""
+    path = find_path(run_path)
+    sweep = read_sweep(path) if path else None
+    if sweep is None:
+        _cancel(run_path)
+        return
+    for run in sweep.runs[::-1]:  # the last ones first: they wait for the others
+        if status_of(run)[1]().is_active:
+            _cancel(str(run))
+
+
+def _cancel(run_path: str) -> None:
     run, platform, handle = _submitted(run_path)
     platform.cancel(run, handle)
     run.record("cancel_requested")
@@ -219,10 +233,10 @@ def preempt(run_path: str) -> None:
 
 
 def list_all(runs: Path) -> list[dict[str, Any]]:
-    return [_status_or_problem(run) for run in RunFolder.list_all(runs)]
+    return [status_or_problem(run) for run in RunFolder.list_all(runs)]
 
 
-def _status_or_problem(run: RunFolder) -> dict[str, Any]:
+def status_or_problem(run: RunFolder) -> dict[str, Any]:
     """The status of a run; of one that cannot be read, why: the others are listed all the same."""
     try:
         return status(str(run))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from trainer.config.job import Job
-from trainer.errors import JobError, wrong_choice
+from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, wrong_choice
 from trainer.run.folder import RunFolder
 
 REGISTRY = {
@@ -168,6 +168,12 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     @abstractmethod
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Stop it as the platform's preemption would, and let it come back."""
+
+
+def combined_exit_code(codes: list[int]) -> int:
+    """One exit code for all nodes: the job is wrong, else it failed, else it was stopped, else it is done."""
+    failed = [code for code in codes if code not in (DONE, STOPPED)]
+    return WRONG_JOB if WRONG_JOB in codes else failed[0] if failed else max(codes, default=FAILED)
 
 
 def own_program(name: str) -> list[str]:

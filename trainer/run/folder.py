@@ -60,7 +60,8 @@ class RunFolder:
     code_archive = Entry("code.tar.gz", "The same, packed: on the claim of a Kubernetes run whose code is large.")
     handle = Entry("handle.json", "The platform, and its name for the job.")
     secret = Entry("secret", "By which the agents of the run know each other: for its owner's eyes alone.")
-    sweep = Entry("sweep.json", "The runs of a sweep; only in the folder of one.")
+    sweep = Entry("sweep.json", "The runs of a sweep, and the value of each; only in the folder of one.")
+    part_of = Entry("plan/sweep.json", "The folder of the sweep whose turns this run takes part in.")
 
     # What happened.
     events = Entry("events", "A folder: a file for each writer of events. See `trainer.run.events`.")
@@ -211,15 +212,13 @@ class RunFolder:
         given = Path(path)
         run = cls((given.parent if given.name == JOB else given).resolve())
         if not run.job.is_file():
-            near = sorted(str(item.parent) for item in given.parent.glob(f"{given.name}*/{JOB}"))
-            remedy = f"Did you mean {near[-1]}?" if near else "`muster list` shows the runs of a folder"
-            raise JobError("RUN", str(path), "is not a run folder", remedy)
+            raise JobError("RUN", str(path), "is not a run folder", "`muster list` shows the runs of a folder")
         return run
 
     @classmethod
-    def list_all(cls, root: Path) -> list[RunFolder]:
-        """The runs below `root`, the oldest first."""
-        runs = [cls(path.parent) for path in root.glob(f"*/{JOB}")]
+    def list_all(cls, root: Path, named: str = "*") -> list[RunFolder]:
+        """The runs below `root` whose names fit the pattern, the oldest first."""
+        runs = [cls(path.parent) for path in root.glob(f"{named}/{JOB}")]
         return sorted((run for run in runs if run.exists()), key=lambda run: run.job.stat().st_mtime)
 
 

@@ -1,14 +1,17 @@
 """What is a new run, and what goes on."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from paths import ROOT
 
 from trainer.errors import JobError
 from trainer.launch.submit import run_job, submit_job
+from trainer.launch.sweep import submit_sweep
 from trainer.records import write_json
 from trainer.run.folder import last_event
+from trainer.run.sweep import read_sweep
 
 
 def test_a_folder_that_a_rendering_made_by_hand_is_not_continued(
@@ -23,7 +26,7 @@ def test_a_folder_that_a_rendering_made_by_hand_is_not_continued(
     assert len({str(first), str(second), str(by_hand)}) == 3
 
 
-def refuse(*_: object) -> None:
+def refuse(*_: object) -> NoReturn:
     raise JobError("--on", "local", "has had enough", "Come back later")
 
 
@@ -47,3 +50,37 @@ def test_a_run_whose_continuation_is_refused_stays_as_it_was(tmp_path: Path, mon
     assert {path: path.read_bytes() for path in before} == before
     ended = last_event(run.read_events(), "ended", "continued")
     assert ended is not None and ended["code"] == 64
+
+
+def test_a_sweep_of_which_one_is_refused_keeps_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([{"pid": 1, "started": ""}] * 2)
+
+    def submit(*_: object) -> dict[str, object]:
+        for answer in answers:
+            return dict(answer)
+        return refuse()
+
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", submit)
+    words = (str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path / 'runs'}"], None, None)
+    with pytest.raises(JobError, match=r"Come back later\. 2 of the 3 runs were submitted before"):
+        submit_sweep(*words, "train.lr=0.1,0.2,0.3")
+    (sweep,) = (tmp_path / "runs").glob("*-sweep-*")
+    kept = read_sweep(sweep)
+    assert kept is not None and kept.values == ["0.1", "0.2"]
+    assert sorted(path.name for path in (tmp_path / "runs").glob("*/")) == sorted(
+        [sweep.name, *(run.name for run in kept.runs)]
+    )
+    with pytest.raises(JobError, match=r"Come back later$"):
+        submit_sweep(*words, "train.lr=0.1,0.2")
+    assert len([*(tmp_path / "runs").glob("*/")]) == 3, "nothing is left where the first was refused"
+
+
+def test_a_run_is_continued_by_the_begin_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.launch.local.platform.Local.submit", lambda *_: {"pid": 1, "started": ""})
+    run = submit_job(str(ROOT / "jobs/digits.yaml"), [], None, None)
+    run.exit.write_text('{"code": 0}')
+    for name in ("latest", run.name[:12], f"runs/{run.name[:12]}", str(run)):
+        assert submit_job(name, [], None, None) == run
+    with pytest.raises(JobError, match=r"no such file"):
+        submit_job("jobs/digits.yaml", [], None, None)

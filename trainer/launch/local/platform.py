@@ -103,7 +103,7 @@ class Supervised(Platform[SiteT, list[str]]):
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
-        alive = _is_alive(handle)  # first: it may write exit.json and end between the two checks
+        alive = is_alive(handle)  # first: it may write exit.json and end between the two checks
         ended = read_json(run.exit)
         if ended is not None and not isinstance(ended.get("code"), int):  # not of ours
             ended = None
@@ -127,7 +127,7 @@ class Supervised(Platform[SiteT, list[str]]):
         self._signal(run, handle, signal.SIGUSR2)
 
     def _signal(self, run: RunFolder, handle: dict[str, Any], number: signal.Signals) -> None:
-        if not _is_alive(handle) or not send_signal(int(handle["pid"]), handle["started"], number):
+        if not is_alive(handle) or not send_signal(int(handle["pid"]), handle["started"], number):
             now = self.ask(run, handle)
             raise JobError("RUN", str(run), f"is not running here: it is {now.phase}", now.reason or "See its logs")
 
@@ -186,8 +186,9 @@ def _is_free(run: RunFolder) -> bool | None:
     return None
 
 
-def _is_alive(handle: dict[str, Any]) -> bool:
-    if handle.get("host", socket.gethostname()) != socket.gethostname():
+def is_alive(handle: dict[str, Any]) -> bool:
+    """Whether the supervisor that a handle names lives, on this machine."""
+    if "pid" not in handle or handle.get("host", socket.gethostname()) != socket.gethostname():
         return False
     state = process_stat(int(handle["pid"]))[:1]
     return state not in ([], ["Z"]) and start_of(int(handle["pid"])) == handle["started"]

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.config.job import Job
-from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError
+from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.launch.local.gpu_lease import Lease, holders, lock_folder, try_lease
-from trainer.launch.local.platform import Nodes, Supervised
-from trainer.launch.platform import find_platform
+from trainer.launch.local.platform import Nodes, Supervised, is_alive
+from trainer.launch.platform import combined_exit_code, find_platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
 from trainer.run.output import never_fail
@@ -83,7 +83,7 @@ class Supervisor:
         visible = visible_devices()
         wanted = wanted_devices(self.job, visible)
         if not wanted:
-            return True
+            return self.take_turn()
         folder, problem = lock_folder(visible)
         if problem:
             self.run.record("notice", message=problem)
@@ -99,6 +99,21 @@ class Supervisor:
             time.sleep(0.5)
             lease = try_lease(wanted, visible, folder)
         self.lease = lease
+        return True
+
+    def take_turn(self) -> bool:
+        """Without GPUs, wait for the earlier runs of the same sweep; False when asked to stop meanwhile."""
+        sweep = read_json(Path((read_json(self.run.part_of) or {}).get("sweep", self.run)) / self.run.sweep.name) or {}
+        runs = [str(path) for path in sweep.get("runs", [])]
+        earlier = [RunFolder(Path(path)) for path in runs[: runs.index(str(self.run))]] if str(self.run) in runs else []
+        said = None
+        while busy := next((run for run in earlier if is_alive(read_json(run.handle) or {})), None):
+            if self.stop_requests:
+                return False
+            if said != busy:
+                self.run.record("pending", reason=f"waiting for {busy.name}, which is before it in its sweep")
+                said = busy
+            time.sleep(0.5)
         return True
 
     def run_launch(self) -> None:
@@ -167,12 +182,6 @@ class Supervisor:
         self.progress, self.lost = step, self.lost + 1
         self.run.record("agent_lost", node=node, code=code)
         return self.used <= self.job.agent.restarts and self.lost <= self.job.agent.restarts_total
-
-
-def combined_exit_code(codes: list[int]) -> int:
-    """One exit code for all nodes: the job is wrong, else it failed, else it was stopped, else it is done."""
-    failed = [code for code in codes if code not in (DONE, STOPPED)]
-    return WRONG_JOB if WRONG_JOB in codes else failed[0] if failed else max(codes, default=FAILED)
 
 
 def supervise(run: RunFolder, platform: str, held: Sequence[int]) -> int:

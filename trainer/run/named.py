@@ -1,0 +1,55 @@
+"""What a user calls a run: its path, `latest`, or as much of its name as no other run begins with."""
+
+import glob
+from pathlib import Path
+
+from trainer.errors import JobError, did_you_mean
+from trainer.run.folder import RunFolder
+
+RUNS = Path("runs")
+"""Where a name without a folder is looked for."""
+LATEST = "latest"
+SHOWN = 5
+"""Candidates that an error names."""
+
+
+def find_run(given: str) -> RunFolder:
+    """The run that is meant. Raises JobError: there is none, or there are several."""
+    path = find_path(given)
+    if path is not None and RunFolder(path).sweep.is_file():
+        raise JobError("RUN", given, "is a sweep", f"`muster list {given}` shows its runs")
+    if path is not None:
+        return RunFolder.open(path)
+    names = [run.name for run in RunFolder.list_all(_root(given))]
+    otherwise = "`muster list` shows the runs of a folder"
+    raise JobError("RUN", given, "is not a run folder", did_you_mean(Path(given).name, names, otherwise))
+
+
+def find_path(given: str, sweeps: bool = False) -> Path | None:
+    """What is meant: a path that exists, else a run, with `sweeps` a sweep instead, by its name; None: nothing.
+
+    Raises JobError: several are called so.
+    """
+    path, root = Path(given), _root(given)
+    if path.exists():
+        return path
+    if (root / path.name).is_dir():
+        return root / path.name
+    named = f"{glob.escape(path.name)}*" if path.name != LATEST else "*"
+    if sweeps:
+        found = sorted((each.parent for each in root.glob(f"{named}/sweep.json")), key=lambda p: p.stat().st_mtime)
+    else:
+        found = [run.path for run in RunFolder.list_all(root, named)]
+    if path.name == LATEST:
+        return found[-1] if found else None
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found[-SHOWN:])
+        more = f"{len(found)} begin so, the newest are {names}" if len(found) > SHOWN else f"these begin so: {names}"
+        raise JobError("RUN", given, more, f"Give more of the name, or `{root / LATEST if root != RUNS else LATEST}`")
+    return found[0] if found else None
+
+
+def _root(given: str) -> Path:
+    """The folder of runs that a name is looked for in."""
+    parent = Path(given).parent
+    return RUNS if parent == Path() else parent
