@@ -3,7 +3,7 @@
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class Task(ABC):
     @abstractmethod
     def model(self) -> nn.Module:
         """Build the model, on the CPU. The seed is set before: every rank builds the same one."""
+
+    def stages(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Modules that, one after the other, do what `model` does, for `parallel: pipeline`: it cuts between them.
+
+        The first takes what `inputs` gives, each other what the one before it returns: a tensor, or a tuple of two or
+        more, of floating point numbers with a row for each sample. They hold parts and weights of `model`; a weight
+        may be in several. Default: the parts of an `nn.Sequential`.
+        """
+        return model if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward else ()
 
     @abstractmethod
     def train_dataset(self) -> Dataset[Any]:

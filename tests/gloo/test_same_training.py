@@ -1,4 +1,4 @@
-"""One job file, one training: single, DP, DDP and accumulation give the same losses, step by step, and weights."""
+"""One job file, one training: every mode gives the same losses, step by step, and weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ MODES = {
     "ddp 2, accumulate 4": ["devices_per_node=2", "train.accumulate=4"],
     "ddp 4": ["devices_per_node=4"],
     "ddp on 2 nodes": ["nodes=2"],
+    "pipeline 2": ["parallel=pipeline", "devices_per_node=2"],
+    "pipeline 4, gpipe": ["parallel=pipeline", "devices_per_node=4", "pipeline.schedule=gpipe"],
+    "2 pipelines of 2, accumulate 2": [
+        "parallel=pipeline",
+        "devices_per_node=4",
+        "pipeline.stages=2",
+        "train.accumulate=2",
+    ],
     "server 3, accumulate 4": ["parallel=server", "devices_per_node=3", "train.accumulate=4"],
 }
 STEPS = 50
@@ -31,7 +39,13 @@ def modes_for(precision: str, count: str) -> list[str]:
     if FULL or (precision, count) == ("float64", "a batch of 5"):
         return list(MODES)
     return {
-        "a batch of 1": ["dp 3", "ddp 2, accumulate 4", "ddp 4", "server 3, accumulate 4"],
+        "a batch of 1": [
+            "dp 3",
+            "ddp 2, accumulate 4",
+            "ddp 4",
+            "server 3, accumulate 4",
+            "2 pipelines of 2, accumulate 2",
+        ],
         "whole batches": ["dp 2, accumulate 4", "ddp 2"],
         "a batch of 5": ["accumulate 4", "dp 2", "ddp 2"],
     }[count]

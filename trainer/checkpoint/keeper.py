@@ -34,6 +34,12 @@ class Keeper:
         self.run, self.folder = zlib.crc32(run.name.encode()), run.checkpoints
         self.limit_s = TIMES * job.agent.hang_timeout_s
         self.recovers = job.checkpoint.in_memory and bool(read_words(MEMORY))
+        if self.recovers and parallel.cuts_model:
+            self.recovers = False
+            tell(
+                "a model in stages is not copied to memory: after a failure, the run goes on from its newest "
+                "checkpoint. checkpoint.every_steps says how often there is one"
+            )
         self.asynchronous = job.checkpoint.asynchronous
         self.memory = Memory.find()
         writer = read_path(WRITER) if self.memory else None

@@ -85,7 +85,8 @@ class TrainingState:
         Raises Exception: it, or the one before, could not be committed; on all ranks.
         """
         self._choose_best()
-        submit = partial(self._submit, wait)
+        contents = self.contents() if self.parallel.cuts_model else None
+        submit = partial(self._submit, wait, contents)
         self._agree(partial(self.keeper.insist, submit, self.beat) if wait else submit)
         self.owed = False
 
@@ -115,7 +116,7 @@ class TrainingState:
         except Exception as error:
             self.report.warn(f"the last checkpoint was not saved: {error}", "checkpoint_failed", problem=str(error))
 
-    def _submit(self, urgent: bool) -> None:
+    def _submit(self, urgent: bool, contents: dict[str, Any] | None) -> None:
         position, job = self.position, self.job
         facts_of_run = {
             "job": hide(job.name), "epoch": position.epoch, "samples": position.samples, "seed": job.seed,
@@ -124,7 +125,7 @@ class TrainingState:
         }  # fmt: skip
         run, best = str(self.report.run), self.best[1] if self.best else None
         order = Order(run, position.step, self.report.attempt, facts_of_run, job.checkpoint.keep_last, best, urgent)
-        self.keeper.save(order, self._moment(), self.contents(), self.beat)
+        self.keeper.save(order, self._moment(), contents or self.contents(), self.beat)
 
     def boundary(self) -> None:
         """A step is done, with all that was due after it, and ranks are alike: copy the state if it is time to."""
@@ -137,6 +138,7 @@ class TrainingState:
     def contents(self) -> dict[str, Any]:
         """What a training goes on from."""
         weights, objects = self.tracked.dump()
+        self.parallel.whole_state(weights, objects)
         return {
             "model": weights, "objects": objects, "position": dataclasses.asdict(self.position),
             "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best, "facts": self.facts(),

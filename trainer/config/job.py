@@ -18,7 +18,7 @@ def _key(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-RANKED = ("ddp", "server")
+RANKED = ("ddp", "pipeline", "server")
 """The modes with a rank for each device; others are one process."""
 
 # The keys are a table: not one argument a line.
@@ -85,6 +85,18 @@ class Ddp:
     sync_every: int = _key(1, "post-local SGD: after `sync_start` steps, average the weights every this many steps "
         "(1: off, gradients are averaged at every step)", minimum=1)
     sync_start: int = _key(0, "ordinary steps before post-local SGD begins", minimum=0)
+
+
+@dataclass
+class Pipeline:
+    """Options of a model that is cut into stages, one on each device. With other modes, changing them is an error."""
+
+    stages: int | None = _key(None, "stages of the model; more devices make more such pipelines, which divide each "
+        "batch among them, as ddp does; null: as many as there are devices", minimum=2)
+    microbatches: int | None = _key(None, "parts of a batch that follow each other through the stages; null: as many "
+        "as there are stages", minimum=1)
+    schedule: str = _key("1f1b", "1f1b: each stage goes forward and backward by turns, and keeps few activations; "
+        "gpipe: all forward, then all backward", choices=("1f1b", "gpipe"))
 
 
 @dataclass
@@ -166,8 +178,9 @@ class Job:
     preload: list[str] = _key([],
         "installed modules that each node imports once, not each rank at each start: [transformers.trainer]")
     parallel: str = _key("auto",
-        "single, dp (DataParallel: one process on one node), ddp, or server (a parameter server, to compare with); "
-        "auto: ddp for more than one device", choices=("auto", "single", "dp", "ddp", "server"))
+        "single, dp (DataParallel: one process on one node), ddp, pipeline (a stage of the model on each device), or "
+        "server (a parameter server, to compare with); auto: ddp for more than one device",
+        choices=("auto", "single", "dp", "ddp", "pipeline", "server"))
     nodes: int = _key(1, "number of nodes; each runs one agent", minimum=1)
     devices_per_node: int = _key(1,
         "number of devices on each node; except with single and dp this is also the number of ranks", minimum=1)
@@ -181,6 +194,7 @@ class Job:
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     ddp: Ddp = field(default_factory=Ddp)
+    pipeline: Pipeline = field(default_factory=Pipeline)
     server: Server = field(default_factory=Server)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
@@ -199,5 +213,7 @@ class Job:
 
     @property
     def parts(self) -> int:
-        """Ranks that a global batch is divided among."""
+        """Ranks, or pipelines, that a global batch is divided among."""
+        if self.parallel == "pipeline":
+            return self.world_size // (self.pipeline.stages or self.world_size)
         return self.world_size - (self.parallel == "server" and not self.server.synchronous)

@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from trainer.config.job import Ddp, Job, Server
+from trainer.config.job import Ddp, Job, Pipeline, Server
 from trainer.config.user_code import MissingModule, check_symbol, find_source
 from trainer.errors import JobError, wrong_choice
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 OPTIMIZERS = ("adamw", "adam", "sgd")
-OPTIONS = {"ddp": Ddp, "server": Server}
+OPTIONS = {"ddp": Ddp, "pipeline": Pipeline, "server": Server}
 """Modes that have a section of their own in the job, of the same name."""
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -60,6 +60,8 @@ MODES = (
          "Use parallel=ddp for several nodes"),
     Rule("devices_per_node", lambda job: job.parallel == "server" and job.world_size == 1,
          "leaves a parameter server without others", "Set it to 2 or more, or use parallel=single"),
+    Rule("devices_per_node", lambda job: job.parallel == "pipeline" and job.world_size == 1,
+         "leaves a pipeline with one stage", "Set it to 2 or more, or use parallel=single"),
     Rule("train.compile", lambda job: job.parallel == "dp" and job.train.compile,
          "torch cannot compile what DataParallel replicates", "Use parallel=ddp, or remove it"),
 )  # fmt: skip
@@ -113,6 +115,21 @@ LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on the
 )  # fmt: skip
 
 
+PIPELINE = (
+    Rule("pipeline.stages", lambda job: job.world_size % (job.pipeline.stages or 1),
+         "does not divide the {job.world_size} devices", "Give each stage of each pipeline a device"),
+    Rule("pipeline.microbatches", lambda job: job.pipeline.schedule == "1f1b"
+         and (job.pipeline.microbatches or 0) < (job.pipeline.stages or 0),
+         "is less than the {job.pipeline.stages} stages, some of which would have nothing to do",
+         "Use {job.pipeline.stages} or more, or pipeline.schedule=gpipe"),
+    Rule("train.precision", lambda job: job.train.precision == "fp16",
+         "scales losses, on which the stages of a pipeline do not agree", "Use bf16, or parallel=ddp"),
+    Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
+         "is not implemented for a model in stages", "Remove it, or use parallel=ddp"),
+    Rule("train.compile", lambda job: job.train.compile,
+         "is not implemented for a model in stages", "Remove it, or use parallel=ddp"),
+)  # fmt: skip
+
 SERVER = (
     Rule("train.precision", lambda job: job.train.precision == "fp16",
          "scales losses on each rank, and a parameter server updates on one", "Use bf16, or parallel=ddp"),
@@ -147,6 +164,10 @@ def check_job(job: Job, code_is_here: bool = True) -> None:
         _check(job, TRAINING)
         if job.ddp.sync_every > 1:
             _check(job, LOCAL_SGD)
+        if job.parallel == "pipeline":
+            job.pipeline.stages = job.pipeline.stages or job.world_size
+            job.pipeline.microbatches = job.pipeline.microbatches or job.pipeline.stages
+            _check(job, PIPELINE)
         if job.parallel == "server":
             _check(job, SERVER if job.server.synchronous else SERVER + ASYNCHRONOUS)
         _check_batch(job)
@@ -175,18 +196,22 @@ def _check(job: Job, rules: tuple[Rule, ...]) -> None:
             value: Any = job
             for name in rule.key.split("."):
                 value = value[name] if isinstance(value, dict) else getattr(value, name)
-            raise JobError(rule.key, value, rule.problem.format(job=job), rule.remedy)
+            raise JobError(rule.key, value, rule.problem.format(job=job), rule.remedy.format(job=job))
 
 
 def _check_batch(job: Job) -> None:
     """Refuse a global batch that does not divide, naming the nearest sizes that do."""
     batch, parts = job.train.batch_size, job.parts * job.train.accumulate
+    among = f"{job.parts} ranks x {job.train.accumulate} micro-batches"
+    if job.parallel == "pipeline":
+        parts *= job.pipeline.microbatches or 1
+        among = f"{job.parts} pipelines x {parts // job.parts} micro-batches"
     if job.parallel == "dp" and batch // parts < job.devices_per_node:
         problem = f"is too small: {job.devices_per_node} devices would not all get a sample of each micro-batch"
         remedy = f"Use at least {job.devices_per_node * parts}, or fewer devices"
         raise JobError("train.batch_size", batch, problem, remedy)
     if batch % parts:
         below = batch // parts * parts
-        problem = f"does not divide among {job.parts} ranks x {job.train.accumulate} micro-batches"
+        problem = f"does not divide among {among}"
         smaller = f"{below} or " if below else ""
         raise JobError("train.batch_size", batch, problem, f"The nearest sizes that do: {smaller}{below + parts}")

@@ -44,7 +44,7 @@ class MicroBatch:
     indices: Indices
     """At least one: a rank whose share is empty computes a sample of the step with weight zero."""
     count: int
-    """How many of them count: `len(indices)`, or 0."""
+    """How many of them count: the first ones, mostly all, or none."""
     step_count: int
     """Samples of the whole step, over all ranks and micro-batches."""
     last: bool
@@ -67,6 +67,8 @@ class Sampler:
     parts: int
     seed: int
     shuffle: bool = True
+    least: int = 1
+    """Samples of a micro-batch: to a smaller one its first is added again and again, and does not count."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,6 +85,8 @@ class Sampler:
             for micro in range(self.accumulate):
                 first, last = (0, 0) if self.part < 0 else share_of(stop - start, micro * self.parts + self.part, parts)
                 indices = order[start + first : start + last] if last > first else order[start : start + 1]
+                if self.least > len(indices):
+                    indices = np.concatenate((indices, np.repeat(indices[:1], self.least - len(indices))))
                 yield MicroBatch(epoch, indices, last - first, stop - start, micro == self.accumulate - 1)
 
 

@@ -14,6 +14,7 @@ from trainer.data.sampler import MicroBatch
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.returned import check_count
 from trainer.parallel.step import Step
+from trainer.task import Task
 from trainer.wiring.devices import rank_gpus, use_cuda
 from trainer.wiring.rank import RankWiring
 
@@ -50,6 +51,14 @@ class Parallel:
     """Whether what this rank holds after a step is all that a training goes on from."""
     stops_anywhere = False
     """Whether rank 0's state is whole where all ranks stop, even if ranks are not alike there."""
+    least_samples = 1
+    """Of a micro-batch; a smaller one has its first sample more than once, and the others do not count."""
+    speaks = True
+    """Whether what this rank computes of its part is told; of several ranks with one part, one does."""
+    cuts_model = False
+    """Whether each rank holds a stage of the model, so that all must give theirs to a checkpoint."""
+    optimizer: torch.optim.Optimizer
+    """The loop sets it."""
     irreproducible = ""
     """Why two runs of one job differ, if they do."""
     _gradient: tuple[Any, Tensor] = None, torch.empty(0)
@@ -73,6 +82,11 @@ class Parallel:
         self.device = self.devices[0]
         if self.cuda:
             torch.cuda.set_device(self.device)
+
+    def build(self, task: Task, seed: Callable[[], None]) -> tuple[nn.Module, torch.device]:
+        """The user's model, and where it is to be from here on. `seed`: the generators, before the model is made."""
+        seed()
+        return task.model(), self.device
 
     def wrap(self, step: Step) -> None:
         """Take the module that computes the losses of a step. Call this once, before any step."""
@@ -149,6 +163,9 @@ class Parallel:
     def clip(self, parameters: Sequence[Tensor], norm: float) -> None:
         """Clip the gradients to this global norm."""
         torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def whole_state(self, weights: dict[str, Any], objects: dict[str, Any]) -> None:
+        """Let rank 0's hold all that ranks have a part of: the model's weights, and what is kept of each object."""
 
     def measurements(self) -> dict[str, float]:
         """What else there is to record of the steps since the last call."""

@@ -35,7 +35,7 @@ class Group(Parallel):
         """
         super().__init__(job, wiring)
         backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
-        timeout = SUPERVISED if supervised else timedelta(seconds=job.agent.hang_timeout_s)
+        self.timeout = timeout = SUPERVISED if supervised else timedelta(seconds=job.agent.hang_timeout_s)
         if not dist.is_initialized():  # a script may have joined it
             dist.init_process_group(backend, timeout=timeout, device_id=self.device if self.cuda else None)
         self.saving_s = 2 * TIMES * job.agent.hang_timeout_s
@@ -119,3 +119,8 @@ class Group(Parallel):
 
 
 _ended: list[Any] = []
+
+
+def gradients_of(weights: Sequence[Tensor]) -> list[Tensor]:
+    """One of each, dense; of a weight that the loss does not use it is zero."""
+    return [torch.zeros_like(weight) if weight.grad is None else weight.grad.to_dense() for weight in weights]

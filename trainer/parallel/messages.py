@@ -86,6 +86,22 @@ def share(value: Any, rank: int, source: int) -> Any:
     return unpack(data)
 
 
+def send(value: Any, to: int) -> None:
+    """Tell one rank a value."""
+    data = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
+    dist.send(torch.tensor([len(data)], dtype=torch.int64, device="cpu"), to)
+    dist.send(data, to)
+
+
+def receive(source: int) -> Any:
+    """The value that rank `source` sends."""
+    size = torch.tensor([0], dtype=torch.int64, device="cpu")
+    dist.recv(size, source)
+    data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
+    dist.recv(data, source)
+    return unpack(data)
+
+
 def hand_out(parts: Sequence[Tensor], rank: int, source: int, device: torch.device, beat: Callable[[], None]) -> None:
     """Give all ranks the bytes of rank `source`, in place, each part of shape (bytes,) on the CPU.
 

@@ -38,6 +38,10 @@ def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
         from trainer.parallel.ddp import Distributed
 
         return Distributed(job, wiring, supervised)
+    if job.parallel == "pipeline":
+        from trainer.parallel.pipeline import Pipeline
+
+        return Pipeline(job, wiring, supervised)
     if job.parallel == "server":
         from trainer.parallel.server import make_server
 
@@ -112,8 +116,8 @@ def scatter(batch: Any, parts: int, count: int | None = None) -> list[Any]:
     return [cut(batch, slice(start, start + size), count) for start in range(0, count, size)]
 
 
-def cut(batch: Any, place: slice, count: int) -> Any:
-    """The samples of a batch at a place."""
+def cut(batch: Any, place: slice, count: int, mode: str = "dp") -> Any:
+    """The samples of a batch at a place. Raises JobError: see `scatter`; `mode`: which one it is cut for."""
     found = False
 
     def take(part: Any) -> Any:
@@ -126,14 +130,14 @@ def cut(batch: Any, place: slice, count: int) -> Any:
         named = isinstance(part, (*CLOSED, Mapping, tuple, list)) or dataclasses.is_dataclass(part)
         if isinstance(part, PackedSequence) or (callable(getattr(part, "to", None)) and not named):
             problem = f"cannot cut a batch of type {type(part).__name__}"
-            raise JobError("parallel", "dp", problem, "Use parallel=ddp, whose ranks each collate a batch of their own")
+            raise JobError("parallel", mode, problem, "Use parallel=ddp, whose ranks each collate a batch of their own")
         return INSIDE
 
     part = walk(batch, take)
     if not found:
         problem = f"finds nothing to cut in a batch of type {type(batch).__name__}"
         remedy = "Let Task.collate return tensors or lists with an element for each sample, or use parallel=ddp"
-        raise JobError("parallel", "dp", problem, remedy)
+        raise JobError("parallel", mode, problem, remedy)
     return part
 
 

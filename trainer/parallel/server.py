@@ -16,7 +16,7 @@ from trainer.config.job import Job
 from trainer.data.sampler import MicroBatch
 from trainer.errors import JobError
 from trainer.parallel.base import DeferredScalar
-from trainer.parallel.group import Group
+from trainer.parallel.group import Group, gradients_of
 from trainer.parallel.messages import broadcast, bytes_of, coalesced
 from trainer.parallel.module_state import is_dense
 from trainer.parallel.step import Step
@@ -155,11 +155,6 @@ class AsynchronousServer(Group):
 def trained(step: Step) -> list[Tensor]:
     """The weights that are trained."""
     return [weight for weight in step.model.parameters() if weight.requires_grad]
-
-
-def gradients_of(weights: Sequence[Tensor]) -> list[Tensor]:
-    """One of each, dense; of a weight that the loss does not use it is zero."""
-    return [torch.zeros_like(weight) if weight.grad is None else weight.grad.to_dense() for weight in weights]
 
 
 def pack(head: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

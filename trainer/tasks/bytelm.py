@@ -50,8 +50,11 @@ SIZES = {
     "10m": Shape(layers=6, heads=6, width=384, context=512),
     "25m": Shape(layers=8, heads=8, width=512, context=1024),
     "gpt2": Shape(layers=12, heads=12, width=768, context=1024),
+    "124m": Shape(layers=11, heads=15, width=960, context=1024),
+    "1.5b": Shape(layers=48, heads=25, width=1600, context=1024),
 }
-"""`gpt2` is GPT-2 small (124 million) but for its vocabulary of 256 instead of 50,257: 86 million.
+"""`gpt2` is GPT-2 small (124 million) but for its vocabulary of 256 instead of 50,257: 86 million; `124m` has as many
+weights as that, and `1.5b` is its largest.
 
 Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019, table 2 and section 2.3.
 """
@@ -116,6 +119,30 @@ class Layer(nn.Module):
         return cast(Tensor, stream + self.contract(hidden))
 
 
+class Entry(nn.Module):
+    """What comes before the layers. The weights are those of a `GPT`."""
+
+    def __init__(self, embedding: nn.Embedding, position: nn.Parameter) -> None:
+        super().__init__()
+        self.embedding, self.position = embedding, position
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Int64 (batch, bytes), at most the context -> (batch, bytes, width)."""
+        return cast(Tensor, self.embedding(text) + self.position[: text.shape[1]])
+
+
+class Exit(nn.Module):
+    """What comes after the layers. The weights are those of a `GPT`."""
+
+    def __init__(self, norm: nn.LayerNorm, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.norm, self.embedding = norm, embedding
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """(batch, bytes, width) -> logits of each next byte (batch, bytes, 256)."""
+        return functional.linear(self.norm(stream), self.embedding.weight)
+
+
 class GPT(nn.Module):
     """GPT-2's architecture and initial weights, over bytes: learned positions, output tied to the embedding."""
 
@@ -139,6 +166,10 @@ class GPT(nn.Module):
         for layer in self.layers:
             stream = layer(stream)
         return functional.linear(self.norm(stream), self.embedding.weight)
+
+    def stages(self) -> list[nn.Module]:
+        """The same, in modules that follow each other."""
+        return [Entry(self.embedding, self.position), *self.layers, Exit(self.norm, self.embedding)]
 
 
 class ByteLM(Task):
@@ -169,6 +200,9 @@ class ByteLM(Task):
 
     def model(self) -> GPT:
         return GPT(self.shape)
+
+    def stages(self, model: nn.Module) -> list[nn.Module]:
+        return cast(GPT, model).stages()
 
     def train_dataset(self) -> Windows:
         return Windows(self.corpora[False], self.shape.context)

@@ -135,6 +135,33 @@ class UNet(nn.Module):
         return cast(Tensor, self.head(full))
 
 
+class Down(nn.Module):
+    """Adds one more resolution to those that there are, the newest last."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The resolutions so far -> the same and a new one."""
+        values = values if isinstance(values, tuple) else (values,)
+        return (*values, self.block(values[-1]))
+
+
+class Up(nn.Module):
+    """Merges the lowest two resolutions; of the last one it makes the logits."""
+
+    def __init__(self, up: nn.Module, merge: nn.Module, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.up, self.merge, self.head = up, merge, head
+
+    def forward(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+        """All resolutions -> the same with one for the last two, or logits."""
+        *others, higher, lower = values
+        merged = self.merge(torch.cat((higher, self.up(lower)), 1))
+        return (*others, merged) if self.head is None else cast(Tensor, self.head(merged))
+
+
 class Segment(Task):
     """Name the digit at each pixel; reports mean intersection over union and pixel accuracy.
 
@@ -155,6 +182,13 @@ class Segment(Task):
     def model(self) -> UNet:
         """About 117,000 weights at the default width."""
         return UNet(self.width)
+
+    def stages(self, model: nn.Module) -> list[nn.Module]:
+        """Higher resolutions go along with the lower ones until they are merged."""
+        net = cast(UNet, model)
+        return [
+            net.down1, Down(net.down2), Down(net.down3), Up(net.up2, net.merge2), Up(net.up1, net.merge1, net.head),
+        ]  # fmt: skip
 
     def train_dataset(self) -> FreshCanvases:
         return FreshCanvases(self.images[~self.held_out], self.labels[~self.held_out], self.size, self.digits)

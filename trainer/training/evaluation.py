@@ -51,7 +51,8 @@ def evaluate(
                     batch = next(batches)
                     values = evaluate_batch(parallel, batch, len(indices), functools.partial(seed, number))
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
-                    sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
+                    if parallel.speaks:
+                        sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
     finally:
         step.model = own
     parts = parallel.gather(map_tensors(sums, Tensor.cpu))

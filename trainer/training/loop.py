@@ -49,13 +49,16 @@ class Trainer(Boundary):
         self.task = task
         train, device = job.train, parallel.device
         count, self.eval_count = (count_samples(*each) for each in zip(DATASETS, (train_data, eval_data), strict=True))
-        self.sampler = Sampler(count, train.batch_size, train.accumulate, parallel.part, parallel.parts, job.seed)
+        self.sampler = Sampler(
+            count, train.batch_size, train.accumulate, parallel.part, parallel.parts, job.seed,
+            least=parallel.least_samples,
+        )  # fmt: skip
         self.optimizer = make_optimizer(model, train)
         # A trace shall show the update by its name, and an optimizer of the user's may have hooks.
         public = bool(job.log.profile_steps) or train.optimizer not in OPTIMIZERS
         self.update_weights = self.optimizer.step if public else make_step(self.optimizer)
         self.rates = Rates(self.optimizer, train.lr)
-        parallel.apply = self.apply_gradients
+        parallel.apply, parallel.optimizer = self.apply_gradients, self.optimizer
         self.scaler = make_scaler(train.precision, device)
         self.average = None if train.ema_decay is None else WeightAverage(model, train.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -182,7 +185,7 @@ class Trainer(Boundary):
         self.seed_generators(parallel.rank)
         rate = self.rates.set(self.rate(position.step) / parallel.updates)
         for micro, batch in micros:
-            if micro.last:
+            if micro.last and parallel.speaks:
                 self.report.samples(position, micros)
             parallel.learn(batch, micro, self.scaler)
         if not self.checked and parallel.part >= 0:

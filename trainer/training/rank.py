@@ -85,8 +85,9 @@ def construct(job: Job) -> Task:
 
 def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, tuple[nn.Module, list[str]], Any, Any]:
     """What the user's task makes: the model, on its device, with notes about it, and both datasets."""
-    seed_generators(derive_seed(job.seed, 0, 0), parallel.devices)  # the same initial weights on every rank
-    model, notes = take_model(task.model(), job, parallel.device)
+    seed = derive_seed(job.seed, 0, 0)  # the same initial weights on every rank
+    built, home = parallel.build(task, lambda: seed_generators(seed, parallel.devices))
+    model, notes = take_model(built, job, home)
     notes += weights_beside(task, model)
     seed_generators(derive_seed(job.seed, 0, 0, DATA))
     train_data = task.train_dataset()

@@ -96,7 +96,8 @@ def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> str:
     Raises JobError: as `check_weights`.
     """
     check_weights(model, trained)
-    unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    here = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
+    unused = [name for name, weight in here if weight.requires_grad and weight.grad is None]
     text = (
         f"no gradient reached {enumerate_names(unused)} in the first step: they do not learn from it. If that is not "
         "meant, look for detach(), no_grad() and checkpoint(..., use_reentrant=True) on the way to the loss"

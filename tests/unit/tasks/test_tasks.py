@@ -238,7 +238,7 @@ def test_bits_per_byte_of_known_distributions(bytelm: ByteLM) -> None:
 
 @pytest.mark.parametrize("size", ["2m", "GPT2", 1, None])
 def test_a_wrong_size_is_refused_with_the_right_ones(size: Any) -> None:
-    with pytest.raises(JobError, match=r"task_args\.size=.*Use one of 1m, 10m, 25m, gpt2"):
+    with pytest.raises(JobError, match=r"task_args\.size=.*Use one of 1m, 10m, 25m, gpt2, 124m, 1.5b"):
         ByteLM(size)
 
 
