@@ -29,6 +29,8 @@ Site = Annotated[Path | None, Option("--site", help="Site file; default: the one
 RUN = "A run: its folder, its name as far as no other begins so, or latest."
 RunFolder = Annotated[str, Argument(help=RUN, show_default=False)]
 RunsOrSweep = Annotated[str, Argument(help="A folder of runs, or a sweep.")]
+Runs = Annotated[list[str], Argument(help="Runs and sweeps, called as in other commands.", show_default=False)]
+Output = Annotated[Path | None, Option("--output", help="The picture, .png or .svg; default: plot.png, here.")]
 ProjectFolder = Annotated[Path, Argument(help="The folder of the project; default: this one.", show_default=False)]
 Script = Annotated[str | None, Option("--script", help="A script to run, which may exist. Default: a task.")]
 Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
@@ -135,6 +137,17 @@ def list_(runs: RunsOrSweep = "runs", as_json: Json = False) -> None:
     from trainer.launch import listing
 
     print(listing.list_runs(runs, as_json))
+
+
+@app.command()
+def plot(runs: Runs, output: Output = None) -> None:
+    """Draw the curves of runs, or of a sweep, into one picture.
+
+    Without matplotlib it prints the command that starts TensorBoard with exactly these runs.
+    """
+    from trainer.launch import plot as drawing
+
+    raise typer.Exit(drawing.plot(runs, output))
 
 
 def open_standard_files() -> None:

@@ -20,6 +20,7 @@ from trainer.run.sweep import Sweep, read_sweep
 
 SAME = ("name", "runs")
 """Keys of a job that say nothing of what it trains."""
+FREE = ("task_args.", "train.optimizer_args.")
 SHOWN_METRICS = 3
 GAP = "  "
 LEAST_LAST, LEAST_NAME = 10, 16
@@ -124,6 +125,8 @@ def differences(jobs: Sequence[dict[str, Any]], statuses: Sequence[dict[str, Any
     for name in {job.get("name") for job in jobs}:
         members = [job for job in jobs if job.get("name") == name]
         keys = dict.fromkeys(key for job in members for key in job if key not in SAME)
+        # A key that a job lacks was unknown to its version, unless it is one of those that any name may follow.
+        keys = {key: None for key in keys if key.startswith(FREE) or all(key in job for job in members)}
         values = {key: len({repr(job.get(key)) for job in members}) for key in keys}
         differing[name] = sorted((key for key in keys if values[key] > 1), key=values.__getitem__, reverse=True)
     keys_of = [differing[job.get("name")] for job in jobs]

@@ -51,7 +51,7 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_table_that_fits(terminal: Any, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     make(root, "cells-1", job(), loss=0.5, accuracy=0.9)
-    make(root, "cells-2", job(lr=0.01, more="seed: 7\n"), loss=0.25, accuracy=0.95)
+    make(root, "cells-2", job(lr=0.01, more="task_args: {width: 7}\nnew: 1\n"), loss=0.25, accuracy=0.95)
     make(root, "other-1", job("other", best="loss"), loss=0.125, accuracy=0.5)
     make(root, LONG, job("long"))
     head, *rows = terminal(columns=120)
@@ -59,8 +59,8 @@ def test_a_table_that_fits(terminal: Any, tmp_path: Path) -> None:
     cells = [[cell.strip() for cell in row.split("  ") if cell.strip()] for row in rows]
     assert [row[0] for row in cells] == ["cells-1", "cells-2", "other-1", LONG], "the newest last, without their folder"
     assert [row[1] for row in cells] == ["done", "done", "done", "lost"] and cells[0][2].endswith(" s")
-    assert cells[0][3:] == ["360/360", "accuracy 0.9000", "lr=0.1", "seed=null"]
-    assert cells[1][3:] == ["360/360", "accuracy 0.9500", "lr=0.01", "seed=7"]
+    assert cells[0][3:] == ["360/360", "accuracy 0.9000", "lr=0.1", "width=null"]
+    assert cells[1][3:] == ["360/360", "accuracy 0.9500", "lr=0.01", "width=7"]
     assert cells[2][3:] == ["360/360", "loss 0.1250"], "the only one of its job differs from none"
     for columns in (40, 60, 80):
         lines = terminal(columns=columns)
