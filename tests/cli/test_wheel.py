@@ -13,10 +13,14 @@ from pathlib import Path
 import omegaconf
 import pytest
 
+from trainer.launch.image import copy_sources
 from trainer.run.folder import RunFolder
+from trainer.run.tree_hash import tree_hash
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ("docker", "jobs", "k8s", "slurm")
+FILES = ("LICENSE", "README.md", "constraints.txt", "pyproject.toml")
+"""What the recipe of the image reads beside them."""
 
 
 class Project:
@@ -57,7 +61,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         check=True,
     ).stdout.split("\n")
     for name in names:
-        if name.startswith((*TEMPLATES, "trainer/", "muster.py", "pyproject", "README", "LICENSE")):
+        if name.startswith((*TEMPLATES, *FILES, "trainer/", "muster.py")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
     argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
@@ -71,7 +75,22 @@ def test_it_holds_every_template(project: Project) -> None:
     kept = {
         path.relative_to(project.packages / "trainer/templates") for path in project.packages.rglob("templates/*/**/*")
     }
-    assert {path.relative_to(ROOT) for path in ours} == kept
+    files = {Path("sources", name) for name in (*FILES, "muster.py")}
+    assert {path.relative_to(ROOT) for path in ours} | files == kept
+
+
+def test_the_image_is_made_of_the_same_files_as_in_a_clone(project: Project, tmp_path: Path) -> None:
+    """Whatever their modes are here: in the image they are root's, and everybody reads them."""
+    for path in project.packages.glob("trainer/**/*.py"):
+        path.chmod(0o600)
+    copy_sources(tmp_path)
+    of_wheel = tmp_path.with_name("of wheel")
+    program = "import sys, pathlib, trainer.launch.image as image; image.copy_sources(pathlib.Path(sys.argv[1]))"
+    of_wheel.mkdir()
+    subprocess.run([project.python, "-c", program, of_wheel], cwd=project.folder, check=True)
+    assert tree_hash(of_wheel) == tree_hash(tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in of_wheel.rglob("*")} == {0o644, 0o755}
+    assert {path.name for path in of_wheel.iterdir()} == {*FILES, "muster.py", "docker", "jobs", "trainer"}
 
 
 def test_it_trains_and_renders_for_every_platform(project: Project) -> None:

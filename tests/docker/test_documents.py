@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import documents
+import engine_image
 import pytest
 from engine import Engine
 from engine_image import Image
-
-from trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -28,10 +26,12 @@ def named(engine: Engine, image: Image) -> Iterator[None]:
 
 @pytest.mark.parametrize("command", documents.commands("docker"))
 @pytest.mark.usefixtures("named")
-def test_a_command_for_docker(engine: Engine, tmp_path: Path, command: str) -> None:
+def test_a_command_for_docker(engine: Engine, wheels: Path, tmp_path: Path, command: str) -> None:
     project = documents.copy_project(tmp_path / "muster")
     if command.startswith("make docker-build"):  # the image is built already, without a network
         command = command.replace("make", "make --dry-run", 1)
+    if command == "muster image":
+        command = shlex.join(["muster", "image", *engine_image.words(wheels)])
     done = subprocess.run(
         ["bash", "-c", documents.shortened(command, *documents.SHORT)], cwd=project, capture_output=True, text=True,
         env=engine.env | {"PATH": f"{project}/.venv/bin:{engine.env['PATH']}"}, timeout=400,
@@ -56,36 +56,3 @@ def test_containers_that_share_no_folder_are_given_the_secret(engine: Engine) ->
     engine.docker("rm", "host-a", "host-b")
     assert codes == ["0", "0"], [log.stdout + log.stderr for log in printed]
     assert "step 12/12" in printed[0].stdout + printed[0].stderr
-
-
-def test_the_image_of_a_project_of_ones_own(engine: Engine, image: Image, tmp_path: Path) -> None:
-    (text,) = documents.code(documents.ROOT / "docs/docker.md", "dockerfile")
-    (tmp_path / "Dockerfile").write_text(text.replace("FROM muster", f"FROM {image.tag}"))
-    (tmp_path / "requirements.txt").write_text("numpy\n")  # it is there: nothing is downloaded
-    (tmp_path / "mine.py").write_text("import os\nprint('mine, as', os.getuid())\n")
-    engine.docker("build", "--tag=mine", str(tmp_path))
-    done = engine.docker("run", "--rm", "--entrypoint=python", "mine", "-c", "import mine")
-    engine.docker("rmi", "--force", "mine")
-    assert "mine, as 10001" in done.stdout
-
-
-@pytest.mark.usefixtures("named")
-def test_a_project_that_init_made(engine: Engine, tmp_path: Path) -> None:
-    """Its image is built and trains. It has no secrets, and its user can read files that only we can read here."""
-    project = tmp_path / "flowers"
-    project.mkdir()
-    (project / "requirements.txt").write_text("scikit-learn\n")  # it is there: nothing is downloaded
-    (project / ".env").write_text("KEY=secret\n")
-    muster = f"{sys.executable} -m muster"
-    for command in (f"{muster} init", f'make docker-build docker-run MUSTER="{muster}" ARGS=train.epochs=1'):
-        done = subprocess.run(
-            shlex.split(command), cwd=project, capture_output=True, text=True, env=engine.env, timeout=400, umask=0o077
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    [run] = (path for path in (project / "runs").iterdir() if path.is_dir() and not path.is_symlink())
-    assert RunFolder(run).result.exists()
-    listed = engine.docker("run", "--rm", "--entrypoint=ls", "flowers", "-A", "/workspace").stdout.split()
-    readable = engine.docker("run", "--rm", "--entrypoint=cat", "flowers", "/workspace/training.py").stdout
-    engine.docker("rmi", "--force", "flowers")
-    assert {"job.yaml", "training.py"} < set(listed) and ".env" not in listed
-    assert "class Training" in readable

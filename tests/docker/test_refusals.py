@@ -42,7 +42,7 @@ def test_no_permission(runs: Runs) -> None:
 
 def test_no_image(runs: Runs) -> None:
     runs.set_site("image: nothing-of-that-name")
-    assert "make docker-build" in refused(runs)
+    assert "Run muster image" in refused(runs)
 
 
 def test_no_script(runs: Runs) -> None:

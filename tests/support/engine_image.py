@@ -86,6 +86,12 @@ def copy_context(target: Path) -> Path:
     return target
 
 
+def words(wheel_folder: Path) -> list[str]:
+    """What `muster image` needs for a build without a network, of the same layers as `build`."""
+    arguments = f"--build-arg=BASE_IMAGE={engine_base.TAG}", "--build-arg=PIP_NO_INDEX=1"
+    return ["--", "--network=none", f"--build-context=wheels={wheel_folder}", *arguments]
+
+
 def build(
     engine: Engine,
     wheel_folder: Path,

@@ -3,6 +3,7 @@
 Nothing on the machine changes: no service starts, no package is added, and deleting the folder undoes it.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ HOST_PACKAGES = (
     "libmnl0",
     "libnetfilter-conntrack3",
     "libnfnetlink0",
+    "docker-registry",
     "mmdebstrap",
     "tini",
 )
@@ -90,7 +92,8 @@ def unpack(cache: Path) -> Path:
     Raises Unavailable when the mirror does not answer.
     """
     suite = host_suite()
-    root = cache / f"packages-{suite}-{ENGINE_SUITE}-{platform.machine()}"
+    digest = hashlib.sha256(" ".join((*ENGINE_PACKAGES, *HOST_PACKAGES)).encode()).hexdigest()[:8]
+    root = cache / f"packages-{suite}-{ENGINE_SUITE}-{platform.machine()}-{digest}"
     if root.exists():
         return root
     work = cache / f"{root.name}.part"  # renamed when complete, so that an interrupted download is never used

@@ -33,6 +33,10 @@ Runs = Annotated[list[str], Argument(help="Runs and sweeps, called as in other c
 Output = Annotated[Path | None, Option("--output", help="The picture, .png or .svg; default: plot.png, here.")]
 ProjectFolder = Annotated[Path, Argument(help="The folder of the project; default: this one.", show_default=False)]
 Script = Annotated[str | None, Option("--script", help="A script to run, which may exist. Default: a task.")]
+BuildWords = Annotated[list[str] | None, Argument(help="After --: more words for docker build.", show_default=False)]
+Push = Annotated[bool, Option("--push", help="Push it to the registry that its name in the site file begins with.")]
+IMAGE_ON = "docker or kubernetes: whose site file names the image; default: docker, with --push kubernetes."
+ImageOn = Annotated[str | None, Option("--on", help=IMAGE_ON)]
 Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
 AllRanks = Annotated[bool, Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")]
 Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: one run for each value.")]
@@ -129,6 +133,18 @@ def init(folder: ProjectFolder = Path(), script: Script = None) -> None:
     from trainer.launch import init as project
 
     print(*project.init(folder, script), sep="\n")
+
+
+@app.command()
+def image(words: BuildWords = None, push: Push = False, on: ImageOn = None, site: Site = None) -> None:
+    """Build the image that your project's jobs run in, unless it is up to date.
+
+    It holds Muster and what your project's Dockerfile or requirements name, and none of your code.
+    """
+    from trainer.launch import image as images
+
+    for line in images.make_image(on, site, push, words or []):
+        print(line)
 
 
 @app.command("list")

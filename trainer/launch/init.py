@@ -8,17 +8,11 @@ from pathlib import Path
 from string import Template
 
 from trainer.errors import JobError
+from trainer.launch.dockerfile import LISTS, UNREAD, dockerfile
 
 TEXTS = Path(__file__).with_name("project")
 JOB = "job.yaml"
 IGNORE = ".dockerignore"
-LISTS = ("requirements.txt", "pyproject.toml")
-"""What an image's packages can be read from; the first counts."""
-UNREAD = ("environment.yml", "environment.yaml", "Pipfile", "setup.py", "setup.cfg")
-DEPENDENCIES = (
-    "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb')).get('project', {}); "
-    "print(*project.get('dependencies', []), sep='\\n')"
-)
 IGNORED = re.compile(r"/?runs(/\**)?")
 """A line of .gitignore that leaves the run folders out."""
 
@@ -64,7 +58,7 @@ def _pieces(folder: Path, script: str | None) -> Iterator[Piece]:
         yield Piece(script, _fill("script.py"), "the training, in a loop of your own")
     for platform in ("slurm", "docker", "k8s"):
         yield Piece(f"{platform}/site.yaml", _fill(f"{platform}-site.yaml", name=name), "facts about your cluster")
-    yield Piece("Dockerfile", _dockerfile(folder), "the image: Muster's, and what the project needs")
+    yield Piece("Dockerfile", dockerfile(folder), "the image: Muster's, and what the project needs")
     yield Piece(IGNORE, _fill("dockerignore"), "what the image is built without: runs, secrets ...")
     makefile = _fill("Makefile", name=name)
     if (folder / "Makefile").exists() and (folder / "Makefile").read_text(errors="replace") != makefile:
@@ -95,22 +89,6 @@ def _stub(folder: Path) -> tuple[str, str]:
     if packages:
         return f"src/{packages[0].name}/training.py", f"{packages[0].name}.training:Training"
     return ("src/" if (folder / "src").is_dir() else "") + "training.py", "training:Training"
-
-
-def _dockerfile(folder: Path) -> str:
-    lines = [
-        "# The image of this project, on top of Muster's, which `make docker-build` makes in a clone of Muster.",
-        "# The code is in it for Kubernetes; elsewhere each run has a copy of its own.",
-        "FROM muster",
-        "USER root",
-    ]
-    found = next((name for name in LISTS if (folder / name).is_file()), None)
-    if found == LISTS[0]:
-        lines += [f"COPY {found} ./", f"RUN pip install --no-cache-dir --requirement {found}"]
-    elif found:
-        read = f'python3 -c "{DEPENDENCIES}"'
-        lines += [f"COPY {found} ./", f"RUN {read} | pip install --no-cache-dir --requirement /dev/stdin"]
-    return "\n".join([*lines, "COPY --chown=10001:10001 . ./", "USER 10001:10001", ""])
 
 
 def _ignore_runs(folder: Path) -> Iterator[str]:

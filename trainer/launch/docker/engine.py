@@ -26,19 +26,26 @@ REFUSALS = (
 )  # fmt: skip
 
 
-def check_engine(image: str, registry: bool, gpus: bool) -> None:
-    """Check that the engine can run this image. Raises JobError: it cannot; with the remedy.
-
-    `registry`: whether the image comes from one; `gpus`: whether the containers need GPUs.
-    """
+def ensure_engine() -> None:
+    """Raises JobError: there is no docker command, or no engine that answers it."""
     if shutil.which("docker") is None:
         raise JobError("--on", "docker", "this machine has no docker command", "Install Docker, or use --on local")
     docker("version", "--format", "{{.Server.Version}}")
-    if subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode:
-        build = "Run make docker-build, or set another image in docker/site.yaml"
+
+
+def check_engine(image: str, registry: bool, gpus: bool) -> str:
+    """Check that the engine can run this image, and return its id. Raises JobError: it cannot; with the remedy.
+
+    `registry`: whether the image comes from one; `gpus`: whether the containers need GPUs.
+    """
+    ensure_engine()
+    found = subprocess.run(["docker", "image", "inspect", "--format={{.Id}}", image], capture_output=True, text=True)
+    if found.returncode:
+        build = "Run muster image, or set another image in docker/site.yaml"
         raise JobError("image", image, "is not on this machine", f"Run docker pull {image}" if registry else build)
     if gpus and "nvidia" not in docker("info", "--format", "{{json .Runtimes}} {{json .CDISpecDirs}}"):
         raise refusal("could not select device driver")
+    return found.stdout.strip()
 
 
 def docker(*argv: str) -> str:

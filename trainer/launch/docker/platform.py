@@ -182,11 +182,12 @@ class Docker(Supervised[DockerSite]):
 
     def submit(self, plan: Plan[DockerSite], request: list[str], follow: bool) -> dict[str, Any]:
         """Start the supervisor. Raises JobError: no engine, permission, image or GPU support, or a refused command."""
-        site = plan.site
-        check_engine(site.reference, bool(site.registry), bool(wanted_devices(plan.job, visible_devices())))
+        site, gpus = plan.site, bool(wanted_devices(plan.job, visible_devices()))
+        built = check_engine(site.reference, bool(site.registry), gpus)
         check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
         check_container(DockerNodes(plan.run, plan.job, site))
-        write_json(plan.run.plan / "docker.json", asdict(site))
+        # All its containers get this build, also when the name has come to mean another one meanwhile.
+        write_json(plan.run.plan / "docker.json", asdict(site) | {"image": built, "registry": ""})
         return self.supervise(plan, follow)
 
     def nodes(self, run: RunFolder, job: Job) -> DockerNodes:

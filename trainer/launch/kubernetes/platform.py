@@ -23,6 +23,7 @@ from trainer.launch.kubernetes.pod_logs import (
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import Pod, missing_nodes, newest_pods, read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
+from trainer.launch.pushed import pushed
 from trainer.launch.snapshot import take_snapshot
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
@@ -50,7 +51,8 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
             take_snapshot(Path.cwd(), plan.run)
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
-        return make_manifests(plan, pack_code(plan))
+        site = replace(plan.site, image=pushed(plan.site.image))
+        return make_manifests(replace(plan, site=site), pack_code(plan))
 
     def render(self, request: Manifests) -> str:
         return render_manifests(request)

@@ -1,0 +1,155 @@
+"""The Dockerfile that a project gets, and what one is made of, by which an image is up to date or not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import documents
+import pytest
+from paths import ROOT
+
+from trainer.launch.dockerfile import dockerfile, sources
+from trainer.launch.image import make_image
+from trainer.launch.pushed import pushed, record_push
+from trainer.run.tree_hash import hash_files, tree_hash
+
+PYPROJECT = '[project]\nname = "flow"\ndependencies = ["einops>=0.7", "tqdm"]\n'
+
+
+def installation(text: str) -> str:
+    """What the shell of the build is told."""
+    (run,) = re.findall(r"^RUN --mount=\S+ \\\n((?:.*\\\n)*.*)", text, re.MULTILINE)
+    return str(run.replace("\\\n", " "))
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_project_that_needs_nothing(tmp_path: Path) -> None:
+    assert dockerfile(tmp_path).splitlines()[-1] == "FROM muster"
+
+
+def test_the_page_shows_it(tmp_path: Path) -> None:
+    write(tmp_path, requirements_txt="numpy\n")
+    (shown,) = documents.code(ROOT / "docs/docker.md", "dockerfile")
+    assert dockerfile(tmp_path).endswith(shown)
+
+
+def test_a_lock_comes_first(tmp_path: Path) -> None:
+    for name, words in (
+        ("pyproject.toml", "pip install --no-cache-dir --requirement /dev/stdin"),
+        ("requirements.txt", "pip install --no-cache-dir --requirement requirements.txt"),
+        ("pylock.toml", "pip install --no-cache-dir --requirement pylock.toml"),
+        ("uv.lock", "uv export --quiet --frozen"),
+    ):
+        (tmp_path / name).write_text(PYPROJECT)
+        text = dockerfile(tmp_path)
+        assert words in installation(text) and name in sources(tmp_path, text)
+        assert text.endswith("USER 10001:10001\n") and "USER root" in text
+
+
+def test_the_list_of_pyproject(tmp_path: Path) -> None:
+    write(tmp_path, pyproject_toml=PYPROJECT)
+    words = shlex.split(installation(dockerfile(tmp_path)).partition(" | ")[0])
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "einops>=0.7\ntqdm\n"
+
+
+def test_requirements_with_others_in_them(tmp_path: Path) -> None:
+    """Files that they include come along; folders of this machine do not, because the code comes with the run."""
+    lines = "-r more/base.txt\n-c pins.txt\n-e .\n./lib\n--editable=libs/x\n.[dev]\n-e git+https://a.example/b\nnumpy\n.\n./wheels/a.whl\n"
+    write(
+        tmp_path,
+        requirements_txt=lines,
+        more__base_txt="tqdm\n",
+        pins_txt="tqdm==4\n",
+        wheels__a_whl="",
+        pyproject_toml=PYPROJECT,
+    )
+    text = dockerfile(tmp_path)
+    assert sources(tmp_path, text) == [
+        "more/base.txt",
+        "pins.txt",
+        "pyproject.toml",
+        "requirements.txt",
+        "wheels/a.whl",
+    ]
+    copies = re.findall(r"^COPY (.*)", text, re.MULTILINE)
+    assert "more/base.txt more/" in copies and "requirements.txt ./" in copies
+    (edit,) = re.findall(r"^RUN (sed .*)", text, re.MULTILINE)
+    subprocess.run(["sh", "-c", edit], cwd=tmp_path, check=True)
+    kept = "-r more/base.txt\n-c pins.txt\n-e git+https://a.example/b\nnumpy\n./wheels/a.whl\n"
+    assert (tmp_path / "requirements.txt").read_text() == kept
+    assert "tomllib" in text and "--requirement requirements.txt" in text
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("FROM muster\nCOPY requirements.txt ./", ["requirements.txt"]),
+    ("FROM muster\nCOPY --chown=1:1 \\\n  lib/ train.py /x/", ["lib/a.py", "lib/b.py", "train.py"]),
+    ('FROM muster\nCOPY ["train.py", "x/"]\nADD https://a.example/x y', ["train.py"]),
+    ("FROM muster AS one\nCOPY . .", ["lib/a.py", "lib/b.py", "requirements.txt", "train.py"]),
+    ("FROM x AS one\nFROM muster\nCOPY --from=one /train.py .\nCOPY lib/*.py .", ["lib/a.py", "lib/b.py"]),
+    ("FROM muster\nRUN --mount=source=lib,target=/x --mount=type=cache,target=/y a", ["lib/a.py", "lib/b.py"]),
+    ("FROM muster\nRUN echo COPY train.py", []),
+])  # fmt: skip
+def test_what_an_image_is_made_of(tmp_path: Path, text: str, expected: list[str]) -> None:
+    write(tmp_path, requirements_txt="", train_py="", lib__a_py="", lib__b_py="")
+    assert sources(tmp_path, text) == expected
+
+
+def test_a_hash_tells_names_contents_links_and_programs_apart(tmp_path: Path) -> None:
+    write(tmp_path, a_py="a", b__c_py="c")
+    (tmp_path / "link").symlink_to("a.py")
+    seen = {tree_hash(tmp_path)}
+
+    def differs() -> bool:
+        before = len(seen)
+        seen.add(tree_hash(tmp_path))
+        return len(seen) > before
+
+    assert not differs()
+    (tmp_path / "a.py").chmod(0o600)
+    assert not differs(), "who may read it differs between machines"
+    (tmp_path / "a.py").chmod(0o755)
+    assert differs()
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("b")
+    assert differs()
+    (tmp_path / "b/c.py").rename(tmp_path / "b/d.py")
+    assert differs()
+    (tmp_path / "a.py").write_text("b")
+    assert differs()
+    (tmp_path / "empty").mkdir()
+    assert not differs()
+    assert hash_files(tmp_path, ["b/d.py", "a.py", "link"]) in seen
+
+
+def test_what_was_pushed_from_a_folder_is_known_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pushed("registry.example/team/a:1") == "registry.example/team/a:1"
+    record_push("registry.example/team/a:1", "registry.example/team/a@sha256:0")
+    record_push("registry.example/b", "registry.example/b@sha256:1")
+    assert pushed("registry.example/team/a:1") == "registry.example/team/a@sha256:0"
+    assert pushed("registry.example/c") == "registry.example/c"
+    assert (tmp_path / ".muster/.gitignore").read_text() == "*\n"
+
+
+@pytest.mark.parametrize(("image", "words", "problem"), [
+    ("flowers", {"push": True}, "names no registry"), ("a.example/b@sha256:0", {}, "a build that is finished"),
+    ("flowers", {"on": "slurm"}, "must be one of docker, kubernetes"),
+])  # fmt: skip
+def test_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, words: dict[str, object], problem: str
+) -> None:
+    write(tmp_path, k8s__site_yaml=f"image: {image}\n", docker__site_yaml=f"image: {image}\n")
+    monkeypatch.chdir(tmp_path)
+    asked = {"on": None, "site": None, "push": False, "words": [], **words}
+    with pytest.raises(ValueError, match=problem):
+        list(make_image(**asked))  # type: ignore[arg-type]

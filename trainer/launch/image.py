@@ -1,0 +1,175 @@
+"""`muster image`: the project's image, on top of Muster's own. Each is made anew only when what it is made of changed.
+
+Muster's own is made of docker/Dockerfile and of what that reads: of the clone, or of the wheel, which brings it along.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import trainer
+from trainer.errors import JobError, wrong_choice
+from trainer.launch.docker.engine import docker, ensure_engine, refusal
+from trainer.launch.dockerfile import OURS, dockerfile, sources
+from trainer.launch.platform import find_platform
+from trainer.launch.pushed import record_push
+from trainer.run.tree_hash import hash_files, tree_hash
+
+BASE = "muster-base"
+"""The name of Muster's own image on this machine."""
+FILES = ("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "muster.py")
+"""What docker/Dockerfile reads beside docker/lock.txt, jobs and the package."""
+DIGITS = 12
+"""Of a hash in a tag."""
+STEP = re.compile(r"------\n > (.*)\n((?:.*\n)*?)------\n")
+"""Where docker build repeats the step that failed, and what that printed last."""
+OFFLINE = "name resolution|network is unreachable|no route to host|failed to resolve source|no matching distribution"
+PUSHES = (
+    ("denied|unauthorized|authentication required|no basic auth", "does not let you push there",
+     "Log in: docker login {registry}"),
+    ("server gave http response to https", "speaks HTTP only",
+     "Give it a certificate, or add it to insecure-registries of the engine"),
+    ("refused|no such host|timeout|timed out|unreachable|name resolution", "does not answer",
+     "Is the image of the site file right, and its registry reachable from the engine?"),
+)  # fmt: skip
+
+
+def make_image(on: str | None, site: Path | None, push: bool, words: Sequence[str]) -> Iterator[str]:
+    """Make the image that a site file names, and push it; yield what to tell the user.
+
+    `on`: whose site file; `words`: more words for `docker build`. Raises JobError: the engine, the build or the
+    registry refused.
+    """
+    on = on or ("kubernetes" if push else "docker")
+    if on not in ("docker", "kubernetes"):
+        raise wrong_choice("--on", on, ["docker", "kubernetes"])
+    facts = find_platform(on).load_site(site)
+    image = getattr(facts, "reference", None) or facts.image
+    repository, tag = _split(image)
+    if push and "/" not in repository:
+        problem = f"names no registry to push to, in the site file for {on}"
+        raise JobError("image", image, problem, f"Write registry.example/team/{repository}, or add --on or --site")
+    ensure_engine()
+    folder = Path.cwd()
+    own = folder / "Dockerfile"
+    text = own.read_text(errors="replace") if own.is_file() else dockerfile(folder)
+    base = _make_base(words) if OURS.search(text) else ""
+    inputs = "\0".join([text, hash_files(folder, sources(folder, text)), base, version("muster-train"), *words])
+    built = f"{repository}:{hashlib.sha256(inputs.encode()).hexdigest()[:DIGITS]}"
+    if _is_there(built):
+        yield f"{built} is up to date"
+    else:
+        on_base = [f"--build-context={name}=docker-image://{base}" for name in ("muster", "muster:latest") if base]
+        if own.is_file():
+            _build([*on_base, f"--tag={built}", *words, str(folder)])
+        else:
+            _build([*on_base, f"--tag={built}", "--file=-", *words, str(folder)], text)
+        yield f"built {built}"
+    docker("tag", built, f"{repository}:{tag}")
+    if push:
+        digest = _push(built, repository)
+        _push(f"{repository}:{tag}", repository)
+        record_push(image, digest)
+        yield f"pushed {digest}, which jobs on {on} from this folder use"
+
+
+def _split(image: str) -> tuple[str, str]:
+    """Repository and tag. Raises JobError: it names a finished build."""
+    if "@" in image or image.startswith("sha256:"):
+        raise JobError("image", image, "names a build that is finished", "Remove the digest in the site file")
+    repository, colon, tag = image.rpartition(":")
+    return (repository, tag) if colon and "/" not in tag else (image, "latest")
+
+
+def _is_there(image: str) -> bool:
+    return subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode == 0
+
+
+def _make_base(words: Sequence[str]) -> str:
+    """Make Muster's own image, where it is not there yet; return its name."""
+    recipe = _ours("docker") / "Dockerfile"
+    with tempfile.TemporaryDirectory(prefix="muster-image-") as name:
+        copy_sources(Path(name))
+        inputs = "\0".join([tree_hash(Path(name)), recipe.read_text(), *words])
+        number = version("muster-train")
+        base = f"{BASE}:{number}-{hashlib.sha256(inputs.encode()).hexdigest()[:DIGITS]}"
+        if not _is_there(base):
+            print(f"building {base} first, once for this version of Muster", file=sys.stderr)
+            _build([f"--file={recipe}", f"--build-arg=VERSION={number}", f"--tag={base}", *words, name])
+    return base
+
+
+def copy_sources(context: Path) -> None:
+    """Bring together what docker/Dockerfile reads, readable for everybody: in an image it is root's."""
+    (context / "docker").mkdir()
+    shutil.copyfile(_ours("docker") / "lock.txt", context / "docker/lock.txt")
+    for name in FILES:
+        shutil.copyfile(_ours(name), context / name)
+    left_out = shutil.ignore_patterns("__pycache__", "templates")
+    for folder in (_ours("jobs"), Path(trainer.__file__).parent):
+        shutil.copytree(folder, context / folder.name, ignore=left_out)
+    for path in context.rglob("*"):
+        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+
+
+def _ours(name: str) -> Path:
+    """A file or folder that lies beside the package in a clone, and inside of it where the wheel is installed."""
+    package = Path(trainer.__file__).resolve().parent
+    places = package / "templates" / name, package / "templates/sources" / name, package.parent / name
+    return next((path for path in places if path.exists()), places[-1])
+
+
+def _build(words: Sequence[str], text: str | None = None) -> None:
+    """Let docker build, and show what it says. Raises JobError: it failed, with the end of what it said."""
+    said: deque[str] = deque(maxlen=200)
+    with subprocess.Popen(
+        ["docker", "build", *words], stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(text or "")
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            said.append(line)
+    if process.returncode:
+        raise _failure("".join(said))
+
+
+def _failure(said: str) -> JobError:
+    if "no space left" in said.lower():
+        return refusal(said)
+    steps = STEP.findall(said)
+    step, end = steps[-1] if steps else ("docker build", said)
+    lines = [re.sub(r"^[\d.]+ ", "", line).strip() for line in end.splitlines() if line.strip()]
+    lines = [line for line in lines if "error" in line.lower()] or lines
+    remedy = "Correct the Dockerfile, or what it installs"
+    if re.search(OFFLINE, said.lower()):
+        remedy = "For another index of packages than pip's own, hand in a configuration of pip: "
+        remedy += "muster image -- --secret=id=pip.conf,src=FILE"
+    if "requires buildkit" in said.lower() or "unknown flag: --mount" in said.lower():
+        remedy = "Install docker-buildx: the engine's old builder cannot read this Dockerfile"
+    return JobError("Dockerfile", " ".join(step.split()), " / ".join(lines[-3:])[:600], remedy)
+
+
+def _push(image: str, repository: str) -> str:
+    """Push an image; return its name with the digest. Raises JobError: the registry refused."""
+    done = subprocess.run(["docker", "push", image], stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said, registry = " ".join(done.stderr.split()), repository.partition("/")[0]
+        for pattern, problem, remedy in PUSHES:
+            if re.search(pattern, said.lower()):
+                raise JobError("image", image, f"{registry} {problem}: {said[-300:]}", remedy.format(registry=registry))
+        raise JobError("image", image, f"cannot be pushed: {said[-300:]}", f"Correct it, and say docker push {image}")
+    found = docker("image", "inspect", "--format", '{{join .RepoDigests "\\n"}}', image).split()
+    names = repository, f"docker.io/{repository}"
+    return next((name for name in found if name.partition("@")[0] in names), image)
