@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -41,16 +41,26 @@ class Plan(Generic[SiteT]):
     job_folder: Path | None = None
     """Where the job file of a new run lies; user code may lie beside it."""
 
-    def folder_lines(self, has_code: bool) -> list[str]:
-        """Shell lines that make the run folder, if it is not there; `has_code`: ranks find the user's code in it."""
-        if self.run.source.exists():
-            return []
-        paths = self.run.logs, self.run.events, self.run.code, self.run.job
-        logs, events, code, job = (shlex.quote(str(path)) for path in paths)
-        mask = "umask go-w  # nobody else may write what is acted upon"
-        modules = [f"mkdir -p {code}  # copy modules of your own here"] if has_code else []
-        text = [f"cat >{job} <<'END_OF_JOB'", *self.job_text.splitlines(), "END_OF_JOB"]
-        return [mask, f"mkdir -p {logs} {events}", *modules, *text]
+    def shell_lines(self, commands: Sequence[str], has_code: bool, files: Mapping[Path, str] = {}) -> list[str]:
+        """Lines to paste into a shell: the commands, after those that make the run folder where it is not there.
+
+        Below the commands is what they are handed: the job, and other `files` that are made before. `has_code`: ranks
+        find the user's code in the run folder. A command that ends in `&` does not wait for its end.
+        """
+        words = {path: shlex.quote(str(path)) for path in (self.run.logs, self.run.events, self.run.code, *files)}
+        first, notes = [], []
+        if not self.run.source.exists():
+            folders = [self.run.logs, self.run.events, *([self.run.code] if has_code else [])]
+            first = ["umask go-w", f"mkdir -p {' '.join(words[folder] for folder in folders)}"]  # others must not write
+            files = {self.run.job: self.job_text, **files}
+            notes = [f"# Modules of your own belong into {words[self.run.code]}"] if has_code else []
+        ends = {path: f"END_OF_{path.suffix[1:].upper()}" for path in files}
+        made = [f"cat >{shlex.quote(str(path))} <<'{end}'" for path, end in ends.items()]
+        *before, last = [*first, *made, *commands]
+        # One line for the shell, which then reads the files one after the other.
+        chain = [f"{command} \\" if command.endswith("&") else f"{command}; \\" for command in before]
+        texts = [line for path, text in files.items() for line in (*text.splitlines(), ends[path])]
+        return [*chain, last, *texts, *notes]
 
 
 class Phase(str, Enum):

@@ -49,6 +49,11 @@ def words_after(words: list[str], head: str) -> list[str]:
     return words[next(index for index, word in enumerate(words) if Path(word).name == head) + 1 :]
 
 
+def last_command(text: str) -> list[str]:
+    """The words of the command that starts all, above what it is handed."""
+    return shlex.split(next(line for line in text.splitlines() if not line.endswith("\\")))
+
+
 def agent_command(words: list[str]) -> tuple[list[str], Path]:
     """The command without folders, and its job file."""
     return [re.sub(r"^python[\d.]*$", "python", Path(words[0]).name), *words[1:-1]], Path(words[-1])
@@ -63,7 +68,7 @@ def entrypoint() -> list[str]:
 
 def local(plan: Plan, text: str) -> list[Launch]:
     """The supervisor that is rendered starts one process a node; it kills after the same grace."""
-    assert shlex.split(text.splitlines()[-1])[1:] == [str(ROOT / "muster.py"), "supervisor", str(plan.run)]
+    assert last_command(text)[1:] == [str(ROOT / "muster.py"), "supervisor", str(plan.run)]
     launches = []
     for node in range(plan.job.nodes):
         words, variables = Nodes(plan.run, plan.job).command(node, 0, Lease([]))
@@ -77,7 +82,7 @@ def docker(plan: Plan, text: str) -> list[Launch]:
     launches = []
     for line in text.splitlines():
         if line.startswith("docker run "):
-            words = [word for word in shlex.split(line) if word != "&"]
+            words = [word for word in shlex.split(line.removesuffix("\\")) if word != "&"]
             options = dict(
                 word.removeprefix("--env=").partition("=")[::2] for word in words if word.startswith("--env=")
             )
@@ -89,7 +94,7 @@ def docker(plan: Plan, text: str) -> list[Launch]:
 
 def slurm(plan: Plan, text: str) -> list[Launch]:
     """The sbatch line behind the script, and the variables that slurmd gives to each task of its srun."""
-    words = shlex.split(text.splitlines()[-1].removeprefix("# "))
+    words = last_command(text)
     flags = dict(word.partition("=")[::2] for word in words_after(words, "sbatch") if word.startswith("--"))
     inner = [word for word in words_after(words, "job.sbatch") if not word.startswith("--")]
     command, path = agent_command(inner)

@@ -177,8 +177,9 @@ class Docker(Supervised[DockerSite]):
         wanted = wanted_devices(plan.job, visible)
         lease = Lease(wanted if isinstance(wanted, list) else visible[:wanted])
         network = [shlex.join(["docker", "network", "create", nodes.name])] if nodes.own_network else []
-        containers = " &\n".join(shlex.join(nodes.command(node, 0, lease)[0]) for node in range(plan.job.nodes))
-        return [*plan.folder_lines(True), *network, containers]
+        containers = [shlex.join(nodes.command(node, 0, lease)[0]) for node in range(plan.job.nodes)]
+        *others, last = containers
+        return plan.shell_lines([*network, *(f"{other} &" for other in others), last], has_code=True)
 
     def submit(self, plan: Plan[DockerSite], request: list[str], follow: bool) -> dict[str, Any]:
         """Start the supervisor. Raises JobError: no engine, permission, image or GPU support, or a refused command."""

@@ -152,7 +152,7 @@ class Local(Supervised[None]):
             raise JobError("--site", str(path), "the local platform has no site file", "Remove it")
 
     def build(self, plan: Plan[None]) -> list[str]:
-        return [*plan.folder_lines(False), shlex.join(supervisor_argv(plan.run))]
+        return plan.shell_lines([shlex.join(supervisor_argv(plan.run))], has_code=False)
 
     def submit(self, plan: Plan[None], request: list[str], follow: bool) -> dict[str, Any]:
         wanted_devices(plan.job, visible_devices())

@@ -71,8 +71,7 @@ class SlurmSite:
 class SlurmRequest:
     """What sbatch takes: `sbatch FLAGS SCRIPT ARGUMENTS`, and variables of its environment."""
 
-    run_folder: list[str]
-    """Shell lines that make the run folder, where nobody submitted the run."""
+    plan: Plan[SlurmSite]
     environment: dict[str, str]
     flags: list[str]
     script: str
@@ -123,18 +122,14 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
         if plan.site.setup:
             environment |= {SETUP: str(Path(plan.site.setup).resolve())}
         return SlurmRequest(
-            plan.folder_lines(True), environment, _flags(plan, _pattern(logs, log), *flags),
+            plan, environment, _flags(plan, _pattern(logs, log), *flags),
             template("slurm", "job.sbatch").read_text(), plan.run.path / "job.sbatch",
             _arguments(plan, environment, _pattern(logs, node_log), target),
         )  # fmt: skip
 
     def render(self, request: SlurmRequest) -> str:
-        return "\n".join([
-            *request.run_folder,
-            f"cat >{shlex.quote(str(request.script_path))} <<'END_OF_SCRIPT'",
-            f"{request.script}END_OF_SCRIPT",
-            shlex.join(request.argv(request.script_path)),
-        ])  # fmt: skip
+        files = {request.script_path: request.script}
+        return "\n".join(request.plan.shell_lines([shlex.join(request.argv(request.script_path))], True, files))
 
     def submit(self, plan: Plan[SlurmSite], request: SlurmRequest, follow: bool) -> dict[str, Any]:
         """Submit by sbatch; Slurm's own refusal is shown once. Raises JobError: no Slurm here, or Slurm refused."""

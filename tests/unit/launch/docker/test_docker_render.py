@@ -31,7 +31,8 @@ def command_lines(folder: Path, text: str, *overrides: str) -> list[list[str]]:
     site = folder / "site.yaml"
     site.write_text(text)
     rendered = render_job("jobs/digits.yaml", ["runs=/big", *overrides], "docker", site)
-    return [shlex.split(line) for line in rendered.splitlines() if line.startswith("docker ")]
+    lines = [line for line in rendered.splitlines() if line.startswith("docker ")]
+    return [shlex.split(line.removesuffix("\\").rstrip().removesuffix(";")) for line in lines]
 
 
 def own(words: list[str]) -> list[str]:

@@ -26,12 +26,17 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+def last_command(text: str) -> list[str]:
+    """The words of the last command, which stands above what it is handed."""
+    return shlex.split(next(line for line in text.splitlines() if not line.endswith("\\")))
+
+
 def command_line(folder: Path, text: str) -> list[str]:
-    """The words of the last line, which submits."""
+    """The words of the line that submits."""
     site = folder / "site.yaml"
     site.write_text(text)
     words = ["nodes=2", "devices_per_node=4", "train.batch_size=64", "runs=/big"]
-    return shlex.split(render_job("jobs/digits.yaml", words, "slurm", site).splitlines()[-1])
+    return last_command(render_job("jobs/digits.yaml", words, "slurm", site))
 
 
 @pytest.mark.parametrize(
@@ -92,4 +97,11 @@ def test_run_folders_are_made_where_the_site_says(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("trainer.launch.slurm.platform.Slurm.submit", lambda *_: {"job_id": "7"})
     submit_job("jobs/digits.yaml", [], "slurm", site)
     (run,) = (tmp_path / "project space").glob("digits-*")
-    assert f"--chdir={run}/code" in shlex.split((run / "plan/slurm.txt").read_text().splitlines()[-1])
+    assert f"--chdir={run}/code" in last_command((run / "plan/slurm.txt").read_text())
+
+
+def test_the_command_comes_before_what_it_is_handed(tmp_path: Path) -> None:
+    lines = render_job("jobs/digits.yaml", [f"runs={tmp_path}", "device=cpu"], "slurm", None).splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["umask", "mkdir", "cat", "cat", "sbatch", "name:"]
+    assert "END_OF_YAML" in lines and lines[-2] == "END_OF_SBATCH"
+    assert lines[-1] == f"# Modules of your own belong into {tmp_path}/digits-ID/code"
