@@ -192,7 +192,7 @@ def plot(result: dict[str, Any], losses: dict[str, list[float]], path: Path) -> 
     try:
         figure = importlib.import_module("matplotlib.figure").Figure(figsize=(12, 4), layout="constrained")
     except ImportError:
-        return "compare.json; no plot: it needs the package matplotlib, which is not installed here"
+        return 'compare.json; no plot without matplotlib: pip install "muster-train[plot]"'
     speeds, memory, curves = figure.subplots(1, 3)
     for place, (mode, item) in enumerate(result["modes"].items()):
         speeds.bar(place, item["samples_per_s"])

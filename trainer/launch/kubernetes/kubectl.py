@@ -23,6 +23,8 @@ REMEDIES = {
     "`kubectl cluster-info`, and context and namespace in the site file",
 }
 """Remedies by patterns in kubectl's message."""
+ASTRAY = "; if you choose to ignore these errors, turn validation off with --validate=false"
+"""What kubectl advises when it reaches no cluster, which would not help."""
 
 
 class Unanswered(JobError):
@@ -62,7 +64,7 @@ class Kubectl:
             problem = f"gave no answer within {timeout_s:.0f} s"
             raise Unanswered("kubectl", " ".join(argv), problem, "Check `kubectl cluster-info`") from None
         if done.returncode:
-            words = (done.stderr or done.stdout).decode(errors="replace")
+            words = re.sub(ASTRAY, "", (done.stderr or done.stdout).decode(errors="replace"))
             lines = dict.fromkeys(words.splitlines())  # kubectl repeats some for each object
             raise Refused(" ".join(" ".join(lines).split())[-2000:] or f"exit code {done.returncode}")
         return done.stdout
