@@ -19,7 +19,9 @@ __all__ = ["Session", "Task", "huggingface", "lightning"]
 HOMES = {"Session": "trainer.training.session", "Task": "trainer.task", "__version__": "trainer"}
 ADAPTERS = ("huggingface", "lightning")
 """Modules that need what an extra of the same name installs."""
-PROGRAMS = {"agent": "trainer", "supervisor": "trainer.launch.local.supervisor"}
+PROGRAMS = {
+    "agent": "trainer", "supervisor": "trainer.launch.local.supervisor", "there": "trainer.launch.ssh.there",
+}  # fmt: skip
 """What platforms start, by its first word; each is a module that runs."""
 
 

@@ -25,6 +25,8 @@ def hide(text: str) -> str:
 class JobError(ValueError):
     """The user's input is wrong. The message names the key, the value and the remedy; exit code 64."""
 
+    code = WRONG_JOB
+
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
         shown, problem, remedy = hide(repr(value)), hide(problem), hide(remedy)
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
@@ -38,6 +40,12 @@ class JobError(ValueError):
 
 class MaybeAccepted(JobError):
     """The platform failed while it took the job, and may have taken it."""
+
+
+class Cut(MaybeAccepted):
+    """The connection to whoever takes the job was cut: the same command completes the submission."""
+
+    code = FAILED
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:

@@ -185,14 +185,14 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         sys.exit(FAILED if sys.argv[1:2] == ["run"] else DONE)  # a run that nobody follows any more stops, and saves
     except JobError as error:
-        message = str(error)
+        message, code = str(error), error.code
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
         if not (type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message")):
             raise
-        message = f"{error.format_message()} (see muster --help)"
+        message, code = f"{error.format_message()} (see muster --help)", WRONG_JOB
     else:
         sys.exit(code)
     print(f"ERROR: {message}", file=sys.stderr)
-    sys.exit(WRONG_JOB)
+    sys.exit(code)

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import DONE, FAILED, STOPPED, JobError
 from trainer.launch.handle import read_handle
 from trainer.launch.moved import copied_from
-from trainer.launch.platform import AnyPlatform, JobStatus, Phase, find_platform
+from trainer.launch.platform import AnyPlatform, JobStatus, Phase, platform_of
 from trainer.launch.waiting import is_waiting, waited
 from trainer.records import NOT_OURS, is_count, write_json
 from trainer.run.descriptions import describe, duration, epoch, numbers, values_of
@@ -33,7 +33,7 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
         return None, partial(by_events, run)
     if original := copied_from(run, handle):
         return None, partial(_by_copy, run, original)
-    platform = find_platform(handle["platform"])
+    platform = platform_of(handle)
     if platform.copies_logs and (problem := foreign(run)):
         return None, partial(_without_asking, run, problem)
     return handle, partial(platform.status, run, handle)
@@ -48,7 +48,7 @@ def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
         raise JobError("RUN", str(run), "was not submitted by muster", "Stop it with its platform's own tools")
     if original := copied_from(run, handle):
         raise JobError("RUN", str(run), f"is a copy of {original}", "Give the folder that it was copied from")
-    platform = find_platform(handle["platform"])
+    platform = platform_of(handle)
     now = platform.status(run, handle)
     if not now.is_active and now.phase != Phase.LOST:  # the platform itself explains what became of a lost one
         raise JobError("RUN", str(run), f"is not running: it is {now.phase}", "`muster run` continues it")
@@ -182,8 +182,8 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
         if now.phase == Phase.UNKNOWN and now.reason != said:  # there may never be more to see
             said = now.reason
             warn(said)
-        if handle is not None and rank is not None:
-            find_platform(handle["platform"]).bring_rank_log(run, handle, rank)
+        if handle is not None:
+            platform_of(handle).bring_rank_log(run, handle, rank)
         nodes = sorted(run.logs.glob("node-*.log")) if rank is None else []
         for path in nodes or run.logs_of_ranks(rank):
             if path not in tails:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from trainer.errors import JobError
-from trainer.launch.platform import find_platform
+from trainer.launch.platform import platform_of
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
 
@@ -14,7 +14,7 @@ def read_handle(run: RunFolder) -> dict[str, Any] | None:
     handle = read_json(run.handle)
     if handle is None:
         return None
-    platform = find_platform(str(handle.get("platform")))
+    platform = platform_of(handle)
     for key, pattern in platform.ids.items():
         if not re.fullmatch(pattern, str(handle.get(key))):
             problem = f"{run.handle} says {key}={handle.get(key)!r}, which {platform.name} never gave"

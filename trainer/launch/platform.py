@@ -118,6 +118,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     """Whether asking it writes into the run folder, which only its owner may let it do: a log there can be a link."""
     runs_code_of_here = True
     """Whether ranks run the user's code that is on this machine, so that it must be there."""
+    asks_machine = False
+    """Whether what it renders depends on the machine that it runs on: its devices, its engine."""
     has_arrays = False
     """Whether it has `submit_sweep`."""
 
@@ -154,6 +156,17 @@ class Platform(ABC, Generic[SiteT, RequestT]):
         """Submit several runs as one array; `plan.run` is the folder whose `sweep.json` names them."""
         raise NotImplementedError
 
+    def find(self, run: RunFolder) -> list[dict[str, Any]]:
+        """The handles of what the platform has of a run, the oldest first: whoever submitted it may have been killed.
+
+        Raises JobError: it cannot be asked.
+        """
+        raise NotImplementedError
+
+    def unfinished(self, plan: Plan[SiteT]) -> RunFolder | None:
+        """The run whose submission was cut off, and which this plan completes."""
+        return None
+
     def status(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """Where the submission stands; an answer that is younger than `poll_s` is given again."""
         if self.kept is None or time.monotonic() - self.kept[0] >= self.poll_s:
@@ -168,8 +181,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """Ask where the submission stands."""
 
-    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int) -> None:
-        """Bring what a rank printed into the run folder here, where the nodes have another one."""
+    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int | None) -> None:
+        """Bring what a rank, or all nodes, printed into the run folder here, where the nodes have another one."""
 
     @abstractmethod
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
@@ -202,6 +215,20 @@ def find_platform(name: str) -> AnyPlatform:
     module, _, symbol = REGISTRY[name].partition(":")
     platform: AnyPlatform = getattr(importlib.import_module(module), symbol)()
     return platform
+
+
+def platform_of(handle: dict[str, Any]) -> AnyPlatform:
+    """The platform that gave a handle, which may be that of another machine. Raises JobError: there is none."""
+    return reached(find_platform(str(handle.get("platform"))), "ssh" in handle)
+
+
+def reached(platform: AnyPlatform, by_ssh: bool) -> AnyPlatform:
+    """The platform, of this machine or of another."""
+    if not by_ssh:
+        return platform
+    from trainer.launch.ssh.platform import OverSsh  # here: the others start faster without
+
+    return OverSsh(platform)
 
 
 def site_fact(error: JobError, wanted: str) -> JobError | None:

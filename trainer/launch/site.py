@@ -1,5 +1,6 @@
 """Site files: where the facts about a cluster or machine are. They are read and checked as strictly as job files."""
 
+import re
 from collections.abc import Iterable
 from inspect import formatannotation
 from pathlib import Path
@@ -18,7 +19,10 @@ Rule = tuple[bool, str, object, str, str]
 """Whether something is wrong, and if so: key, value, problem, remedy."""
 
 
+SSH_FOLDER = "~/.muster"
+"""Where Muster puts what it needs on a machine that it is sent to."""
 PATHS = ("runs", "setup", "env_file", "python", "image", "mounts")
+"""Keys that hold paths, of the machine where jobs are submitted."""
 
 
 def expand(key: str, value: Any) -> Any:
@@ -47,6 +51,20 @@ def check_rules(rules: Iterable[Rule]) -> None:
             raise JobError(key, value, problem, remedy)
 
 
+def ssh_rules(site: Any) -> list[Rule]:
+    """What is wrong with the keys that say how to reach another machine."""
+    from trainer.launch.ssh.connection import HOST
+
+    remedy = "Write a host of ~/.ssh/config, or user@host; options belong into that file"
+    return [
+        (bool(site.ssh) and not re.fullmatch(HOST, str(site.ssh)), "ssh", site.ssh, "is not a host", remedy),
+        (bool(site.ssh_config) and not site.ssh, "ssh_config", site.ssh_config, "would be ignored without ssh",
+         "Set ssh, or remove it"),
+        (bool(site.ssh_config) and not Path(str(site.ssh_config)).is_file(), "ssh_config", site.ssh_config,
+         "there is no such file", "Give the configuration file for ssh -F, or remove the key"),
+    ]  # fmt: skip
+
+
 def fabric_environment(name: str) -> dict[str, str]:
     """The variables that a network profile of `fabrics.yaml` sets; none for `none`. Raises JobError: there is none."""
     if name == "none":
@@ -66,7 +84,7 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
         if key not in types:
             remedy = did_you_mean(key, types, "Known keys: " + ", ".join(types))
             raise JobError(key, value, f"unknown key in {path}", remedy)
-        if key in PATHS:  # as the submitting side sees them
+        if key == "ssh_config" or (key in PATHS and not values.get("ssh")):  # others are of the machine that ssh names
             values[key] = [expand(key, each) for each in value] if isinstance(value, list) else expand(key, value)
     try:
         site: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))

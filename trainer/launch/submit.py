@@ -2,18 +2,19 @@
 
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from trainer.errors import WRONG_JOB, JobError, MaybeAccepted
+from trainer.errors import WRONG_JOB, Cut, JobError, MaybeAccepted
 from trainer.launch.control import status_of
 from trainer.launch.follow import follow
 from trainer.launch.moved import find_code
-from trainer.launch.platform import AnyPlan, AnyPlatform, Phase, Plan, find_platform, site_fact
+from trainer.launch.platform import AnyPlan, AnyPlatform, Phase, Plan, find_platform, reached, site_fact
 from trainer.records import read_json, write_json
 from trainer.run.folder import JOB, RunFolder
 from trainer.run.named import find_path, find_run
@@ -60,12 +61,13 @@ def make_plan(
     platform = find_platform(on)
     job = to_job(config, platform.runs_code_of_here)
     facts = platform.load_site(site)
-    runs = getattr(facts, "runs", None)  # where some sites want run folders to be
+    by_ssh = bool(getattr(facts, "ssh", None))
+    runs = None if by_ssh else getattr(facts, "runs", None)  # where some sites want run folders to be
     if run is None and runs and not any(word.startswith("runs=") for word in overrides):
         config.runs = job.runs = runs
     folder = None if run else Path(job_path).resolve().parent
     run = run or RunFolder(Path(job.runs).resolve() / f"{job.name}-ID")
-    return platform, Plan(job, to_text(config), run, facts, site, folder)
+    return reached(platform, by_ssh), Plan(job, to_text(config), run, facts, site, folder)
 
 
 @contextmanager
@@ -80,11 +82,21 @@ def _begin(
     if run is not None:
         check_owner(run)
     platform, plan = make_plan(job_path, overrides, on, site)
-    if run is None:
+    if begun := platform.unfinished(plan):
+        with removed_if_refused([begun] if run is None else []):
+            yield platform, replace(plan, run=begun)
+    elif run is None:
         plan = replace(plan, run=make_run(plan, job_path))
         with removed_if_refused([plan.run]):
             yield platform, plan
-        return
+    else:
+        with continued(run, plan):
+            yield platform, plan
+
+
+@contextmanager
+def continued(run: RunFolder, plan: AnyPlan) -> Iterator[None]:
+    """Prepare the folder of a run that ended. When the job is refused meanwhile, it is as before."""
     handle, ask = status_of(run)
     now = ask()
     if handle and now.phase == Phase.UNKNOWN:
@@ -98,7 +110,9 @@ def _begin(
     for stale in (run.failure, run.result):
         stale.unlink(missing_ok=True)
     try:
-        yield platform, plan
+        yield
+    except Cut:
+        raise
     except JobError as error:
         for path, content in before.items():
             path.write_bytes(content)
@@ -111,6 +125,8 @@ def removed_if_refused(folders: list[RunFolder]) -> Iterator[None]:
     """Remove new folders when the job is refused: nothing was started, so there is nothing to continue."""
     try:
         yield
+    except Cut:
+        raise
     except MaybeAccepted as error:  # what may have been started needs its folder
         for folder in folders:
             folder.record("ended", code=WRONG_JOB, reason=str(error))
@@ -132,13 +148,15 @@ def place(platform: AnyPlatform, plan: AnyPlan, runs: list[RunFolder]) -> dict[s
     return place
 
 
-def send(platform: AnyPlatform, plan: AnyPlan, following: bool) -> dict[str, Any]:
-    """Submit a plan, and keep what was submitted; return its handle. `following`: the caller waits for the end."""
+def send(
+    platform: AnyPlatform, plan: AnyPlan, following: bool, marks: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Submit a plan, and keep what was submitted; return its handle, with `marks`. `following`: until its end."""
     where = place(platform, plan, [plan.run])
     platform.take_code(plan)
     request = platform.build(plan)
     (plan.run.plan / f"{platform.name}.txt").write_text(platform.render(request) + "\n")
-    handle = where | platform.submit(plan, request, following) | {"run": str(plan.run)}
+    handle = where | platform.submit(plan, request, following) | {"run": str(plan.run), **marks}
     write_json(plan.run.handle, handle)
     return handle
 

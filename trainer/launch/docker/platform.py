@@ -15,7 +15,7 @@ from trainer.launch.docker.engine import check_engine, docker, refusal, run_quie
 from trainer.launch.local.gpu_lease import Lease
 from trainer.launch.local.platform import Nodes, Supervised
 from trainer.launch.platform import JobStatus, Phase, Plan
-from trainer.launch.site import check_rules, fabric_environment
+from trainer.launch.site import SSH_FOLDER, check_rules, fabric_environment, ssh_rules
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
@@ -50,6 +50,10 @@ class DockerSite:
     fabric: str = "none"
     env_file: str = ""
     extra_args: list[str] = field(default_factory=list)
+    ssh: str | None = None
+    ssh_config: str | None = None
+    ssh_folder: str = SSH_FOLDER
+    python: str | None = None
 
     @property
     def reference(self) -> str:
@@ -57,6 +61,13 @@ class DockerSite:
 
     def check(self) -> None:
         """Refuse mounts and files that are not on this machine. Raises JobError: there are some."""
+        check_rules([
+            *ssh_rules(self),
+            (self.python is not None and self.ssh is None, "python", self.python, "would be ignored without ssh",
+             "Remove it: the image has its own"),
+        ])  # fmt: skip
+        if self.ssh:  # they are on that machine, where they are looked for
+            return
         for mount in self.mounts:
             source, *rest = mount.split(":")
             well_formed = rest[:1] != [] and rest[0].startswith("/") and rest[1:] in ([], ["ro"])
@@ -168,6 +179,7 @@ def _mount(source: str, target: str, *mode: str) -> str:
 
 class Docker(Supervised[DockerSite]):
     name = folder = "docker"
+    asks_machine = True
     site_type = DockerSite
 
     def build(self, plan: Plan[DockerSite]) -> list[str]:

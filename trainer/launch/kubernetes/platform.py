@@ -200,8 +200,10 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
             return []
         return [item for item in found if late or item["involvedObject"].get("kind") != "Pod"]
 
-    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int) -> None:
+    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int | None) -> None:
         """From the pod of that rank, while it runs: the run folder of the pods is not the one here."""
+        if rank is None:
+            return  # asking for the status brings what the nodes print
         kubectl, job = Kubectl(handle), read_sections(run.job)
         per_node = int(job.get("devices_per_node", 1)) if job.get("parallel", "auto") in ("auto", *RANKED) else 1
         try:

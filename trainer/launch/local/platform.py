@@ -99,7 +99,12 @@ class Supervised(Platform[SiteT, list[str]]):
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[held],
                 preexec_fn=functools.partial(_prepare, os.getpid() if follow else None),
             )  # fmt: skip
-        return {"pid": process.pid, "started": start_of(process.pid), "host": socket.gethostname()}
+        return handle_of(process.pid)
+
+    def find(self, run: RunFolder) -> list[dict[str, Any]]:
+        """What the supervisor wrote into its lock."""
+        handle = read_json(run.lock)
+        return [] if handle is None else [handle]
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         """By `exit.json`, else by whether the supervisor lives."""
@@ -130,6 +135,11 @@ class Supervised(Platform[SiteT, list[str]]):
         if not is_alive(handle) or not send_signal(int(handle["pid"]), handle["started"], number):
             now = self.ask(run, handle)
             raise JobError("RUN", str(run), f"is not running here: it is {now.phase}", now.reason or "See its logs")
+
+
+def handle_of(supervisor: int) -> dict[str, Any]:
+    """What names the run of a supervisor, by its process id."""
+    return {"pid": supervisor, "started": start_of(supervisor), "host": socket.gethostname()}
 
 
 def supervisor_argv(run: RunFolder) -> list[str]:

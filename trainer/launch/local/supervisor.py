@@ -5,6 +5,7 @@ It holds the lease of the GPUs, starts an agent that was killed again, and start
 
 import argparse
 import functools
+import json
 import math
 import os
 import signal
@@ -19,7 +20,7 @@ from types import FrameType
 from trainer.config.job import Job
 from trainer.errors import FAILED, STOPPED, WRONG_JOB, JobError
 from trainer.launch.local.gpu_lease import Lease, holders, lock_folder, try_lease
-from trainer.launch.local.platform import Nodes, Supervised, is_alive
+from trainer.launch.local.platform import Nodes, Supervised, handle_of, is_alive
 from trainer.launch.platform import combined_exit_code, find_platform
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
@@ -227,4 +228,6 @@ if __name__ == "__main__":
     parser.add_argument("--held", type=int, nargs="*", default=[], help="open files to keep, such as the run's lock")
     options = parser.parse_args()
     never_fail()
+    if options.held:  # whoever starts this may be killed before it can say what it started
+        RunFolder(options.run).lock.write_text(json.dumps(handle_of(os.getpid())))
     sys.exit(supervise(RunFolder(options.run), options.platform, options.held))

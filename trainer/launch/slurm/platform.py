@@ -16,7 +16,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from trainer.errors import JobError, MaybeAccepted
 from trainer.launch.platform import JobStatus, Plan, Platform, own_program
-from trainer.launch.site import check_rules, fabric_environment, template
+from trainer.launch.site import SSH_FOLDER, check_rules, fabric_environment, ssh_rules, template
 from trainer.launch.slurm.state import SlurmJob, run_client
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.run.folder import RunFolder
@@ -52,11 +52,15 @@ class SlurmSite:
     runtime: str = "none"
     image: str | None = None
     mounts: list[str] = field(default_factory=list)
+    ssh: str | None = None
+    ssh_config: str | None = None
+    ssh_folder: str = SSH_FOLDER
 
     def check(self) -> None:
         """Refuse keys that contradict each other. Raises JobError: they do."""
         plain, runtimes = self.runtime == "none", ("none", "pyxis", "apptainer")
         check_rules([
+            *ssh_rules(self),
             (self.runtime not in runtimes, "runtime", self.runtime, "must be one of " + ", ".join(runtimes),
              "Choose one of them"),
             (self.gpus not in ("auto", "none") and "{n}" not in self.gpus, "gpus", self.gpus,
@@ -120,7 +124,8 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
     def _build(self, plan: Plan[SlurmSite], log: str, node_log: str, target: Path, *flags: str) -> SlurmRequest:
         environment, logs = fabric_environment(plan.site.fabric), plan.run.logs
         if plan.site.setup:
-            environment |= {SETUP: str(Path(plan.site.setup).resolve())}
+            setup = plan.site.setup  # of another machine, only that one knows the whole path
+            environment |= {SETUP: setup if plan.site.ssh else str(Path(setup).resolve())}
         return SlurmRequest(
             plan, environment, _flags(plan, _pattern(logs, log), *flags),
             template("slurm", "job.sbatch").read_text(), plan.run.path / "job.sbatch",
@@ -153,6 +158,17 @@ class Slurm(Platform[SlurmSite, SlurmRequest]):
 
     def called(self, handle: dict[str, Any]) -> str:
         return f"job {handle['job_id']}"
+
+    def find(self, run: RunFolder) -> list[dict[str, Any]]:
+        """By the working directory, which no other run's jobs have, and by the logs of jobs that Slurm forgot."""
+        mine, words = f"--user={os.getuid()}", ("squeue", "--noheader", "--states=all", "--format=%i|%Z")
+        listed = run_client(*words, mine).splitlines()
+        with contextlib.suppress(JobError):  # there may be no accounts
+            since = f"--starttime={time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(run.path.stat().st_ctime - 60))}"
+            listed += run_client("sacct", "-X", "-n", "-P", mine, since, "--format=JobID,WorkDir").splitlines()
+        found = {job for job, _, folder in (line.partition("|") for line in listed) if folder == str(run.code)}
+        found |= {path.stem.partition("-")[2] for path in run.logs.glob("slurm-*.out")}
+        return [{"job_id": job} for job in sorted(found, key=lambda job: int(job.partition("_")[0]))]
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         return SlurmJob(run, str(handle["job_id"]), bool(handle.get("cancelled"))).status()

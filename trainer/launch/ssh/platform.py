@@ -1,0 +1,263 @@
+"""A platform of another machine, reached by ssh: planned, checked and rendered here, handed over and asked there.
+
+The run folder here holds the job, a handle that says where the other folder is, and copies of the records there.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import trainer
+from trainer.errors import Cut, JobError, MaybeAccepted
+from trainer.launch.local.gpu_lease import try_lock
+from trainer.launch.platform import AnyPlan, AnyPlatform, JobStatus, Phase, Plan, Platform, own_program
+from trainer.launch.snapshot import check_files, take_snapshot
+from trainer.launch.ssh import mirror
+from trainer.launch.ssh.connection import HOST, Connection, NotReached
+from trainer.launch.ssh.parcel import environment_name, pack_folder, pack_muster, requirements
+from trainer.launch.ssh.session import Place, Session
+from trainer.records import read_json, write_json
+from trainer.run.event_files import own_file
+from trainer.run.folder import RunFolder
+
+OF_HERE = ("ssh", "ssh_config", "ssh_folder", "runs")
+"""Keys of a site that the other machine does not need: how to get there, and what is decided here."""
+SITE = "ssh-site.json"
+"""In the folder of the plan: the site file for over there."""
+SESSIONS: dict[Place, Session] = {}
+"""A conversation with each machine, for all runs that are there."""
+
+
+@dataclass(frozen=True)
+class SshRequest:
+    """What goes to the other machine, in words, and what is done with it there."""
+
+    parts: list[str]
+    there: str
+
+
+class OverSsh(Platform[Any, SshRequest]):
+    """Another platform, on the machine that the site file names."""
+
+    ids = {"ssh": HOST, "submission": "[0-9a-f]{16}", "name": r"[\w.-]+"}  # noqa: RUF012
+    poll_s = 1.0
+    copies_logs = True
+    following = False
+
+    def __init__(self, inner: AnyPlatform) -> None:
+        self.inner = inner
+        self.name, self.folder, self.site_type = inner.name, inner.folder, inner.site_type
+
+    # Here.
+    def build(self, plan: AnyPlan) -> SshRequest:
+        site, wanted = plan.site, _wanted(plan.site, Path.cwd())
+        host, folder = site.ssh, site.ssh_folder
+        python = site.python if _is_given(site) else f"{folder}/{environment_name(wanted)}/bin/python"
+        muster = f"{folder}/muster-{pack_muster().name}"
+        made = "" if _is_given(site) else ", which is made there on first use"
+        parts = [
+            f"{muster}: Muster {trainer.__version__}", f"{folder}/code: {Path.cwd()}, less what git ignores",
+            f"on {host}, {python} runs it{made}",
+        ]  # fmt: skip
+        there = RunFolder(Path(_runs(site)) / plan.run.name)
+        if self.inner.asks_machine:  # what it would render depends on where it is
+            return SshRequest(parts, f"muster submit {there.job} --on {self.name}\n{plan.job_text.rstrip()}")
+        inner = self.inner.build(Plan(plan.job, plan.job_text, there, plan.site))
+        ours = shlex.join(own_program("agent"))
+        text = self.inner.render(inner).replace(ours, f"{python} {muster}/muster.py agent")
+        return SshRequest(parts, text)
+
+    def render(self, request: SshRequest) -> str:
+        return "\n".join([*(f"# {line}" for line in request.parts), request.there])
+
+    def unfinished(self, plan: AnyPlan) -> RunFolder | None:
+        """The run that `plan` is of, or the newest with the same job, site and code, if its submission was cut off."""
+        if plan.run.handle.exists():
+            return plan.run if _is_unfinished(plan.run) else None
+        for run in reversed(RunFolder.list_all(plan.run.path.parent)):
+            same = _is_unfinished(run) and run.job.read_text() == plan.job_text and _site_of(run) == _site_text(plan)
+            if same and not mirror.is_under_way(run):
+                if _code_of(Path.cwd(), run.path.parent) == pack_folder(run.code).name:
+                    print(f"note: going on with {run}, whose submission was cut off", file=sys.stderr)
+                    return run
+                print(f"note: {run} was never completed, with other code: `muster submit {run}` does", file=sys.stderr)
+        return None
+
+    def submit(self, plan: AnyPlan, request: SshRequest, follow: bool) -> dict[str, Any]:
+        """Hand the job over, once: however often this is tried. Raises MaybeAccepted: the connection was cut."""
+        run, before = plan.run, read_json(plan.run.handle)
+        check_files(plan.job, run, take_snapshot(Path.cwd(), run), False)
+        with _held(run):
+            handle = before if before and _is_unfinished(run) else self._new_handle(plan, before)
+            sent = handle is before
+            (run.plan / SITE).write_text(_site_text(plan))
+            write_json(run.handle, handle)  # first: whoever is killed from here on leaves what the next try needs
+            try:
+                session = _session(_place(handle), lambda: _wanted(plan.site, run.code))
+                self._send_code(session, run)
+                sent = True
+                handle["there"] = session.request("submit", **self._what(plan, handle))["handle"]
+            except (NotReached, MaybeAccepted) as error:
+                if not sent:
+                    _restore(run, handle)
+                    raise
+                remedy = f"The job may be there or not. The same command completes it, as does `muster submit {run}`"
+                raise Cut(error.key, error.value, error.problem, remedy) from None
+            except JobError:
+                _restore(run, handle)
+                raise
+        for path in run.event_files():  # those over there count: clocks differ
+            path.unlink()
+        self.following, self.kept = follow, None
+        return handle | {"accepted": True, "there": handle["there"]}
+
+    def _new_handle(self, plan: AnyPlan, before: dict[str, Any] | None) -> dict[str, Any]:
+        """What names a submission that begins: of a new run, or of one that is there already."""
+        site, run = plan.site, plan.run
+        is_there = before is not None and "ssh" in before
+        if is_there and before and before["ssh"] != site.ssh:
+            remedy = f"Continue it there, or submit its {run.job} as a run of its own"
+            raise JobError("ssh", site.ssh, f"the run is on {before['ssh']}", remedy)
+        if not is_there and run.steps_committed() >= 0:
+            problem, remedy = "has its checkpoints here", f"Submit a run of its own with checkpoint.load={run}"
+            raise JobError("RUN", str(run), problem, remedy)
+        place = before if is_there and before else {
+            "runs": _runs(site), "name": f"{run.name}-{secrets.token_hex(4)}",
+        }  # fmt: skip
+        return (read_json(run.platform) or {}) | {
+            "ssh": site.ssh, "ssh_config": site.ssh_config and os.path.abspath(site.ssh_config),
+            "ssh_folder": site.ssh_folder, "python": site.python if _is_given(site) else None,
+            "environment": environment_name(_wanted(site, run.code)), "runs": place["runs"], "name": place["name"],
+            "submission": secrets.token_hex(8), "accepted": False, "run": str(run),
+            "last": before["submission"] if is_there and before else None,
+        }  # fmt: skip
+
+    def _what(self, plan: AnyPlan, handle: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "platform": self.name, "runs": handle["runs"], "name": handle["name"], "submission": handle["submission"],
+            "job": plan.job_text, "source": read_json(plan.run.source) or {}, "site": _site_text(plan),
+            "code": pack_folder(plan.run.code).name,
+        }  # fmt: skip
+
+    def _send_code(self, session: Session, run: RunFolder) -> None:
+        code = pack_folder(run.code)
+        if not session.request("has_code", name=code.name)["found"]:
+            session.request("put_code", code.compressed, name=code.name)
+
+    # There.
+    def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
+        status = self._look(run, handle, self.following)
+        if status.phase == Phase.LOST and handle["accepted"]:
+            return JobStatus(Phase.LOST, f"{handle['runs']}/{handle['name']} on {handle['ssh']}: {status.reason}")
+        return status
+
+    def _look(self, run: RunFolder, handle: dict[str, Any], everything: bool) -> JobStatus:
+        """The status over there; copy what is new in the run folder, or a part of it, if that is much."""
+        begun = None if handle["accepted"] else handle["submission"]
+        if handle["accepted"]:  # what was tried here since, and refused, is not part of the run
+            own_file(run.events).unlink(missing_ok=True)
+        while True:
+            have = mirror.have(run, everything)
+            answer = self._request(handle, "look", have=have, logs=everything, begun=begun)
+            mirror.apply(run, answer)
+            if not (everything and answer.get("more")):
+                status = answer["status"]
+                return JobStatus(**status | {"phase": Phase(status["phase"])})
+
+    def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int | None) -> None:
+        with suppress(NotReached):  # the status says it
+            self._look(run, handle, True)
+
+    def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
+        self._request(handle, "cancel")
+        self.kept = None
+
+    def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
+        self._request(handle, "preempt")
+        self.kept = None
+
+    def list_files(self, handle: dict[str, Any], patterns: list[str]) -> dict[str, dict[str, Any]]:
+        """The files over there that fit: see `mirror.list_files`."""
+        files: dict[str, dict[str, Any]] = self._request(handle, "files", patterns=patterns)["files"]
+        return files
+
+    def read_file(self, handle: dict[str, Any], name: str, begin: int, most: int) -> bytes:
+        """A part of a file over there, at most `mirror.PART` bytes."""
+        return mirror.unpack(self._request(handle, "read", name=name, begin=begin, most=most)["data"])
+
+    def _request(self, handle: dict[str, Any], verb: str, **fields: Any) -> dict[str, Any]:
+        return _session(_place(handle)).request(verb, run=f"{handle['runs']}/{handle['name']}", **fields)
+
+
+def _restore(run: RunFolder, handle: dict[str, Any]) -> None:
+    """Let a run that is continued be what it was before that was refused."""
+    if handle["last"]:
+        write_json(run.handle, handle | {"submission": handle["last"], "accepted": True})
+
+
+def _session(place: Place, wanted: Any = None) -> Session:
+    session = SESSIONS.get(place)
+    if session is None or not session.is_open:
+        session = SESSIONS[place] = Session(place, wanted)
+    return session
+
+
+def _place(handle: dict[str, Any]) -> Place:
+    connection = Connection(handle["ssh"], handle["ssh_config"])
+    return Place(connection, handle["ssh_folder"], handle["python"], handle["environment"])
+
+
+def _is_given(site: Any) -> bool:
+    """Whether the site names the Python that submits there; that of a container is another one."""
+    return site.python is not None and getattr(site, "runtime", "none") == "none"
+
+
+def _runs(site: Any) -> str:
+    """Where run folders are over there."""
+    return getattr(site, "runs", None) or f"{site.ssh_folder}/runs"
+
+
+def _wanted(site: Any, code: Path) -> dict[str, str]:
+    """What the environment over there is made from; nothing where the site names one."""
+    return {} if _is_given(site) else requirements(code, getattr(site, "runtime", "docker") != "none")
+
+
+def _site_text(plan: AnyPlan) -> str:
+    """The site file for over there. The Python that runs Muster there is that of the agents."""
+    left_out = (*OF_HERE, "python") if getattr(plan.site, "runtime", "none") == "none" else OF_HERE
+    return json.dumps({key: value for key, value in asdict(plan.site).items() if key not in left_out}, indent=1) + "\n"
+
+
+def _site_of(run: RunFolder) -> str:
+    with suppress(OSError):
+        return (run.plan / SITE).read_text()
+    return ""
+
+
+def _is_unfinished(run: RunFolder) -> bool:
+    return (read_json(run.handle) or {}).get("accepted") is False
+
+
+def _code_of(source: Path, runs: Path) -> str:
+    """What the code that `source` holds now would be called."""
+    with tempfile.TemporaryDirectory(dir=runs, prefix=".code-") as folder:
+        run = RunFolder(Path(folder))
+        run.plan.mkdir()
+        return pack_folder(take_snapshot(source, run)).name
+
+
+@contextmanager
+def _held(run: RunFolder) -> Iterator[None]:
+    """Keep other processes here from submitting the same run. Raises JobError: one does."""
+    with (run.plan / mirror.LOCK).open("a") as lock:
+        if try_lock(lock.fileno()) is False:
+            raise JobError("RUN", str(run), "is being submitted by another process", "Wait for it")
+        yield
