@@ -101,7 +101,7 @@ def test_an_edited_line_runs_is_followed_stopped_and_continued(laptop: Laptop, s
         assert laptop.status(run)["state"] == "running"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode not in (0, 64) and "training to 40" in out and "CANCELLED" in err, out + err
+    assert process.returncode not in (0, 64) and "training 40 steps" in out and "CANCELLED" in err, out + err
     assert laptop.muster("cancel", run).stderr.count("\n") == 1  # it has ended
 
     done = laptop.muster("run", run, "task_args.step_s=0.01")

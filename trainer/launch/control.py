@@ -93,7 +93,7 @@ def _status(run: RunFolder) -> dict[str, Any]:
         "metrics": last_evaluation(run) or now.progress.get("metrics", {}),
         "epoch": epoch(training, step), "epochs": epoch(training, steps),
         **_times(now, events, lines, step, steps), "last_failure": _last_failure(events),
-        "place": find_platform(handle["platform"]).called(handle) if handle else "",
+        "place": platform_of(handle).called(handle) if handle else "",
     }  # fmt: skip
 
 

@@ -116,6 +116,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     """When the platform last answered, and what."""
     copies_logs = False
     """Whether asking it writes into the run folder, which only its owner may let it do: a log there can be a link."""
+    speaks = False
+    """Whether asking it prints how a run goes that is followed."""
     runs_code_of_here = True
     """Whether ranks run the user's code that is on this machine, so that it must be there."""
     asks_machine = False

@@ -169,7 +169,7 @@ def run_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path 
     run = plan.run
     print(f"run folder: {run}", flush=True)
     ask, stop = partial(platform.status, run, handle), partial(platform.cancel, run, handle)
-    return follow(run, plan.job, ask, stop, all_ranks, platform.copies_logs)
+    return follow(run, plan.job, ask, stop, all_ranks, platform.speaks)
 
 
 def submit_job(job_path: str, overrides: Sequence[str], on: str | None, site: Path | None) -> RunFolder:

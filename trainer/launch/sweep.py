@@ -15,7 +15,7 @@ from typing import Any
 from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.follow import follow
-from trainer.launch.platform import AnyPlan, AnyPlatform, combined_exit_code, find_platform
+from trainer.launch.platform import AnyPlan, AnyPlatform, combined_exit_code, platform_of
 from trainer.launch.submit import make_plan, make_run, place, refuse_run, removed_if_refused, send
 from trainer.records import read_json, write_json
 from trainer.run.sweep import Sweep
@@ -103,8 +103,8 @@ def run_sweep(
 
     for run, line in zip(made.runs, made.lines, strict=True):
         handle: dict[str, Any] = read_json(run.handle) or {}
-        platform = find_platform(handle["platform"])
+        platform = platform_of(handle)
         print(f"\nrun folder: {line}", flush=True)
         job = to_job(merge_job(run.job), platform.runs_code_of_here)
-        codes.append(follow(run, job, partial(platform.status, run, handle), stop, all_ranks, platform.copies_logs))
+        codes.append(follow(run, job, partial(platform.status, run, handle), stop, all_ranks, platform.speaks))
     return made, combined_exit_code(codes)

@@ -42,7 +42,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     name, folder, site_type = "kubernetes", "k8s", KubernetesSite
     ids = {"kind": "|".join([*KINDS, *KINDS.values()]), "name": "[a-z0-9]([-a-z0-9.]*[a-z0-9])?"}  # noqa: RUF012
     poll_s = 2.0
-    copies_logs = True
+    copies_logs = speaks = True
     runs_code_of_here = False  # alone: a module may be in the image
     following = False
 

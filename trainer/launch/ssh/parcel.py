@@ -21,7 +21,7 @@ from trainer.errors import JobError
 
 PACKAGE = Path(trainer.__file__).resolve().parent
 TEMPLATES = ("docker", "jobs", "k8s", "slurm")
-LAUNCH_ONLY = ("antlr4-python3-runtime", "cloudpickle", "omegaconf", "pyyaml", "submitit", "typing-extensions")
+LAUNCH_ONLY = ("cloudpickle", "omegaconf", "pyyaml", "submitit", "typing-extensions")
 """What submits and asks needs, where the ranks have an image."""
 TOOLS = ("dumb-init", "pip", "setuptools")
 """Of the lock file, what only an image needs."""

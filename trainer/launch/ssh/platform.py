@@ -153,6 +153,10 @@ class OverSsh(Platform[Any, SshRequest]):
             session.request("put_code", code.compressed, name=code.name)
 
     # There.
+    def called(self, handle: dict[str, Any]) -> str:
+        there = f"{self.inner.called(handle['there'])}, " if "there" in handle else ""
+        return f"{there}{handle['runs']}/{handle['name']} on {handle['ssh']}"
+
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         status = self._look(run, handle, self.following)
         if status.phase == Phase.LOST and handle["accepted"]:
