@@ -33,6 +33,14 @@ class Task(ABC):
     def model(self) -> nn.Module:
         """Build the model, on the CPU. The seed is set before: every rank builds the same one."""
 
+    def shard_modules(self, model: nn.Module) -> Iterable[nn.Module] | None:
+        """The layers of `model` that `parallel: fsdp` gathers one at a time, such as the blocks of a transformer.
+
+        Each must be called as a module; `train.checkpoint_activations` takes them, too. Default, None: the layers in
+        a Sequential, ModuleList or ModuleDict that are large enough (`fsdp.min_params`).
+        """
+        return None
+
     def stages(self, model: nn.Module) -> Iterable[nn.Module]:
         """Modules that, one after the other, do what `model` does, for `parallel: pipeline`: it cuts between them.
 

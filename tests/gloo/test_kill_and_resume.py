@@ -23,6 +23,8 @@ MODEL = [
     "train.lr=0.05",
 ]
 MODES = {"single": ["parallel=single"], "ddp": ["devices_per_node=2"]}
+if FULL:  # a few of these kills are in test_fsdp.py
+    MODES["fsdp"] = ["parallel=fsdp", "fsdp.min_params=1", "devices_per_node=2"]
 
 
 def assert_as_if_nothing_had_happened(run: Path, uninterrupted: Path) -> None:

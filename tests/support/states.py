@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.checkpoint import files
+
 
 def steps_saved(run: Path) -> list[int]:
     """The steps of the checkpoints of a run folder, ascending."""
@@ -15,9 +17,12 @@ def steps_saved(run: Path) -> list[int]:
 
 
 def read_state(run: Path, step: int | None = None) -> dict[str, Any]:
-    """Everything in the checkpoint after `step`, default: the newest; plain torch, nothing of the trainer's."""
+    """Everything in the checkpoint after `step`, default: the newest; plain torch, but for shards."""
     step = steps_saved(run)[-1] if step is None else step
     folder = run / "checkpoints" / f"step-{step:09d}"
+    if not (folder / "model.pt").exists():
+        weights, rest = files.read(folder, lambda: None)
+        return {"model": weights, **rest}
     state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
     return {"model": torch.load(folder / "model.pt", weights_only=True), **state}
 

@@ -26,7 +26,7 @@ from trainer.agent.rendezvous import NodeRendezvous
 from trainer.agent.restarts import RestartPolicy
 from trainer.agent.rounds import Ended, RanksStopped, RendezvousTimeoutError
 from trainer.agent.scratch_folder import remove_leftovers
-from trainer.checkpoint.memory import Memory
+from trainer.checkpoint.memory import FOR_SHARDS, Memory
 from trainer.config.job import Job
 from trainer.errors import FAILED, HIDDEN, STOPPED, WRONG_JOB
 from trainer.reporting.heartbeat import HEARTBEAT, Heartbeat
@@ -50,9 +50,14 @@ class NodeAgent:
     def __init__(self, job: Job, job_file: Path, run: RunFolder, wiring: Wiring, secret: bytes, folder: Path) -> None:
         """`secret`: of the run; `folder`: of this agent alone."""
         self.job, self.job_file, self.run, self.wiring, self.folder = job, job_file, run, wiring, folder
-        self.memory = Memory.make()
-        self.writer = CheckpointWriter(folder, self.memory, wiring.node_rank)
-        self.restarts = RestartPolicy(job, run, say, self.memory)
+        # What all ranks hold alike is kept once; a shard is kept for its rank.
+        sharded = job.parallel == "fsdp"
+        self.memories = [Memory.make(FOR_SHARDS) for _ in range(job.ranks_per_node)] if sharded else [Memory.make()]
+        self.writers = [
+            CheckpointWriter(folder, memory, wiring.node_rank, f"writer-{index}")
+            for index, memory in enumerate(self.memories)
+        ]
+        self.restarts = RestartPolicy(job, run, say, self.memories[0])
         self.rendezvous = NodeRendezvous(
             wiring, secret, job.agent.start_timeout_s, job.agent.rejoin_timeout_s, lambda: FLAG.requested is not None,
             self.restarts.next_attempt, say,
@@ -70,7 +75,6 @@ class NodeAgent:
                 say(f"{name}={value}: {why}")
         self.environment[variables.HEARTBEAT] = str(folder / HEARTBEAT)
         self.environment[variables.SESSION] = str(run.job)
-        self.environment |= self.memory.environment() | self.writer.environment()
         self.diagnosis = Diagnosis(job, run, wiring, self.heartbeat, folder)
         # Of a shared run folder the log of rank 0 is shown; logs that go with the node are all shown.
         shown = int(wiring.node_rank == 0) if variables.run_is_shared() else job.ranks_per_node
@@ -100,7 +104,9 @@ class NodeAgent:
             return code, reason
         finally:
             self._end_ranks()
-            self.writer.close(KILL_S if self._stop_requested() else self.job.agent.grace_s)
+            patience = time.monotonic() + (KILL_S if self._stop_requested() else self.job.agent.grace_s)
+            for writer in self.writers:
+                writer.close(max(0.0, patience - time.monotonic()))
             self.rendezvous.shutdown()
 
     def _run_rounds(self) -> int:
@@ -154,6 +160,8 @@ class NodeAgent:
         for local_rank in range(self.job.ranks_per_node):
             self.heartbeat.clear(local_rank)
             environment = rank_variables(self.job, self.wiring, local_rank, agreed) | self.environment
+            keeps = local_rank % len(self.memories)
+            environment |= self.memories[keeps].environment() | self.writers[keeps].environment()
             roots = self.diagnosis.roots
             arguments = (environment, self.job, self.run, self.job_file, self.threads, HIDDEN, roots)
             process = PROCESSES.Process(target=run_rank, args=arguments)
@@ -192,8 +200,10 @@ class NodeAgent:
         """Wait until all ranks are done (None), or something failed here (a failure) or elsewhere (None)."""
         while True:
             sentinels = [process.sentinel for _, process in self._living()]
-            connection.wait([self.writer.wakes(), self.rendezvous.wakes(), *sentinels], 0.1)
-            self.writer.look()
+            wakes = [writer.wakes() for writer in self.writers]
+            connection.wait([*wakes, self.rendezvous.wakes(), *sentinels], 0.1)
+            for writer in self.writers:
+                writer.look()
             living = self._living()  # first: a rank that ends from here on is looked at, with its last lines, next time
             self._copy_logs()
             if self.diagnosis.failed(self.processes):

@@ -23,19 +23,20 @@ from trainer.wiring.variables import WRITER
 class CheckpointWriter:
     """The agent's side."""
 
-    def __init__(self, folder: Path, memory: Memory, node: int) -> None:
-        """`folder`: of this agent alone, which is that of a node."""
+    def __init__(self, folder: Path, memory: Memory, node: int, name: str = "writer") -> None:
+        """`folder`: of this agent alone, which is that of a node; `name`: of the socket in it."""
         self.memory, self.node = memory, node
         self.process: BaseProcess | None = None
         self.folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)  # a name through it is short enough for a socket
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(f"/proc/self/fd/{self.folder}/writer")
+        self.name = name
+        self.listener.bind(f"/proc/self/fd/{self.folder}/{name}")
         self.listener.listen()
         self.listener.setblocking(False)
 
     def environment(self) -> dict[str, str]:
         """What lets ranks find it."""
-        return {WRITER: f"/proc/{os.getpid()}/fd/{self.folder}/writer"}
+        return {WRITER: f"/proc/{os.getpid()}/fd/{self.folder}/{self.name}"}
 
     def wakes(self) -> Any:
         """What is ready when `look` has something to do."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.memory import BUFFERS, Memory, Seal
+from trainer.checkpoint.memory import Memory, Seal
 from trainer.checkpoint.snapshot import Buffer, Layout, interpret, put_together, read_raw, take_apart
 from trainer.wiring.hardware import free_memory
 
@@ -66,11 +66,12 @@ class Copies:
         self.memory, self.run, self.attempt, self.both, self.tell = memory, run, attempt, both, tell
         self.devices = [device for device in devices if device.type == "cuda"]
         self.pace = Pace()
+        self.count = len(memory.buffers)
         sealed = memory.sealed(run)
-        self.moments = [sealed[index].moment if index in sealed else -1 for index in range(BUFFERS)]
+        self.moments = [sealed[index].moment if index in sealed else -1 for index in range(self.count)]
         self.handle: int | None = None
         """A descriptor of the buffer that is being filled, with its lock."""
-        self.buffers = [Buffer(bool(self.devices)) for _ in range(BUFFERS)]
+        self.buffers = [Buffer(bool(self.devices)) for _ in range(self.count)]
         self.layout = Layout([])
         self.filling: Filling | None = None
         os.register_at_fork(after_in_child=self.let_go)
@@ -85,7 +86,7 @@ class Copies:
         """Lock the buffer to fill next; None while all are being written to the disk."""
         assert self.handle is None
         first = self.moments if self.both else [not buffer.size for buffer in self.buffers]
-        for index in sorted(range(BUFFERS), key=lambda index: first[index]):
+        for index in sorted(range(self.count), key=lambda index: first[index]):
             self.handle = self.memory.lock(index)
             if self.handle is not None:
                 return index
@@ -119,7 +120,7 @@ class Copies:
     def _check_room(self) -> None:
         """Raises MemoryError: copies of this size do not fit beside what the node needs now."""
         used = sum(os.stat(path).st_blocks * 512 for path in self.memory.buffers)
-        missing, free = self.layout.size * (BUFFERS if self.both else 1) - used, free_memory()
+        missing, free = self.layout.size * (self.count if self.both else 1) - used, free_memory()
         if missing > ROOM * free:
             raise MemoryError(f"{missing >> 20} MiB are missing, {free >> 20} MiB are free")
 
@@ -158,13 +159,13 @@ class Copies:
 
     def forget(self) -> None:
         """Let nobody read what the buffers hold."""
-        for index in range(BUFFERS):
+        for index in range(self.count):
             self.memory.unseal(index)
-        self.moments = [-1] * BUFFERS
+        self.moments = [-1] * self.count
 
     def all_free(self) -> bool:
         """Whether nothing is being written to the disk."""
-        handles = [self.memory.lock(index) for index in range(BUFFERS)]
+        handles = [self.memory.lock(index) for index in range(self.count)]
         for handle in handles:
             if handle is not None:
                 os.close(handle)

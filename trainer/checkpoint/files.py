@@ -2,10 +2,10 @@
 
 A checkpoint is a folder `step-<n>` with `model.pt` (the plain state dict of the unwrapped model), `state.pt`
 (optimizer, scaler, average, buffers, position) and `manifest.json`, which is written last and holds the sha256 of the
-others. It becomes visible by one rename. What is saved, and when, is decided in `trainer.training.loop`.
+others. A sharded training's has shards, and all else in `state.pt` (`trainer.checkpoint.sharded`). It becomes visible
+by one rename. What is saved, and when, is decided in `trainer.training.loop`.
 """
 
-import errno
 import hashlib
 import json
 import mmap
@@ -13,15 +13,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.serialization import get_crc32_options, set_crc32_options, set_default_mmap_options
+from torch.serialization import set_default_mmap_options
 
 from trainer import __version__
+from trainer.checkpoint.durable import dump, new_file, sync_folder, write_hashed
+from trainer.checkpoint.sharded import STATE, Meeting, Shards, read_state, shard_name, take_out, write_shard
 from trainer.run.attempts import check_current
 from trainer.run.folder import RunFolder, committed
 
@@ -48,26 +50,71 @@ def commit(
     shutil.rmtree(pending, ignore_errors=True)
     try:
         pending.mkdir()
-        files = {name: _write(pending / name, value) for name, value in payload.items()}
-        manifest = {
-            "format": 1, "step": step, "attempt": attempt, "saved_at": time.time(), "muster": __version__,
-            "torch": torch.__version__, **facts, "files": files,
-        }  # fmt: skip
-        with _new_file(pending / "manifest.json") as file:
-            file.write((json.dumps(manifest, indent=1) + "\n").encode())
-        _sync_folder(pending)
-        check_current(RunFolder(root.parent), attempt, owner)
-        target = root / f"step-{step:09d}"
-        if target.is_dir() and not target.is_symlink():  # the same step again, after a resume from before it
-            target.rename(root / f".replaced-{target.name}-{time.time_ns()}")
-        elif os.path.lexists(target):  # whose it is, nobody knows
-            target.rename(root / f"other-{target.name}-{time.time_ns()}")
-        pending.rename(target)
-        _sync_folder(root)
+        files = {name: write_hashed(pending / name, partial(dump, value)) for name, value in payload.items()}
+        return _publish(root, pending, step, {"format": 1, **facts, "files": files}, attempt, owner)
     except BaseException:
         shutil.rmtree(pending, ignore_errors=True)
         _put_back(root)
         raise
+
+
+def commit_part(
+    root: Path, step: int, number: int, shard: tuple[int, int], contents: dict[str, Any], facts: dict[str, Any],
+    attempt: int, owner: Callable[[], int] | None, is_alone: Callable[[], bool],
+) -> Path | None:  # fmt: skip
+    """Write one shard, and, if it is the first, commit the checkpoint when all are there: then its folder.
+
+    `number` tells the checkpoints of all times apart; `shard`: which of how many; `is_alone`: see `Meeting.collect`.
+    Raises as `commit`.
+    """
+    index, count = shard
+    pending = root / pending_name(step, number)
+    meeting = Meeting(pending, index, count)
+    try:
+        rest, parts = take_out(contents, count)
+        files = {(name := shard_name(index, count)): write_hashed(pending / name, partial(write_shard, parts))}
+        if not index:
+            files[STATE] = write_hashed(pending / STATE, partial(dump, rest))
+        sync_folder(pending)
+        meeting.note(files)
+        if index:
+            return None
+        files = meeting.collect(is_alone)
+        return _publish(root, pending, step, {"format": 2, **facts, "shards": count, "files": files}, attempt, owner)
+    except BaseException as error:
+        if index and not pending.exists():  # whoever writes the first one has given up, and says why
+            return None
+        meeting.fail(error)
+        if not index:
+            shutil.rmtree(pending, ignore_errors=True)
+            _put_back(root)
+        raise
+
+
+def pending_name(step: int, number: int) -> str:
+    """The folder of a checkpoint that is being written."""
+    return f".pending-step-{step:09d}-{number}"
+
+
+def _publish(
+    root: Path, pending: Path, step: int, facts: dict[str, Any], attempt: int, owner: Callable[[], int] | None
+) -> Path:
+    """Make what was written a checkpoint."""
+    manifest = {
+        "step": step, "attempt": attempt, "saved_at": time.time(), "muster": __version__, "torch": torch.__version__,
+        **facts,
+    }  # fmt: skip
+    with new_file(pending / "manifest.json") as file:
+        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+    sync_folder(pending)
+    check_current(RunFolder(root.parent), attempt, owner)
+    target = root / f"step-{step:09d}"
+    if target.is_dir() and not target.is_symlink():  # the same step again, after a resume from before it
+        target.rename(root / f".replaced-{target.name}-{time.time_ns()}")
+    elif os.path.lexists(target):  # whose it is, nobody knows
+        target.rename(root / f"other-{target.name}-{time.time_ns()}")
+    pending.rename(target)
+    sync_folder(root)
     return target
 
 
@@ -82,11 +129,19 @@ def prune(root: Path, keep_last: int, best: str | None) -> None:
     _remove(root, "replaced")
 
 
-def sweep(root: Path) -> None:
-    """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves."""
+def sweep(root: Path, spare: str = "") -> None:
+    """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves.
+
+    `spare`: a pending folder that others are writing to already.
+    """
     _put_back(root)
-    _remove(root, "pending")
+    _remove(root, "pending", spare)
     _remove(root, "pruned")
+
+
+def remove_pending(root: Path) -> None:
+    """Remove what was begun; call only when nothing is being written."""
+    _remove(root, "pending")
 
 
 def _unfinished(root: Path, kind: str) -> list[tuple[Path, str]]:
@@ -95,9 +150,10 @@ def _unfinished(root: Path, kind: str) -> list[tuple[Path, str]]:
     return [(path, match[2]) for path, match in named if match is not None]
 
 
-def _remove(root: Path, kind: str) -> None:
+def _remove(root: Path, kind: str, spare: str = "") -> None:
     for stale, _ in _unfinished(root, kind):
-        shutil.rmtree(stale, ignore_errors=True)
+        if stale.name != spare:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _put_back(root: Path) -> None:
@@ -113,12 +169,39 @@ def verify(folder: Path) -> None:
         _compare(path, facts)
 
 
+def verify_share(folder: Path, rank: int, world_size: int, beat: Callable[[], None]) -> None:
+    """Compare a rank's share of the files with the manifest. Raises DamagedCheckpoint: as `verify`."""
+    for path, facts in list(_files_of(folder).items())[rank::world_size]:
+        _compare(path, facts, None, beat)
+
+
+def read_share(folder: Path, shard: tuple[int, int]) -> list[Any]:
+    """What a checkpoint holds for one of several ranks, in the order of `PAYLOAD`; all files were verified.
+
+    Of shards its parts of the tensors are read; whole tensors stay in the pages of the file, read when looked at.
+    """
+    if not is_sharded(folder):
+        return [torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True) for name in PAYLOAD]
+    state = Shards(folder).fill(read_state(folder), *shard)
+    return [state.pop("model"), state]
+
+
+def read_weights(folder: Path) -> Any:
+    """The weights in a checkpoint that was verified, each of them in the pages of a file as far as it can be."""
+    if not is_sharded(folder):
+        return torch.load(folder / PAYLOAD[0], map_location="cpu", weights_only=True, mmap=True)
+    return Shards(folder).fill(read_state(folder)["model"], 0, 1)
+
+
 def read(folder: Path, beat: Callable[[], None]) -> list[Any]:
     """What a checkpoint holds, in the order of `PAYLOAD`, without running any code that it may hold.
 
-    Each file is read from the disk once, into memory, where its tensors stay: what was verified is what is used.
-    `beat`: signs of life. Raises DamagedCheckpoint: as `verify`.
+    Each file is read from the disk once, into memory, where its tensors stay: what was verified is what is used. Shards
+    are verified, then put together. `beat`: signs of life. Raises DamagedCheckpoint: as `verify`.
     """
+    if is_sharded(folder):
+        verify_share(folder, 0, 1, beat)
+        return read_share(folder, (0, 1))
     found: dict[str, Any] = {}
     for path, facts in _files_of(folder).items():
         with open(os.memfd_create("muster-checkpoint"), "wb") as copy:
@@ -133,14 +216,23 @@ def read(folder: Path, beat: Callable[[], None]) -> list[Any]:
 
 def _files_of(folder: Path) -> dict[Path, tuple[int, str]]:
     """The files of a checkpoint, and how many bytes and which sha256 they have by its manifest."""
+    expected: tuple[str, ...] = PAYLOAD
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files, count = manifest["files"], int(manifest.get("shards", 0))
+        if count:
+            expected = STATE, *(shard_name(index, count) for index in range(count))
         found = {folder / name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         found = {}
-    if {folder / name for name in PAYLOAD} - set(found):
+    if {folder / name for name in expected} - set(found):
         raise DamagedCheckpoint(f"{folder}: manifest.json is missing or unreadable")
     return found
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a checkpoint is that of a sharded training."""
+    return any(folder.glob("shard-00000-of-*"))
 
 
 def _compare(
@@ -180,55 +272,3 @@ def newest_good(root: Path, look: Callable[[Path], object] = verify) -> tuple[Pa
     if refused:
         raise DamagedCheckpoint("every checkpoint is damaged: " + "; ".join(refused.values()))
     return None, refused
-
-
-class Hashing:
-    """A file that hashes what is written: torch.save's zip writer seeks nowhere, so one pass is enough."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.flush = file, hashlib.sha256(), file.flush
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`."""
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.file.write(view)
-        return len(view)
-
-
-def dump(value: Any, file: BinaryIO) -> bytes:
-    """Write what torch.load reads, without zip's own checksums, which would block all threads; return its sha256."""
-    hashing, before = Hashing(file), get_crc32_options()
-    set_crc32_options(False)
-    try:
-        torch.save(value, hashing)  # type: ignore[arg-type]
-    finally:
-        set_crc32_options(before)
-    return hashing.digest.digest()
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that is on the disk when it is closed."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write(path: Path, value: Any) -> dict[str, Any]:
-    with _new_file(path) as file:
-        digest = dump(value, file)
-        return {"bytes": file.tell(), "sha256": digest.hex()}
-
-
-def _sync_folder(path: Path) -> None:
-    """Have a folder's names on the disk, where the file system can do that for folders; mounts of others refuse."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-            raise
-    finally:
-        os.close(handle)

@@ -43,16 +43,26 @@ class Keeper:
         self.asynchronous = job.checkpoint.asynchronous
         self.memory = Memory.find()
         writer = read_path(WRITER) if self.memory else None
-        if self.memory is None and self.asynchronous and parallel.rank == 0 and (own := Memory.make()).has_locks():
+        if self.memory is None and self.asynchronous and self.writes(parallel) and (own := Memory.make()).has_locks():
             self.memory = own
             self.memory.attempt = attempt
         self.copies: Copies | None = None
         self.orders: Orders | None = None
         self.failed: OSError | None = None
         """Why the newest save that is over was not committed, where that was spared."""
-        if self.memory is not None and parallel.local_rank == 0:
+        if self.memory is not None and self.keeps(parallel):
             self.copies = Copies(self.memory, self.run, attempt, parallel.devices, self.recovers, tell)
             self.orders = Orders(self.memory, writer)
+
+    @staticmethod
+    def keeps(parallel: Parallel) -> bool:
+        """Whether this rank copies the state."""
+        return parallel.local_rank == 0
+
+    @staticmethod
+    def writes(parallel: Parallel) -> bool:
+        """Whether this rank has checkpoints written."""
+        return parallel.rank == 0
 
     def boundary(self, moment: int, contents: Callable[[], Contents]) -> None:
         """All that was due after a step is done; `moment` as in `Seal`. Copy the state if it is time to."""
@@ -115,6 +125,9 @@ class Keeper:
             found = ["nodes have different bits in it"]
         return found[0] if found else ""
 
+    def prepare(self, moment: int, contents: Callable[[], Contents], beat: Callable[[], None]) -> None:
+        """What all ranks do before any of them saves."""
+
     def save(self, order: Order, moment: int, contents: Contents, beat: Callable[[], None]) -> None:
         """Rank 0 has a checkpoint committed: at once, or from a copy while training goes on. `beat`: signs of life.
 
@@ -156,7 +169,7 @@ class Keeper:
 
         That is said when it begins. Raises OSError: it is no error that passes, or there is no copy in memory.
         """
-        if not self._may_fail(error):
+        if not self.may_fail(error):
             raise error
         if self.failed is None:
             self.tell(
@@ -165,7 +178,8 @@ class Keeper:
             )
         self.failed = error
 
-    def _may_fail(self, error: OSError) -> bool:
+    def may_fail(self, error: OSError) -> bool:
+        """Whether a save that fails with it may be made up for later."""
         return self.copies is not None and self.recovers and error.errno in PASSING
 
     def insist(self, save: Callable[[], None], beat: Callable[[], None]) -> None:
@@ -180,7 +194,7 @@ class Keeper:
                 self.wait(beat)
                 return
             except OSError as error:
-                if not self._may_fail(error) or time.monotonic() > end:
+                if not self.may_fail(error) or time.monotonic() > end:
                     raise
             time.sleep(LOOK_S)
             beat()

@@ -20,6 +20,8 @@ from pathlib import Path
 from trainer.wiring.variables import MEMORY, read_words
 
 BUFFERS = 2
+FOR_SHARDS = 3
+"""Buffers of a rank that has a memory of its own."""
 MOMENTS = 4
 ATTEMPT = struct.Struct("<q")
 """The newest attempt of the agent."""
@@ -67,10 +69,10 @@ class Memory:
             self.page = mmap.mmap(file.fileno(), 0)
 
     @classmethod
-    def make(cls) -> "Memory":
-        """New and empty; this process owns it."""
-        page, *buffers = (os.memfd_create(f"muster-{name}") for name in ("page", *map(str, range(BUFFERS))))
-        os.ftruncate(page, SEALS + BUFFERS * SEAL.size)
+    def make(cls, count: int = BUFFERS) -> "Memory":
+        """New and empty, with so many buffers; this process owns it."""
+        page, *buffers = (os.memfd_create(f"muster-{name}") for name in ("page", *map(str, range(count))))
+        os.ftruncate(page, SEALS + count * SEAL.size)
         return cls(*(f"/proc/{os.getpid()}/fd/{handle}" for handle in (page, *buffers)))
 
     @classmethod

@@ -1,5 +1,6 @@
 """What rank 0 orders from whoever writes its checkpoints: a process of the agent, or, where there is none, a thread."""
 
+import contextlib
 import os
 import select
 import socket
@@ -91,6 +92,9 @@ class Orders:
         """
         hangs = False
         try:
+            if self.connection is not None:
+                with contextlib.suppress(OSError):
+                    self.connection.shutdown(socket.SHUT_WR)  # so that nobody waits for others on our behalf
             if self.thread is not None:
                 self.wait(beat)
             while self.hear(0):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.files import dump
+from trainer.checkpoint.durable import dump
 from trainer.data.nested import INSIDE, walk
 from trainer.errors import JobError
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.serialization import safe_globals
 from trainer.checkpoint.memory import Seal
 from trainer.data.nested import INSIDE, map_tensors, walk
 from trainer.parallel.module_state import is_dense
+from trainer.parallel.shards import Part, local, part_of
 
 ALIGN = 64
 """Tensors begin at multiples of it, as torch's own do."""
@@ -43,8 +44,11 @@ def take_apart(contents: Any) -> tuple[Any, list[Tensor]]:
     tensors: list[Tensor] = []
     places: dict[tuple[Any, ...], Place] = {}
 
-    def place(tensor: Tensor) -> Place | Tensor:
+    def place(tensor: Tensor) -> Place | Part | Tensor:
         tensor = tensor.detach()
+        if (part := part_of(tensor)) is not None:
+            return replace(part, rows=place(part.rows))
+        tensor = local(tensor)
         if type(tensor) is not Tensor or not is_dense(tensor) or tensor.is_quantized or not tensor.numel():
             return tensor.cpu()
         origin = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -163,6 +167,6 @@ def interpret(head: bytes, memory: Any) -> tuple[Any, list[Tensor]]:
 def read_head(head: bytes) -> tuple[Any, list[Row]]:
     """What a head says: what the tensors hang from, and how each of them lies."""
     start = TABLE.size + TABLE.unpack_from(head)[0]
-    with safe_globals([Place]):
+    with safe_globals([Place, Part]):
         tree = torch.load(io.BytesIO(head[start:]), map_location="cpu", weights_only=True)
     return tree, json.loads(head[TABLE.size : start])

@@ -43,6 +43,8 @@ class TrackedObjects:
         self.explain = explain
         self.objects: dict[str, Any] = {}
         self.numbers: dict[str, Any] = {}
+        self.spread: Callable[[Any, Any], Any] = lambda item, state: state
+        """See `Parallel.spread`."""
 
     def add(self, name: str, item: Any) -> None:
         """Keep an object from here on. What the parts of a module count is compared with what they count now."""
@@ -81,7 +83,7 @@ class TrackedObjects:
                 own = entry["weights"] if "weights" in entry else weights if name == MODEL else weights[name]
                 self._restore_module(item, own, entry)
             else:
-                item.load_state_dict(entry["state"])
+                item.load_state_dict(self.spread(item, entry["state"]))
         except WRONG as error:
             raise self.explain(name, origin, error) from None
 
@@ -89,12 +91,12 @@ class TrackedObjects:
         restore_buffers(module, weights, entry["buffers"])
         restore_numbers(module, entry["numbers"])
         try:
-            module.load_state_dict(weights)
+            module.load_state_dict(self.spread(module, weights))
         except RuntimeError:
             fitting, misfits = fit(weights, module)  # a wrapper, such as a compiled model's, may have come or gone
             if misfits:
                 raise
-            module.load_state_dict(fitting, strict=False)
+            module.load_state_dict(self.spread(module, fitting), strict=False)
 
 
 def entries_of(state: dict[str, Any]) -> dict[str, Entry]:

@@ -14,9 +14,11 @@ from trainer.checkpoint import files as checkpoint
 from trainer.checkpoint.exchange import read_once
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.memory import MOMENTS
+from trainer.checkpoint.newest import newest_together
+from trainer.checkpoint.shard_keeper import ShardKeeper
 from trainer.checkpoint.tracked import MODEL, TrackedObjects, entries_of
 from trainer.checkpoint.weights import start_from
-from trainer.checkpoint.writer import Order
+from trainer.checkpoint.writer import LOOK_S, Order
 from trainer.config.job import Job
 from trainer.config.load import read_sections
 from trainer.data.sampler import Position
@@ -47,7 +49,9 @@ class TrainingState:
         self.job, self.position, self.parallel, self.report = job, Position(), parallel, report
         self.root = report.run.checkpoints
         self.tracked = TrackedObjects(explain or self._explain)
-        self.keeper = Keeper(job, parallel, report.run, report.attempt, self.differs, report.notice)
+        self.tracked.spread = parallel.spread
+        kind = Keeper if parallel.shard is None else ShardKeeper
+        self.keeper = kind(job, parallel, report.run, report.attempt, self.differs, report.notice)
         self.beat = partial(report.phase, "saving", self.position)
         self.begin_beat = partial(report.phase, "starting", self.position)
         self.metrics: dict[str, float] = {}
@@ -87,7 +91,10 @@ class TrainingState:
         self._choose_best()
         contents = self.contents() if self.parallel.cuts_model else None
         submit = partial(self._submit, wait, contents)
-        self._agree(partial(self.keeper.insist, submit, self.beat) if wait else submit)
+        if self.parallel.shard is not None:
+            self._save_shards(submit, wait)
+        else:
+            self._agree(partial(self.keeper.insist, submit, self.beat) if wait else submit)
         self.owed = False
 
     def settle(self) -> None:
@@ -95,19 +102,43 @@ class TrainingState:
         self._agree(partial(self.keeper.wait, self.beat))
 
     def _agree(self, action: Callable[[], None]) -> None:
-        """Let rank 0 do something; what goes wrong is raised on all ranks."""
+        """Let rank 0, or all that have shards, do something; what goes wrong is raised on all ranks."""
         started = time.perf_counter()
         self.beat()
         problem: BaseException | None = None
-        if self.parallel.rank == 0:
+        if self.parallel.rank == 0 or self.parallel.shard is not None:
             try:
                 action()
             except Exception as error:
                 problem = error
         if self.parallel.any(problem is not None, self.beat):
-            said = self.parallel.share(f"{type(problem).__name__}: {problem}")
-            raise problem or RuntimeError(f"rank 0 could not save: {said}")
+            every = self.parallel.gather(problem and f"{type(problem).__name__}: {problem}")
+            rank, said = next((rank, said) for rank, said in enumerate(every) if said)
+            raise problem or RuntimeError(f"rank {rank} could not save: {said}")
         self.report.pause(time.perf_counter() - started)
+
+    def _save_shards(self, submit: Callable[[], None], wait: bool) -> None:
+        """All ranks save together, and again if a disk failed one of them for a moment: see `Keeper.insist`."""
+        end = time.monotonic() + self.keeper.limit_s
+        failed = True
+
+        def look() -> None:
+            nonlocal failed
+            try:
+                self.keeper.wait(self.beat)
+                failed = False
+            except OSError as error:
+                if not self.keeper.may_fail(error) or time.monotonic() > end:
+                    raise
+
+        while failed:
+            self._agree(partial(self.keeper.prepare, self._moment(), self.contents, self.beat))
+            self._agree(submit)
+            if not wait:
+                return
+            self._agree(look)
+            if failed := self.parallel.any(failed, self.beat):
+                time.sleep(LOOK_S)
 
     def close(self) -> None:
         """Finish what is being written; for an end that has a cause of its own."""
@@ -125,7 +156,8 @@ class TrainingState:
         }  # fmt: skip
         run, best = str(self.report.run), self.best[1] if self.best else None
         order = Order(run, position.step, self.report.attempt, facts_of_run, job.checkpoint.keep_last, best, urgent)
-        self.keeper.save(order, self._moment(), contents or self.contents(), self.beat)
+        contents = contents or (self.contents() if self.parallel.shard is None else {})  # shards are prepared
+        self.keeper.save(order, self._moment(), contents, self.beat)
 
     def boundary(self) -> None:
         """A step is done, with all that was due after it, and ranks are alike: copy the state if it is time to."""
@@ -142,7 +174,7 @@ class TrainingState:
         return {
             "model": weights, "objects": objects, "position": dataclasses.asdict(self.position),
             "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best, "facts": self.facts(),
-            "measured_at": self.measured_at,
+            "measured_at": self.measured_at, "shard": self.parallel.shard,
         }  # fmt: skip
 
     def _choose_best(self) -> None:
@@ -169,8 +201,11 @@ class TrainingState:
     def load_weights(self) -> None:
         """Start with the weights that the job names."""
         objects, options = self.tracked.objects, self.job.checkpoint
-        load = partial(read_once, self.parallel, beat=self.begin_beat)
-        start_from(objects[MODEL], Path(str(options.load)), options.strict, self.report.say, load)
+        load: Callable[[Callable[[], Any]], Any] = partial(read_once, self.parallel, beat=self.begin_beat)
+        path, model = Path(str(options.load)), objects[MODEL]
+        if self.parallel.shard is not None:  # each rank looks at its own rows alone
+            load = lambda read: read()  # noqa: E731
+        start_from(model, path, options.strict, self.report.say, load, partial(self.parallel.spread, model))
         if "average" in objects:
             objects["average"].module.load_state_dict(objects[MODEL].state_dict())
 
@@ -184,6 +219,12 @@ class TrainingState:
                 checkpoint.sweep(self.root)
             self.report.event("resume", step=kept["position"]["step"], folder="memory")
             return Found("the copy in memory", kept["model"], kept)
+        if self.parallel.shard is not None:
+            tidy = partial(self._tidy_up, beat)
+            found = newest_together(self.parallel, self.root, self.parallel.shard, tidy, self._refuse, beat)
+            if found is not None:
+                self.report.event("resume", step=step_of(self.root / found[0]), folder=found[0])
+            return Found(found[0], *found[1]) if found else None
         name, payload = read_once(self.parallel, lambda: self._read_newest(beat), beat)
         return Found(name, *payload) if name else None
 
@@ -213,15 +254,22 @@ class TrainingState:
         self.restored = state.get("facts", {})
         self.best = tuple(state["best"]) if state["best"] else None
 
-    def _read_newest(self, beat: Callable[[], None]) -> tuple[str, list[Any]]:
-        """The name and the contents of the newest checkpoint, if there is one; damaged ones before it lose theirs."""
+    def _tidy_up(self, beat: Callable[[], None]) -> None:
         self.keeper.await_others(beat)
         checkpoint.sweep(self.root)
+
+    def _refuse(self, folder: Path, problem: str) -> None:
+        """A damaged checkpoint loses its name, or it would count as kept."""
+        self.report.warn(f"checkpoint refused: {problem}", "checkpoint_refused", problem=problem)
+        folder.rename(self.root / f"damaged-{folder.name}-{time.time_ns()}")
+
+    def _read_newest(self, beat: Callable[[], None]) -> tuple[str, list[Any]]:
+        """The name and the contents of the newest checkpoint, if there is one; damaged ones before it lose theirs."""
+        self._tidy_up(beat)
         payload: list[Any] = []
         saved, refused = checkpoint.newest_good(self.root, lambda folder: payload.extend(checkpoint.read(folder, beat)))
         for folder, problem in refused.items():
-            self.report.warn(f"checkpoint refused: {problem}", "checkpoint_refused", problem=problem)
-            folder.rename(self.root / f"damaged-{folder.name}-{time.time_ns()}")  # or it would count as kept
+            self._refuse(folder, problem)
         if saved is None:
             return "", []
         self.report.event("resume", step=step_of(saved), folder=saved.name)

@@ -3,17 +3,18 @@
 What a run of Muster saved for itself: `trainer.checkpoint.files`.
 """
 
-import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.files import newest_good, verify
+from trainer.checkpoint.files import newest_good, read_weights, verify
+from trainer.checkpoint.safetensors import Tensors
 from trainer.errors import JobError
 from trainer.run.folder import RunFolder
 
@@ -28,16 +29,16 @@ SHOWN = 5
 
 def start_from(
     model: nn.Module, path: Path, strict: bool, say: Callable[[str], None],
-    once: Callable[[Callable[[], Any]], Any] = lambda read: read(),
+    once: Callable[[Callable[[], Any]], Any] = lambda read: read(), spread: Callable[[Any], Any] = lambda state: state,
 ) -> None:  # fmt: skip
     """Give `model` the weights in a `.pt` or `.safetensors` file, or in a checkpoint's or Hugging Face's folder.
 
-    `once` has one rank read them for all. Raises JobError: they cannot be read; they do not fit, and the job is
-    `strict`, or nothing fits.
+    `once` has one rank read them for all; `spread`: see `Parallel.spread`. Raises JobError: they cannot be read; they
+    do not fit, and the job is `strict`, or nothing fits.
     """
     weights = once(lambda: load_weights(path))
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(spread(weights))
         return
     except RuntimeError:
         fitting, misfits = fit(weights, model)
@@ -45,7 +46,7 @@ def start_from(
         found = "; ".join(f"{what} {enumerate_names(names)}" for what, names in misfits.items())
         remedy = "Set checkpoint.strict=false to keep what fits" if fitting else "Give weights of this model"
         raise JobError(KEY, str(path), f"does not fit the model: {found}", remedy)
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(spread(fitting), strict=False)
     if misfits:
         say(f"{KEY}={path}: {len(fitting)} weights fit and are taken")
         for what, names in misfits.items():
@@ -60,7 +61,7 @@ def load_weights(path: Path) -> dict[str, Any]:
     if path.is_dir():
         path = _find_in(path)
     try:
-        state = _read(path)
+        state = read_weights(path) if path.is_dir() else _read(path)
     except FileNotFoundError:
         raise JobError(KEY, str(path), "no such file", "Give a step-* folder or a .pt file") from None
     except JobError:
@@ -80,8 +81,9 @@ def load_weights(path: Path) -> dict[str, Any]:
 def _find_in(folder: Path) -> Path:
     if (folder / "manifest.json").is_file():
         verify(folder)
-    elif (run := RunFolder(folder)).checkpoints.is_dir() and (newest := newest_good(run.checkpoints)[0]) is not None:
-        folder = newest
+        return folder
+    if (run := RunFolder(folder)).checkpoints.is_dir() and (newest := newest_good(run.checkpoints)[0]) is not None:
+        return newest
     return next((folder / name for name in IN_FOLDERS if (folder / name).is_file()), folder / IN_FOLDERS[0])
 
 
@@ -90,12 +92,8 @@ def _read(path: Path) -> Any:
         parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {name: value for part in parts for name, value in _read(path.with_name(part)).items()}
     if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        return importlib.import_module("safetensors.torch").load_file(path)
-    except ModuleNotFoundError:
-        remedy = "Install it with the package manager of your project, or save the weights with torch.save"
-        raise JobError(KEY, str(path), "reading it needs the package safetensors", remedy) from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    return dict(Tensors(path))
 
 
 def _inner(state: dict[str, Any]) -> dict[str, Any] | None:

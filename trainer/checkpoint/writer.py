@@ -46,15 +46,34 @@ class Order:
     """The name of the checkpoint that is kept in any case."""
     urgent: bool = False
     """Whether nothing trains until it is committed."""
+    shard: tuple[int, int] | None = None
+    """Which of how many shards the contents are; None: they are all."""
+    number: int = 0
+    """Tells the checkpoints of a sharded training apart."""
 
 
-def commit(order: Order, contents: dict[str, Any], owner: Callable[[], int] | None = None) -> None:
-    """Commit a checkpoint, record it, and remove those that are not kept any more. `owner`: see `files.commit`."""
+def commit(
+    order: Order, contents: dict[str, Any], owner: Callable[[], int] | None = None,
+    is_alone: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
+    """Commit a checkpoint, record it, and remove those that are not kept any more.
+
+    `owner`: see `files.commit`; `is_alone`: see `Meeting.collect`. Of shards the first writer does it for all.
+    """
     run = RunFolder(Path(order.run))
-    payload = {"model.pt": contents.pop("model"), "state.pt": contents}
-    folder = files.commit(run.checkpoints, order.step, payload, order.facts, order.attempt, owner)
+    if order.shard is None:
+        payload = {"model.pt": contents.pop("model"), "state.pt": contents}
+        folder = files.commit(run.checkpoints, order.step, payload, order.facts, order.attempt, owner)
+    else:
+        place = run.checkpoints, order.step, order.number, (order.shard[0], order.shard[1])
+        part = files.commit_part(*place, contents, order.facts, order.attempt, owner, is_alone)
+        if part is None:
+            return
+        folder = part
     run.record("checkpoint", attempt=order.attempt, step=order.step, folder=str(folder.relative_to(run.path)))
     files.prune(run.checkpoints, order.keep_last, order.best)
+    if order.shard is not None:  # what writers began when the first one had given up already
+        files.remove_pending(run.checkpoints)
 
 
 def serve(connection: socket.socket, memory: Memory) -> None:
@@ -64,11 +83,12 @@ def serve(connection: socket.socket, memory: Memory) -> None:
         message, [handle] = received
         order, problem = Order(**message["order"]), None
         try:
-            if not swept:  # nobody else writes now; another may have been killed before
-                files.sweep(RunFolder(Path(order.run)).checkpoints)
+            if not swept and (order.shard is None or not order.shard[0]):
+                # Nobody else writes now, but to the same checkpoint; another may have been killed before.
+                files.sweep(RunFolder(Path(order.run)).checkpoints, files.pending_name(order.step, order.number))
                 swept = True
             state = put_together(*interpret(*read_raw(handle, Seal(**message["seal"]))))
-            write = partial(commit, order, state, lambda: memory.attempt)
+            write = partial(commit, order, state, lambda: memory.attempt, lambda: has_gone(connection))
             write() if order.urgent else aside(write, NICE)
             del state, write
         except StaleAttempt as error:
@@ -83,6 +103,16 @@ def serve(connection: socket.socket, memory: Memory) -> None:
         with contextlib.suppress(OSError):  # the rank was killed meanwhile
             send(connection, problem)
     connection.close()
+
+
+def has_gone(connection: socket.socket) -> bool:
+    """Whether the other side will send nothing more."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def aside(action: Callable[[], object], nice: int = 0, beat: Callable[[], None] = lambda: None) -> None:

@@ -18,7 +18,7 @@ def _key(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-RANKED = ("ddp", "pipeline", "server")
+RANKED = ("ddp", "fsdp", "pipeline", "server")
 """The modes with a rank for each device; others are one process."""
 
 # The keys are a table: not one argument a line.
@@ -48,7 +48,9 @@ class Train:
     ema_decay: float | None = _key(None, "keep an exponential moving average of the weights, and evaluate that",
         above=0, below=1)
     channels_last: bool = _key(False, "store 4-d weights and inputs in NHWC layout")
-    compile: bool = _key(False, "compile the model with torch.compile")
+    compile: bool = _key(False, "compile the model with torch.compile; with fsdp layer by layer")
+    checkpoint_activations: bool = _key(False, "keep no activations inside of layers (those of Task.shard_modules, "
+        "else large ones in a Sequential or ModuleList): the backward pass computes them again")
     on_nan: str = _key("halt", "what to do when a loss is NaN or infinite: end the run, or skip the update",
         choices=("halt", "skip"))
     deterministic: str = _key("true",
@@ -85,6 +87,20 @@ class Ddp:
     sync_every: int = _key(1, "post-local SGD: after `sync_start` steps, average the weights every this many steps "
         "(1: off, gradients are averaged at every step)", minimum=1)
     sync_start: int = _key(0, "ordinary steps before post-local SGD begins", minimum=0)
+
+
+@dataclass
+class Fsdp:
+    """Options of fully sharded data parallelism (torch's fully_shard). With other modes, changing them is an error."""
+
+    min_params: int = _key(100_000, "layers in a Sequential or ModuleList with at least this many weights are gathered "
+        "one at a time, unless Task.shard_modules names them; the rest of the model is gathered as one", minimum=1)
+    reshard_after_forward: bool = _key(True,
+        "give up gathered layers after the forward pass, and gather them again for the backward pass; false: keep them")
+    replicate: str = _key("none", "node: each node holds the whole model, in shards; averages alone cross the network",
+        choices=("none", "node"))
+    gather: str = _key("full", "full: gather weights as they are; half: as 16-bit numbers of `train.precision`, in "
+        "which the layers then compute throughout; gradients are added in 32 bits either way", choices=("full", "half"))
 
 
 @dataclass
@@ -178,9 +194,9 @@ class Job:
     preload: list[str] = _key([],
         "installed modules that each node imports once, not each rank at each start: [transformers.trainer]")
     parallel: str = _key("auto",
-        "single, dp (DataParallel: one process on one node), ddp, pipeline (a stage of the model on each device), or "
-        "server (a parameter server, to compare with); auto: ddp for more than one device",
-        choices=("auto", "single", "dp", "ddp", "pipeline", "server"))
+        "single, dp (DataParallel: one process on one node), ddp, fsdp (each rank holds a part of each weight), "
+        "pipeline (a stage of the model on each device), or server (a parameter server, to compare with); auto: ddp for "
+        "more than one device", choices=("auto", "single", "dp", "ddp", "fsdp", "pipeline", "server"))
     nodes: int = _key(1, "number of nodes; each runs one agent", minimum=1)
     devices_per_node: int = _key(1,
         "number of devices on each node; except with single and dp this is also the number of ranks", minimum=1)
@@ -194,6 +210,7 @@ class Job:
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     ddp: Ddp = field(default_factory=Ddp)
+    fsdp: Fsdp = field(default_factory=Fsdp)
     pipeline: Pipeline = field(default_factory=Pipeline)
     server: Server = field(default_factory=Server)
     evaluation: Evaluation = field(default_factory=Evaluation)

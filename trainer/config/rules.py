@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from trainer.config.job import Ddp, Job, Pipeline, Server
+from trainer.config.job import Ddp, Fsdp, Job, Pipeline, Server
 from trainer.config.user_code import MissingModule, check_symbol, find_source
 from trainer.errors import JobError, wrong_choice
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 OPTIMIZERS = ("adamw", "adam", "sgd")
-OPTIONS = {"ddp": Ddp, "pipeline": Pipeline, "server": Server}
+OPTIONS = {"ddp": Ddp, "fsdp": Fsdp, "pipeline": Pipeline, "server": Server}
 """Modes that have a section of their own in the job, of the same name."""
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -100,6 +100,20 @@ TRAINING = (
          "is set twice", "Use train.weight_decay"),
 )  # fmt: skip
 
+SHARDED = (  # no rank has a whole weight
+    Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
+         "with parallel=fsdp each rank would hold the whole average", "Remove it, or use parallel=ddp"),
+    Rule("train.channels_last", lambda job: job.train.channels_last,
+         "fully_shard cuts weights along their first dimension, and takes no other layout",
+         "Set it to false, or use parallel=ddp"),
+    Rule("fsdp.gather", lambda job: job.fsdp.gather == "half" and job.train.precision not in ("bf16", "fp16"),
+         "contradicts train.precision={job.train.precision}", "Set train.precision=bf16, or fsdp.gather=full"),
+    Rule("fsdp.replicate", lambda job: job.fsdp.replicate == "node" and job.nodes == 1,
+         "would be ignored: there is one node", "Remove it"),
+    Rule("fsdp.replicate", lambda job: job.fsdp.replicate == "node" and job.devices_per_node == 1,
+         "leaves nothing to shard: each node has one device", "Set it to none, or use parallel=ddp"),
+)  # fmt: skip
+
 LOCAL_SGD = (  # ranks differ between two averages, so nothing may depend on their being equal
     Rule("ddp.compression", lambda job: job.ddp.compression != "none",
          "post-local SGD (ddp.sync_every) averages weights, which it would not compress",
@@ -162,6 +176,8 @@ def check_job(job: Job, code_is_here: bool = True) -> None:
                 raise JobError(f"{mode}.{name}", value, problem, f"Use parallel={mode}, or remove it")
     if job.task:
         _check(job, TRAINING)
+        if job.parallel == "fsdp":
+            _check(job, SHARDED)
         if job.ddp.sync_every > 1:
             _check(job, LOCAL_SGD)
         if job.parallel == "pipeline":

@@ -13,6 +13,7 @@ from trainer.config.job import Job
 from trainer.data.sampler import MicroBatch
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.returned import check_count
+from trainer.parallel.shards import local
 from trainer.parallel.step import Step
 from trainer.task import Task
 from trainer.wiring.devices import rank_gpus, use_cuda
@@ -43,6 +44,10 @@ class Parallel:
     """The step, wrapped for the devices of this rank; it exchanges nothing with the other ranks."""
     warms_up = False
     """Whether `warm_up` must be called before the first step."""
+    lockstep = False
+    """Whether all ranks must compute a batch at the same time."""
+    shard: tuple[int, int] | None = None
+    """Which part of how many this rank holds of each weight; None: it holds them all."""
     steps = 0
     """How many steps are done. The loop sets it when it resumes."""
     updates = 1
@@ -153,7 +158,7 @@ class Parallel:
         share = torch.where(count > 0, 1 / count, 1)
         for parameter in self.step.model.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(share)
+                local(parameter.grad).mul_(share)
         return loss * share
 
     def update(self) -> None:
@@ -177,6 +182,10 @@ class Parallel:
 
     def share_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Give all ranks the buffers of rank 0's modules, such as batch statistics: a checkpoint holds those."""
+
+    def spread(self, item: Any, state: Any) -> Any:
+        """The state dict of a module or optimizer, as it is to be loaded on this rank."""
+        return state
 
     def meet(self) -> None:
         """Wait until all ranks have come here."""

@@ -38,6 +38,10 @@ def make_parallel(job: Job, wiring: RankWiring, supervised: bool) -> Parallel:
         from trainer.parallel.ddp import Distributed
 
         return Distributed(job, wiring, supervised)
+    if job.parallel == "fsdp":
+        from trainer.parallel.fsdp import FullyShard
+
+        return FullyShard(job, wiring, supervised)
     if job.parallel == "pipeline":
         from trainer.parallel.pipeline import Pipeline
 

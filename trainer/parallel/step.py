@@ -30,7 +30,7 @@ class Step(nn.Module):
         """Whether the task says how the model is called."""
         self.needs_gradients = False
         """Whether an evaluation must compute gradients: found out by `trainer.training.evaluation`."""
-        self.apply_model = compile_model() if compile else apply_model
+        self.apply_model = compile_call(apply_model) if compile else apply_model
 
     def forward(self, batch: Any, evaluate: bool = False) -> Any:
         """The losses, as `read_losses` gives them; when evaluating, a dict of them and the task's metrics."""
@@ -51,9 +51,9 @@ def apply_model(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def compile_model() -> Callable[..., Any]:
-    """`apply_model` compiled; the first calls compile. Raises JobError then: the compiler fails."""
-    compiled = torch.compile(apply_model)
+def compile_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled; the first calls compile. Raises JobError then: the compiler fails."""
+    compiled = torch.compile(function)
 
     def call(*arguments: Any) -> Any:
         try:

@@ -20,6 +20,8 @@ from trainer.parallel.returned import check_values, mean_loss, read_summary
 from trainer.task import Task
 from trainer.training.determinism import any_kernels
 
+UNCOUNTED = 2**31
+"""The number of a batch that is computed for the sake of other ranks."""
 Sums = dict[str, Tensor]
 """Of the loss and the metrics of one batch."""
 
@@ -36,6 +38,8 @@ def evaluate(
     """
     plan = list(evaluation_batches(count, batch_size, parallel.part, parallel.parts))
     rounds = math.ceil(math.ceil(count / batch_size) / parallel.parts)
+    if parallel.lockstep and len(plan) < rounds:  # what a rank without a batch computes then does not count
+        plan.append((UNCOUNTED, next(iter(evaluation_batches(count, batch_size, 0, parallel.parts)))[1]))
     batches = mover.move(loader.read([(0, indices) for _, indices in plan]))
     sums: list[tuple[int, dict[str, Tensor]]] = []
     step, own = parallel.step, parallel.step.model
@@ -51,7 +55,7 @@ def evaluate(
                     batch = next(batches)
                     values = evaluate_batch(parallel, batch, len(indices), functools.partial(seed, number))
                     # Float64 sums of float32 values are exact enough; a fixed order makes them equal bit by bit.
-                    if parallel.speaks:
+                    if parallel.speaks and number != UNCOUNTED:
                         sums.append((number, {k: v.double().sum(0) for k, v in values.items()}))
     finally:
         step.model = own

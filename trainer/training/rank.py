@@ -13,6 +13,7 @@ from trainer.errors import DONE
 from trainer.parallel.base import Parallel
 from trainer.parallel.modes import make_parallel
 from trainer.parallel.step import Step
+from trainer.parallel.units import find_units, recompute_in_backward
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.rank_report import Report
 from trainer.run.attempts import check_current
@@ -88,6 +89,8 @@ def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, tuple[nn.Modu
     seed = derive_seed(job.seed, 0, 0)  # the same initial weights on every rank
     built, home = parallel.build(task, lambda: seed_generators(seed, parallel.devices))
     model, notes = take_model(built, job, home)
+    if job.train.checkpoint_activations:
+        recompute_in_backward(find_units(model, task, job.fsdp.min_params), job)
     notes += weights_beside(task, model)
     seed_generators(derive_seed(job.seed, 0, 0, DATA))
     train_data = task.train_dataset()

@@ -22,7 +22,7 @@ def take_model(model: Any, job: Job, device: torch.device) -> tuple[nn.Module, l
 
     Raises JobError: it cannot be trained.
     """
-    _check(model)
+    _check(model, device)
     kind = type(model).__name__
     try:
         model = model.to(device)
@@ -105,7 +105,7 @@ def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> str:
     return text if unused else ""
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, device: torch.device) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise JobError("task.model", kind, "is not a torch.nn.Module", "Return the model alone")
@@ -117,7 +117,7 @@ def _check(model: Any) -> None:
             raise JobError("task.model", name, "has no size yet (a lazy layer)", remedy)
         if value.is_inference():
             raise JobError("task.model", name, "was made in inference mode", "Leave torch.inference_mode() before")
-        if value.is_meta:
+        if value.is_meta and device.type != "meta":
             remedy = "Build it outside of torch.device('meta'), or give it its weights before you return it"
             raise JobError("task.model", name, "is on the meta device: it has no values", remedy)
 
@@ -171,6 +171,8 @@ def _check_sparse(model: nn.Module, job: Job) -> None:
     if name is None:
         return
     problem, remedy = f"does not take the sparse gradients of {name}", "Set sparse=False there"
+    if job.parallel == "fsdp":
+        raise JobError("parallel", "fsdp", problem, f"{remedy}, or use parallel=ddp")
     if job.train.optimizer in ("adam", "adamw"):
         raise JobError("train.optimizer", job.train.optimizer, problem, f"{remedy}, or use sgd")
     if job.train.clip_norm is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from states import difference
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from trainer.checkpoint.files import DamagedCheckpoint, commit
+from trainer.checkpoint.safetensors import write
 from trainer.checkpoint.weights import fit, load_weights, rename, start_from
 from trainer.errors import JobError
 
@@ -161,17 +161,29 @@ def test_folders(tmp_path: Path) -> None:
         load_weights(damaged)
 
 
-def test_safetensors_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(JobError, match="needs the package safetensors"):
-        load_weights(tmp_path)
-    package = ModuleType("safetensors.torch")
-    values: dict[str, Tensor] = {"weight": torch.ones(1)}
-    package.load_file = lambda path: values  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
-    assert load_weights(tmp_path) == values
+def test_safetensors_of_others_are_read(tmp_path: Path) -> None:
+    """One file, or several with an index as Hugging Face writes them; what the package wrote, and what it can read."""
+    package = pytest.importorskip("safetensors.torch")
+    values = {"a.weight": torch.randn(3, 2), "a.count": torch.tensor(3), "b.weight": torch.randn(2).bfloat16()}
+    package.save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    assert difference(load_weights(tmp_path), {name: values[name] for name in load_weights(tmp_path)}) == ""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    files = {name: f"model-0000{1 + (name[0] == 'b')}-of-00002.safetensors" for name in values}
+    for file in set(files.values()):
+        with (parts / file).open("wb") as out:
+            chosen = {name: value for name, value in values.items() if files[name] == file}
+            write({name: ((value.dtype, tuple(value.shape)), [value]) for name, value in chosen.items()}, {}, out)
+        assert difference(package.load_file(parts / file), chosen) == ""
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert difference({name: load_weights(parts)[name] for name in values}, values) == ""
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\xff" * 64, b"\x02" + bytes(7) + b"{]"])
+def test_what_is_no_safetensors_file_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(JobError, match="cannot load it"):
+        load_weights(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("content, problem", [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.errors import JobError
 from trainer.parallel.modes import ThreadReplicas, replicate, scatter
-from trainer.parallel.step import compile_model
+from trainer.parallel.step import apply_model, compile_call
 
 
 class Pair(NamedTuple):
@@ -166,4 +166,4 @@ def test_a_compiler_that_fails_is_the_jobs_error(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
     with pytest.raises(JobError, match=r"train\.compile=True: .* C\+\+ compile error; fatal error: no Python\.h\."):
-        compile_model()(nn.Identity(), None)
+        compile_call(apply_model)(nn.Identity(), None)

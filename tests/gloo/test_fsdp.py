@@ -1,0 +1,112 @@
+"""parallel: fsdp: the training of one process, to the last digits, however many ranks share the weights.
+
+What a rank holds, writes, finds damaged, and gets back from memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from faults import Fault
+from muster_runs import FULL, Run, kill, result, submitted, wait_for
+from ranks import complete, events, losses, make_job, order_of_samples, train
+from states import difference, read_state, steps_saved
+
+from trainer.records import read_lines
+
+FSDP = ["parallel=fsdp", "fsdp.min_params=1"]
+RANKS = {
+    "1 rank": [*FSDP],
+    "2 ranks": [*FSDP, "devices_per_node=2", "fsdp.reshard_after_forward=false"],
+    "3 ranks": [*FSDP, "devices_per_node=3", "train.checkpoint_activations=true"],
+    "4 ranks": [*FSDP, "devices_per_node=4"],
+    "hybrid": [*FSDP, "devices_per_node=2", "nodes=2", "fsdp.replicate=node"],
+    "ddp": ["devices_per_node=2"],
+}
+TRIED = list(RANKS) if FULL else ["3 ranks", "hybrid"]
+STEPS = 50 if FULL else 14
+EXACT = ["train.precision=float64", "train.accumulate=2", "train.clip_norm=0.05", "train.schedule=constant"]
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """Of all tensors in two states."""
+    if isinstance(one, torch.Tensor):
+        return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        return max((largest_difference(one[key], other[key]) for key in one), default=0.0)
+    return 0.0
+
+
+def test_every_number_of_ranks_gives_the_training_of_a_single_process(tmp_path: Path) -> None:
+    """With accumulation and clipping; saved by each, and gone on with by others, to the same end."""
+    keys = [*EXACT, f"train.steps={STEPS}", "checkpoint.asynchronous=true"]
+    single = complete(tmp_path / "single", make_job(*keys, "parallel=single")).folder
+    half = [*keys[:-2], f"train.steps={STEPS // 2}"]
+    following = {"3 ranks": "ddp", "ddp": "2 ranks"}
+    for number, name in enumerate(TRIED):
+        folder = complete(tmp_path / name, make_job(*half, *RANKS[name])).folder
+        others = [following.get(name, TRIED[number - 1])] if not FULL else list(RANKS)
+        for other in others:
+            go_on = tmp_path / f"{name}, {other}"
+            shutil.copytree(folder, go_on)
+            complete(go_on, make_job(*keys, *RANKS[other]))
+            gaps = [abs(a - b) for a, b in zip(losses(single), losses(go_on), strict=True)]
+            assert max(gaps) <= 1e-12, (name, other)
+            for part in ("model", "objects"):
+                assert largest_difference(read_state(single)[part], read_state(go_on)[part]) <= 1e-12, (name, other)
+            assert order_of_samples(go_on).keys() == order_of_samples(single).keys()
+            for epoch, samples in order_of_samples(single).items():
+                assert sorted(order_of_samples(go_on)[epoch]) == sorted(samples), (name, other, epoch)
+
+
+def test_a_checkpoint_of_ddp_is_gone_on_with_in_shards(tmp_path: Path) -> None:
+    """And a killed training, bit by bit, and what a damaged shard is the end of."""
+    keys = ["task_args.batchnorm=true", "task_args.dropout=0.3", "checkpoint.every_steps=3"]
+    sharded = [*keys, *FSDP, "devices_per_node=2"]
+    complete(tmp_path / "calm", make_job(*sharded))
+    begun = tmp_path / "killed"
+    complete(begun, make_job(*keys, "train.steps=3", "train.schedule=constant", "devices_per_node=2"))
+    killed = train(tmp_path / "again", make_job(*sharded), Fault(8, "after update", rank=1))
+    assert killed.codes[1] == -signal.SIGKILL and all(killed.codes)
+    newest = killed.folder / f"checkpoints/step-{steps_saved(killed.folder)[-1]:09d}"
+    shard = newest / "shard-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    complete(killed.folder, make_job(*sharded))
+    [refused] = events(killed.folder, "checkpoint_refused")
+    assert shard.name in refused["problem"] and "bits have changed" in refused["problem"]
+    assert events(killed.folder, "resume")[-1]["step"] < 6
+    assert difference(read_state(tmp_path / "calm"), read_state(killed.folder)) == ""
+    assert losses(killed.folder) == losses(tmp_path / "calm")
+    for epoch in range(4):
+        assert sorted(order_of_samples(killed.folder)[epoch]) == list(range(101)), epoch
+
+
+def steps_done(run: Run, attempt: int) -> int:
+    """Of an attempt, as far as it has logged them."""
+    lines = read_lines(run.folder / "metrics.jsonl") if (run.folder / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines if line["attempt"] == attempt), default=0)
+
+
+def test_a_killed_rank_gets_its_shard_from_memory(tmp_path: Path) -> None:
+    """There is no checkpoint that could be read; a few steps are repeated, and the weights are those of a calm run."""
+    where, kills = (["nodes=2", "devices_per_node=2"], 4) if FULL else (["devices_per_node=2"], 1)
+    keys = [*FSDP, *where, "train.schedule=constant", "evaluation.every_steps=1000000"]
+    end = 20 * kills + 10
+    expected = complete(tmp_path / "calm", make_job(*keys, f"train.steps={end}", "train.lr=0.01")).folder
+    keys += ["task=digit_tasks:Small", "train.batch_size=24", "train.weight_decay=0.1", "train.warmup_steps=3"]
+    with submitted(tmp_path, *keys, f"train.steps={end}", "train.lr=0.01", "checkpoint.every_steps=1000000") as run:
+        for attempt in range(kills):
+            wait_for("steps", lambda attempt=attempt: steps_done(run, attempt) >= 20 * attempt + 8)
+            kill(run.ranks()[attempt % 2 + 1 if kills > 1 else 1])
+            resume = run.wait("resume", attempt + 1)
+            assert resume["folder"] == "memory"
+            assert resume["step"] > steps_done(run, attempt) / 2, "too rare copies"
+        assert result(run, 120) == 0, run.log("node-0.log")
+    assert difference(read_state(expected)["model"], read_state(run.folder)["model"]) == ""

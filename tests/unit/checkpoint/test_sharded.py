@@ -1,0 +1,112 @@
+"""Shards of a checkpoint: any number of ranks reads them, and what is missing, cut off or changed is named."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from states import difference
+
+from trainer.checkpoint import files, sharded
+from trainer.checkpoint.files import DamagedCheckpoint, commit_part, newest_good, read, read_share
+from trainer.checkpoint.weights import load_weights
+from trainer.parallel.shards import Part, cut
+
+WEIGHTS = {"a": torch.randn(7, 3), "b.c": torch.randn(2).double(), "d": torch.randn(5, 2, 2).bfloat16()}
+STATE = {"objects": {"optimizer": {"state": {"state": {0: {"exp_avg": torch.randn(7, 3), "step": torch.tensor(4.0)}}}}},
+         "position": {"step": 4}}  # fmt: skip
+
+
+def own(value: Any, index: int, count: int) -> Any:
+    """What a rank has of it."""
+    if isinstance(value, dict):
+        return {key: own(inner, index, count) for key, inner in value.items()}
+    return cut(value, index, count) if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+def save(root: Path, step: int, index: int, count: int, is_alone: bool = False) -> Path | None:
+    contents = own({"model": WEIGHTS, **STATE}, index, count)
+    return commit_part(root, step, step, (index, count), contents, {}, 0, None, lambda: is_alone)
+
+
+def save_all(root: Path, step: int, count: int) -> Path:
+    """As writers do that know nothing of each other."""
+    others = [threading.Thread(target=save, args=(root, step, index, count)) for index in range(1, count)]
+    for thread in others:
+        thread.start()
+    folder = save(root, step, 0, count)
+    for thread in others:
+        thread.join()
+    assert folder is not None
+    return folder
+
+
+def test_any_number_of_ranks_reads_what_some_wrote(tmp_path: Path) -> None:
+    """Each gets its rows, also where there are fewer rows than ranks; a single process gets whole tensors."""
+    for written in (1, 2, 3, 4):
+        folder = save_all(tmp_path / str(written), 4, written)
+        assert difference(read(folder, lambda: None), [WEIGHTS, STATE]) == ""
+        assert difference(load_weights(folder), WEIGHTS) == ""
+        for count in (2, 3, 4):
+            for index in range(count):
+                weights, state = read_share(folder, (index, count))
+                parts = [*weights.values(), state["objects"]["optimizer"]["state"]["state"][0]["exp_avg"]]
+                wholes = [*WEIGHTS.values(), STATE["objects"]["optimizer"]["state"]["state"][0]["exp_avg"]]  # type: ignore[index]
+                for part, whole in zip(parts, wholes, strict=True):
+                    expected = cut(whole, index, count)
+                    assert isinstance(part, Part) and torch.equal(part.rows, expected.rows)
+                    assert (part.shape, part.start) == (expected.shape, expected.start)
+
+
+@pytest.mark.parametrize("damage, problem", [
+    (lambda path: path.unlink(), "is missing"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes instead of"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "bits have changed"),
+])  # fmt: skip
+def test_a_damaged_shard_is_named_and_the_checkpoint_before_taken(tmp_path: Path, damage: Any, problem: str) -> None:
+    before, newest = save_all(tmp_path, 4, 3), save_all(tmp_path, 8, 3)
+    damage(newest / sharded.shard_name(2, 3))
+    found, refused = newest_good(tmp_path)
+    assert found == before
+    assert "shard-00002-of-00003" in refused[newest] and problem in refused[newest]
+    with pytest.raises(DamagedCheckpoint, match="shard-00002"):
+        read(newest, lambda: None)
+
+
+def test_shards_that_do_not_come_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When who ordered has gone, and nothing grows any more; what is being written meanwhile is waited for."""
+    monkeypatch.setattr(sharded, "STILL_S", 0.3)
+    started = time.monotonic()
+    late = threading.Timer(0.15, save, (tmp_path, 4, 1, 3))
+    late.start()
+    with pytest.raises(OSError, match=r"shards \[2\] did not come"):
+        save(tmp_path, 4, 0, 3, is_alone=True)
+    assert time.monotonic() - started > 0.4
+    late.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first one would wait for it for ever."""
+    problems: list[OSError] = []
+
+    def save_first() -> None:
+        try:
+            save(tmp_path, 4, 0, 2)
+        except OSError as error:
+            problems.append(error)
+
+    first = threading.Thread(target=save_first)
+    first.start()
+    while not list(tmp_path.glob(".pending*/0.done")):
+        time.sleep(0.001)
+    monkeypatch.setattr(files, "write_shard", lambda parts, file: file.none)
+    with pytest.raises(AttributeError):
+        save(tmp_path, 4, 1, 2)
+    first.join(5)
+    assert "the writer of shard 1" in str(problems[0])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""Which layers are gathered, compiled or computed again one at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from digit_tasks import Small
+from torch import Tensor, nn
+
+from trainer.config.job import Job
+from trainer.errors import JobError
+from trainer.parallel.units import find_units, recompute_in_backward
+
+
+class Net(nn.Module):
+    """Blocks in a list inside of a part, and a head that shares its weight with the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        blocks = (nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+        self.body = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        self.heads = nn.ModuleList([nn.Linear(4, 7, bias=False)])
+        self.heads[0].weight = self.embedding.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        found: Tensor = self.embedding(words)
+        for block in self.body["blocks"]:  # type: ignore[union-attr]
+            found = block(found)
+        last: Tensor = self.heads[0](found)
+        return last
+
+
+class Chosen(Small):
+    """Names layers itself."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+
+    def shard_modules(self, model: nn.Module) -> Iterable[nn.Module]:
+        return [model.get_submodule(name) for name in self.names] or [nn.Linear(1, 1)]
+
+
+def test_large_layers_in_containers_are_found() -> None:
+    """A container in a container is looked into; a layer with a weight of another part is none."""
+    assert list(find_units(Net(), Small(), 20)) == ["body.blocks.1.0", "body.blocks.0.0"]
+    assert list(find_units(Net(), Small(), 21)) == []
+    assert list(find_units(nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), Small(), 1)) == ["1"]
+
+
+def test_a_task_may_name_them() -> None:
+    assert list(find_units(Net(), Chosen("body.blocks.0", "body.blocks.0.0"), 1)) == [
+        "body.blocks.0.0",
+        "body.blocks.0",
+    ]
+    for names, problem in (((), "not a part of the model"), (("heads.0",), "shares weights"), (("",), "not a part")):
+        with pytest.raises(JobError, match=problem) as caught:
+            find_units(Net(), Chosen(*names), 1)
+        assert caught.value.key == "task.shard_modules"
+
+
+def test_layers_are_computed_again_for_gradients() -> None:
+    """The same gradients, without the activations in between; copies compute with their own weights."""
+    calls: list[Any] = []
+    plain, net = Net(), Net()
+    net.load_state_dict(plain.state_dict())
+    words = torch.arange(6).view(2, 3)
+    plain(words).square().sum().backward()
+    for part in net.modules():
+        if isinstance(part, nn.Tanh):
+            part.register_forward_pre_hook(lambda *_: calls.append(1))
+    recompute_in_backward(find_units(net, Chosen("body.blocks.0", "body.blocks.1"), 1), Job(task="a:B"))
+    net(words).square().sum().backward()
+    assert len(calls) == 4
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), net.parameters(), strict=True))  # type: ignore[arg-type]
+    assert list(net.state_dict()) == list(plain.state_dict())
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.body["blocks"][0][0].weight.zero_()  # type: ignore[index, union-attr]
+    assert not torch.equal(other(words), net(words))
+    with pytest.raises(JobError, match="finds no layer"):
+        recompute_in_backward({}, Job(task="a:B"))
