@@ -186,11 +186,16 @@ def read_share(folder: Path, shard: tuple[int, int]) -> list[Any]:
     return [state.pop("model"), state]
 
 
-def read_weights(folder: Path) -> Any:
-    """The weights in a checkpoint that was verified, each of them in the pages of a file as far as it can be."""
+def weights_with_markers(folder: Path) -> Any:
+    """The weights in a checkpoint that was verified, in the pages of its file; a `Sharded` for what is in shards."""
     if not is_sharded(folder):
         return torch.load(folder / PAYLOAD[0], map_location="cpu", weights_only=True, mmap=True)
-    return Shards(folder).fill(read_state(folder)["model"], 0, 1)
+    return read_state(folder)["model"]
+
+
+def read_weights(folder: Path) -> Any:
+    """The weights in a checkpoint that was verified."""
+    return Shards(folder).fill(weights_with_markers(folder), 0, 1)
 
 
 def read(folder: Path, beat: Callable[[], None]) -> list[Any]:

@@ -195,8 +195,8 @@ class Job:
         "installed modules that each node imports once, not each rank at each start: [transformers.trainer]")
     parallel: str = _key("auto",
         "single, dp (DataParallel: one process on one node), ddp, fsdp (each rank holds a part of each weight), "
-        "pipeline (a stage of the model on each device), or server (a parameter server, to compare with); auto: ddp for "
-        "more than one device", choices=("auto", "single", "dp", "ddp", "fsdp", "pipeline", "server"))
+        "pipeline (a stage of the model on each device), or server (a parameter server, to compare with); auto: ddp "
+        "for more than one device", choices=("auto", "single", "dp", "ddp", "fsdp", "pipeline", "server"))
     nodes: int = _key(1, "number of nodes; each runs one agent", minimum=1)
     devices_per_node: int = _key(1,
         "number of devices on each node; except with single and dp this is also the number of ranks", minimum=1)

@@ -42,6 +42,8 @@ AllRanks = Annotated[bool, Option("--all-ranks", help="Show what every rank prin
 Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: one run for each value.")]
 Rank = Annotated[int | None, Option("--rank", help="Print the log of one rank; default: of all nodes.")]
 Follow = Annotated[bool, Option("-f", "--follow", help="Go on printing as the log grows.")]
+ExportFile = Annotated[Path, Argument(help="The file to write, such as model.pt.", show_default=False)]
+ExportStep = Annotated[int | None, Option("--step", help="The step of the checkpoint; default: the newest whole one.")]
 Steps = Annotated[int, Option("--steps", help="Timed steps of each run, after its warm-up.")]
 Rounds = Annotated[int, Option("--rounds", help="Timed runs of each mode, in turn.")]
 
@@ -145,6 +147,15 @@ def image(words: BuildWords = None, push: Push = False, on: ImageOn = None, site
 
     for line in images.make_image(on, site, push, words or []):
         print(line)
+
+
+def export(run: RunFolder, file: ExportFile, step: ExportStep = None) -> None:
+    """Write the weights of a checkpoint into one file: plain PyTorch (.pt), or safetensors (.safetensors)."""
+    from trainer.checkpoint import export as exports
+    from trainer.run.named import find_run
+
+    folder = exports.export(find_run(run), file, step)
+    print(f"{file}: the weights of {folder.name}")
 
 
 @app.command("list")

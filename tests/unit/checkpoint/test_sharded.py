@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from states import difference
 
 from trainer.checkpoint import files, sharded
+from trainer.checkpoint.export import export
 from trainer.checkpoint.files import DamagedCheckpoint, commit_part, newest_good, read, read_share
 from trainer.checkpoint.weights import load_weights
+from trainer.errors import JobError
 from trainer.parallel.shards import Part, cut
+from trainer.run.folder import RunFolder
 
 WEIGHTS = {"a": torch.randn(7, 3), "b.c": torch.randn(2).double(), "d": torch.randn(5, 2, 2).bfloat16()}
 STATE = {"objects": {"optimizer": {"state": {"state": {0: {"exp_avg": torch.randn(7, 3), "step": torch.tensor(4.0)}}}}},
@@ -60,6 +64,33 @@ def test_any_number_of_ranks_reads_what_some_wrote(tmp_path: Path) -> None:
                     expected = cut(whole, index, count)
                     assert isinstance(part, Part) and torch.equal(part.rows, expected.rows)
                     assert (part.shape, part.start) == (expected.shape, expected.start)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_weights_are_exported(tmp_path: Path, count: int, name: str) -> None:
+    """Of a sharded checkpoint (and of another: 0), as what others read; of the newest, or an older step."""
+    run = RunFolder(tmp_path)
+    others = {"net": {"weight": torch.ones(2, 2)}}
+    if count:
+        save_all(run.checkpoints, 4, count)
+    else:
+        files.commit(run.checkpoints, 4, {"model.pt": WEIGHTS, "state.pt": STATE}, {}, 0)
+    files.commit(run.checkpoints, 8, {"model.pt": others, "state.pt": STATE}, {}, 0)
+    assert export(run, tmp_path / name, 4).name == "step-000000004"
+    found = load_file(tmp_path / name) if name.endswith("s") else torch.load(tmp_path / name, weights_only=True)
+    assert difference(dict(sorted(found.items())), WEIGHTS) == ""
+    assert export(run, tmp_path / f"new-{name}", None).name == "step-000000008"
+    assert difference(load_weights(tmp_path / f"new-{name}"), nested(name)) == ""
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    for target, step, problem in (("model.bin", None, "which format"), (name, 5, "There are: 4, 8")):
+        with pytest.raises(JobError, match=problem):
+            export(run, tmp_path / target, step)
+
+
+def nested(name: str) -> dict[str, Any]:
+    """Weights of several modules: safetensors have flat names, and a module alone is unpacked."""
+    return {"net.weight": torch.ones(2, 2)} if name.endswith("s") else {"weight": torch.ones(2, 2)}
 
 
 @pytest.mark.parametrize("damage, problem", [
