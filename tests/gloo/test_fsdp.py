@@ -96,17 +96,18 @@ def steps_done(run: Run, attempt: int) -> int:
 
 def test_a_killed_rank_gets_its_shard_from_memory(tmp_path: Path) -> None:
     """There is no checkpoint that could be read; a few steps are repeated, and the weights are those of a calm run."""
-    where, kills = (["nodes=2", "devices_per_node=2"], 4) if FULL else (["devices_per_node=2"], 1)
+    where, kills = (["nodes=2", "devices_per_node=2"], 2) if FULL else (["devices_per_node=2"], 1)
     keys = [*FSDP, *where, "train.schedule=constant", "evaluation.every_steps=1000000"]
+    keys += ["task_args.count=1600"]  # an epoch, at the end of which something is saved, has 67 steps
     end = 20 * kills + 10
     expected = complete(tmp_path / "calm", make_job(*keys, f"train.steps={end}", "train.lr=0.01")).folder
     keys += ["task=digit_tasks:Small", "train.batch_size=24", "train.weight_decay=0.1", "train.warmup_steps=3"]
     with submitted(tmp_path, *keys, f"train.steps={end}", "train.lr=0.01", "checkpoint.every_steps=1000000") as run:
         for attempt in range(kills):
             wait_for("steps", lambda attempt=attempt: steps_done(run, attempt) >= 20 * attempt + 8)
-            kill(run.ranks()[attempt % 2 + 1 if kills > 1 else 1])
+            kill(run.ranks()[attempt + 1])
             resume = run.wait("resume", attempt + 1)
-            assert resume["folder"] == "memory"
-            assert resume["step"] > steps_done(run, attempt) / 2, "too rare copies"
+            assert resume["folder"] == "memory" and resume["step"] > 20 * attempt - 16
+            assert not run.events("checkpoint")
         assert result(run, 120) == 0, run.log("node-0.log")
     assert difference(read_state(expected)["model"], read_state(run.folder)["model"]) == ""

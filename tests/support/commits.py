@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint import durable
 from trainer.checkpoint import files as checkpoint
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -32,7 +33,7 @@ def value_of(folder: Path) -> float:
 def commit_until_killed(root: Path, step: int, value: float, keep_last: int, best: str | None, count: int) -> None:
     """Commit and prune; SIGKILL before file operation number `count`."""
     left = count
-    fsync, write = os.fsync, checkpoint.Hashing.write
+    fsync, write = os.fsync, durable.Hashing.write
 
     def operation() -> None:
         nonlocal left
@@ -44,11 +45,11 @@ def commit_until_killed(root: Path, step: int, value: float, keep_last: int, bes
         operation()
         fsync(handle)
 
-    def counted_write(self: checkpoint.Hashing, data: Any) -> int:
+    def counted_write(self: durable.Hashing, data: Any) -> int:
         operation()
         return write(self, data)
 
-    os.fsync, checkpoint.Hashing.write = counted_fsync, counted_write  # type: ignore[assignment, method-assign]
+    os.fsync, durable.Hashing.write = counted_fsync, counted_write  # type: ignore[assignment, method-assign]
     sys.addaudithook(lambda event, _: operation() if event in OPERATIONS else None)
     checkpoint.commit(root, step, payload(value), {}, 0)
     checkpoint.prune(root, keep_last, best)

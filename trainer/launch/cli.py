@@ -149,6 +149,7 @@ def image(words: BuildWords = None, push: Push = False, on: ImageOn = None, site
         print(line)
 
 
+@app.command()
 def export(run: RunFolder, file: ExportFile, step: ExportStep = None) -> None:
     """Write the weights of a checkpoint into one file: plain PyTorch (.pt), or safetensors (.safetensors)."""
     from trainer.checkpoint import export as exports
