@@ -21,7 +21,8 @@ def named(engine: Engine, image: Image) -> Iterator[None]:
     """The image under the name that the pages give it."""
     engine.docker("tag", image.tag, "muster")
     yield
-    engine.docker("rmi", "--force", "muster")
+    made = engine.docker("images", "--format={{.Repository}}:{{.Tag}}", "--filter=reference=muster*").stdout.split()
+    engine.docker("rmi", "--force", *(name for name in made if name.startswith(("muster:", "muster-base:"))))
 
 
 @pytest.mark.parametrize("command", documents.commands("docker"))

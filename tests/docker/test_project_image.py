@@ -35,16 +35,25 @@ class Project:
         make_wheel(self.folder, "petals", "1.0", "COUNT = 5")
         self.write("requirements.txt", "scikit-learn\n./petals-1.0-py3-none-any.whl\n-e .\n")
         self.write(".env", "KEY=secret\n")
+        self.library = folder / "library"  # which is nowhere but on the path of the machine that submits
+        self.library.mkdir()
+        (self.library / "stems.py").write_text("")
         self.muster("init")
-        self.write("training.py", "from petals import COUNT\n" + (self.folder / "training.py").read_text())
+        self.write(
+            "training.py", "from petals import COUNT\nimport stems\n" + (self.folder / "training.py").read_text()
+        )
 
     def write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.engine.env | {"PYTHONPATH": f"{ROOT}:{self.library}"}
+
     def muster(self, *words: str, fails: bool = False) -> str:
         """What the command prints; of one that fails its last line, the error."""
         done = subprocess.run(
-            [sys.executable, "-m", "muster", *words], cwd=self.folder, env=self.engine.env | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, "-m", "muster", *words], cwd=self.folder, env=self.environment,
             capture_output=True, text=True, timeout=400, umask=0o077,
         )  # fmt: skip
         assert done.returncode == (64 if fails else 0), done.stdout + done.stderr
@@ -75,7 +84,7 @@ def test_it_is_built_when_what_it_needs_has_changed_and_a_run_keeps_its_own(proj
     built = project.image().removeprefix("built ").strip()
     inspect = project.engine.inspect
     bases = project.engine.docker("images", "--quiet", "--no-trunc", "muster-base").stdout.split()
-    assert bases == [image.id], "what the tests build of docker/Dockerfile"
+    assert image.id in bases, "what the tests build of docker/Dockerfile"
     assert inspect(built)["Id"] == inspect("flowers")["Id"]
     assert inspect(built)["Config"]["User"] == "10001:10001"
     listed = project.engine.docker("run", "--rm", "--entrypoint=ls", built, "-A", "/workspace").stdout.split()
@@ -87,6 +96,7 @@ def test_it_is_built_when_what_it_needs_has_changed_and_a_run_keeps_its_own(proj
     assert run.result.exists() and not events(run.path, "failure")
     pinned = read_json(run.plan / "docker.json")
     assert pinned and pinned["image"] == inspect(built)["Id"]
+    assert (run.code / ".muster/packages/stems.py").exists(), "it comes with the code"
 
     project.write("requirements.txt", (project.folder / "requirements.txt").read_text() + "not a name\n")
     line = project.image(fails=True)

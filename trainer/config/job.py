@@ -164,6 +164,14 @@ class Log:
 
 
 @dataclass
+class Snapshot:
+    """The copy of the code that a run takes along, except on the local platform. Patterns are as in .gitignore."""
+
+    include: list[str] = _key([], "more files: those that git ignores, or, without git, those that look like data")
+    exclude: list[str] = _key([], "files to leave out, also of those that `include` names")
+
+
+@dataclass
 class Agent:
     """Supervision: how failures are noticed, and how often the run is restarted."""
 
@@ -216,6 +224,7 @@ class Job:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
+    snapshot: Snapshot = field(default_factory=Snapshot)
     agent: Agent = field(default_factory=Agent)
 
     @property

@@ -18,6 +18,9 @@ from trainer.run.folder import RunFolder
 MODULE = "-m "
 """How a script begins that is a module: `script: -m package.train`."""
 
+PACKAGES = Path(".muster/packages")
+"""Where the snapshot of the code has modules that lay elsewhere, as those of packages that are installed editable."""
+
 
 def import_paths(job_file: Path | None, python_path: Sequence[str] = ()) -> list[Path]:
     """Where user code is imported from: the working directory, the job file's folder, `python_path`, and `src`.
@@ -29,10 +32,10 @@ def import_paths(job_file: Path | None, python_path: Sequence[str] = ()) -> list
 
 
 def python_folders(job_file: Path | None, python_path: Sequence[str] = ()) -> list[Path]:
-    """The folders that a job's `python_path` names, and the working directory's `src`, if it has one."""
+    """The folders that a job's `python_path` names, the working directory's `src`, and what came from elsewhere."""
     working, _, in_snapshot = _folders(job_file)
     folders = [in_snapshot(Path(os.path.normpath(working / entry))) for entry in python_path]
-    return [*folders, *([working / "src"] if (working / "src").is_dir() else [])]
+    return [*folders, *(working / place for place in ("src", PACKAGES) if (working / place).is_dir())]
 
 
 def _folders(job_file: Path | None) -> tuple[Path, Path, Callable[[Path], Path]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.launch.snapshot import of_runs
 from trainer.launch.source_files import list_files
 
 LISTS = ("uv.lock", "pylock.toml", "requirements.txt", "pyproject.toml")
@@ -78,7 +79,7 @@ def sources(folder: Path, text: str) -> list[str]:
             if not path.is_dir():
                 found.add(path.relative_to(folder).as_posix())
                 continue
-            code = list_files(folder, lambda _: False)[0] if code is None else code
+            code = list_files(folder, of_runs(folder, folder / "runs"))[0] if code is None else code
             inside = [name for name in code if (folder / name).is_relative_to(path)]
             inside = inside or [str(each.relative_to(folder)) for each in path.rglob("*") if each.is_file()]
             found |= set(inside)

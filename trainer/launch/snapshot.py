@@ -1,7 +1,6 @@
 """The code of a run, copied when it is submitted, so that edits made while the job waits in a queue change nothing."""
 
 import functools
-import hashlib
 import os
 import shutil
 import sys
@@ -9,18 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config.job import Job
-from trainer.config.user_code import MODULE
+from trainer.config.user_code import MODULE, import_paths
 from trainer.errors import JobError
-from trainer.launch.source_files import list_files
+from trainer.launch.elsewhere import take_modules
+from trainer.launch.source_files import copy_files, list_files
 from trainer.records import write_json
 from trainer.run.folder import RunFolder
+from trainer.run.tree_hash import tree_hash
 
 LIMIT_MB = 100
 """A larger tree contains data, which belongs elsewhere."""
 
 
-def take_snapshot(source: Path, run: RunFolder) -> Path:
+def take_snapshot(source: Path, run: RunFolder, job: Job | None = None) -> Path:
     """Copy the tracked and unignored files of `source` to the run folder, read-only, and record their hash.
+
+    `job` says which more or fewer; what its code imports from elsewhere goes along, too.
 
     Nobody may do more with a copy than with its source; only this user gets into the folder of them at all. Links stay
     links. What is left out, such as secrets, is said. Raises JobError: it is larger than `LIMIT_MB`, or git refuses to
@@ -31,8 +34,9 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
     if run.code.is_symlink():
         problem = f"its code is that of its sweep, {os.readlink(run.code)}, which is not there"
         raise JobError("RUN", str(run), problem, "Keep the folder of the sweep beside its runs")
-    source = source.resolve()
-    names, left_out = list_files(source, _of_runs(source, run.path.parent))
+    source, job = source.resolve(), job or Job()
+    wanted = job.snapshot
+    names, notes = list_files(source, of_runs(source, run.path.parent), wanted.include, wanted.exclude)
     links = [name for name in names if (source / name).is_symlink()]
     sizes = {name: (source / name).stat().st_size for name in names if name not in links}
     size = sum(sizes.values())
@@ -42,36 +46,20 @@ def take_snapshot(source: Path, run: RunFolder) -> Path:
     pending = run.code.with_name(".code")
     shutil.rmtree(pending, ignore_errors=True)  # of a copy that was killed
     try:
-        digest = _copy(source, pending, list(sizes))
+        pending.mkdir(mode=0o700, parents=True)
+        copy_files(source, pending, sizes)
         for name in links:
-            left_out += _link(source, pending, name)
-        facts = {"sha256": digest, "files": len(sizes), "bytes": size, "left_out": left_out}
+            notes += _link(source, pending, name)
+        notes += take_modules(source, pending, job, import_paths(run.job, job.python_path))
+        facts = {"sha256": tree_hash(pending), "files": len(sizes), "bytes": size, "left_out": notes}
         write_json(run.plan / "code.json", facts)
         pending.rename(run.code)  # whole: half of it would be taken for the code by the next try
     except BaseException:
         shutil.rmtree(pending, ignore_errors=True)
         raise
-    for note in left_out:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return run.code
-
-
-def _copy(source: Path, code: Path, names: list[str]) -> str:
-    """Copy files into a new folder, and return the hash of them all."""
-    digest = hashlib.sha256()
-    code.mkdir(mode=0o700, parents=True)
-    for name in names:
-        copy = code / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(source / name, copy)
-        except OSError as error:
-            raise JobError(
-                "code", name, f"cannot be copied: {error}", "Make it readable, or ignore it in git"
-            ) from None
-        copy.chmod((source / name).stat().st_mode & 0o555)
-        digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(copy.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _link(source: Path, code: Path, name: str) -> list[str]:
@@ -86,7 +74,7 @@ def _link(source: Path, code: Path, name: str) -> list[str]:
     return [f"{name} is a link to {target}, which is not copied: the nodes use what they find there when they start"]
 
 
-def _of_runs(source: Path, runs: Path) -> Callable[[Path], bool]:
+def of_runs(source: Path, runs: Path) -> Callable[[Path], bool]:
     """Whether a folder below `source` is one of runs: each snapshot would hold all earlier ones."""
 
     @functools.cache
@@ -110,5 +98,5 @@ def check_files(job: Job, run: RunFolder, folder: Path, sees_machine: bool) -> N
     paths = [("script", script), ("checkpoint.load", weights), *(("python_path", path) for path in job.python_path)]
     for key, value in paths:
         if value and (sees_machine or not os.path.isabs(value)) and not (folder / value).exists():
-            ignored = "" if sees_machine else ", or remove it from .gitignore, so that it is copied there"
+            ignored = "" if sees_machine else ", or name it in snapshot.include, so that it is copied there"
             raise JobError(key, value, f"is not in {folder}", f"Give its absolute path{ignored}")

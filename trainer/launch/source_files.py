@@ -5,11 +5,13 @@ What looks like a secret by its name stays behind, whatever git says.
 
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from trainer.errors import JobError
+from trainer.launch.patterns import all_files, chosen
 
 DATA = re.compile(
     r"\.(jpe?g|png|gif|bmp|tiff?|webp|npy|npz|pth?|ckpt|safetensors|onnx|bin|h5|hdf5|parquet|arrow|feather|tfrecord|mdb|db|"
@@ -28,12 +30,22 @@ LARGE, MANY = 1 << 20, 1000
 """Bytes of a file, and files of a folder, from which on it is data."""
 
 
-def list_files(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], list[str]]:
+def list_files(
+    source: Path, skip: Callable[[Path], bool], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """The names of files and of links to folders, and notes on what is left out. `skip`: folders that are not code.
 
-    Raises JobError: git refuses.
+    `include` and `exclude` are patterns for more files and for fewer. Raises JobError: git refuses, or a pattern
+    matches nothing.
     """
-    names, left_out = _list_all(source, skip)
+    names, data = _list_all(source, skip)
+    if include:
+        everything = [*all_files(source, skip)]
+        wanted = {name for pattern in include for name in chosen("snapshot.include", pattern, everything)}
+        names, data = sorted({*names, *wanted}), [name for name in data if name not in wanted]
+    dropped = {name for pattern in exclude for name in chosen("snapshot.exclude", pattern, names)}
+    names = [name for name in names if name not in dropped]
+    left_out = [_left_out(source, data)] if data else []
     secrets = [name for name in names if SECRET.fullmatch(name)]
     if secrets:
         which = ", ".join(secrets[:5]) + (f" and {len(secrets) - 5} more" if len(secrets) > 5 else "")
@@ -42,19 +54,33 @@ def list_files(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], l
     return [name for name in names if name not in secrets], left_out
 
 
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy files, read-only, and with no more rights for anybody than they have. Raises JobError: one is unreadable."""
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(source / name, copy)
+        except OSError as error:
+            remedy = "Make it readable, or ignore it in git"
+            raise JobError("code", name, f"cannot be copied: {error}", remedy) from None
+        copy.chmod((source / name).stat().st_mode & 0o555)
+
+
 def _list_all(source: Path, skip: Callable[[Path], bool]) -> tuple[list[str], list[str]]:
+    """What is code, and what looks like data."""
     names = _ask_git(source)
     if names is not None:
         return sorted(name for name in names if not skip((source / name).parent)), []
     found: dict[bool, list[str]] = {True: [], False: []}
     for path, is_code in _walk(source, skip):
         found[is_code].append(str(path.relative_to(source)))
-    return sorted(found[True]), [_left_out(source, found[False])] if found[False] else []
+    return sorted(found[True]), found[False]
 
 
 def _left_out(source: Path, names: list[str]) -> str:
     what = f"{len(names)} files, such as {min(names)}, are" if len(names) > 1 else f"{names[0]} is"
-    remedy = "In git, everything is copied that .gitignore does not list"
+    remedy = "Name what the code needs in snapshot.include; in git, everything is copied that .gitignore does not list"
     return f"{what} not copied for the nodes: {source} is not in git, so what looks like data stays here. {remedy}"
 
 

@@ -197,7 +197,7 @@ class Docker(Supervised[DockerSite]):
         """Start the supervisor. Raises JobError: no engine, permission, image or GPU support, or a refused command."""
         site, gpus = plan.site, bool(wanted_devices(plan.job, visible_devices()))
         built = check_engine(site.reference, bool(site.registry), gpus)
-        check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
+        check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run, plan.job), False)
         check_container(DockerNodes(plan.run, plan.job, site))
         # All its containers get this build, also when the name has come to mean another one meanwhile.
         write_json(plan.run.plan / "docker.json", asdict(site) | {"image": built, "registry": ""})

@@ -87,7 +87,7 @@ def pack_code(plan: Plan[KubernetesSite]) -> Code | None:
         with tempfile.TemporaryDirectory() as folder:
             copy = RunFolder(Path(folder, "run"))
             copy.plan.mkdir(parents=True)
-            code = _pack(plan, take_snapshot(Path.cwd(), copy))
+            code = _pack(plan, take_snapshot(Path.cwd(), copy, plan.job))
     is_new = not run.source.exists()
     if not code.fits and (site.claim is None or is_new):
         size, most = len(code.packed) >> 10, PART * PARTS >> 10

@@ -48,7 +48,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
 
     def take_code(self, plan: Plan[KubernetesSite]) -> None:
         if travels(plan.site, plan.run):
-            take_snapshot(Path.cwd(), plan.run)
+            take_snapshot(Path.cwd(), plan.run, plan.job)
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
         site = replace(plan.site, image=pushed(plan.site.image))

@@ -242,7 +242,7 @@ def _send(plan: Plan[SlurmSite], request: SlurmRequest) -> str:
     """Run sbatch; return the job's id. Raises JobError: no Slurm here, or Slurm refused."""
     if shutil.which("sbatch") is None:
         raise JobError("--on", "slurm", "this machine has no sbatch", "Submit from a login node of the cluster")
-    check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run), False)
+    check_files(plan.job, plan.run, take_snapshot(Path.cwd(), plan.run, plan.job), False)
     folder = plan.run.plan  # submitit reads pickles from such folders, so nobody else may write there
     folder.chmod(0o700)
     try:
