@@ -17,7 +17,7 @@ from trainer.errors import JobError
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
 from trainer.launch.snapshot import check_files, take_snapshot
-from trainer.records import read_json
+from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
 
 MOUNT = Path("/code")
@@ -87,6 +87,8 @@ def pack_code(plan: Plan[KubernetesSite]) -> Code | None:
         with tempfile.TemporaryDirectory() as folder:
             copy = RunFolder(Path(folder, "run"))
             copy.plan.mkdir(parents=True)
+            here = str(Path.cwd())
+            write_json(copy.source, {"working_directory": here, "job_folder": str(plan.job_folder or here)})
             code = _pack(plan, take_snapshot(Path.cwd(), copy, plan.job))
     is_new = not run.source.exists()
     if not code.fits and (site.claim is None or is_new):
