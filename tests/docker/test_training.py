@@ -1,11 +1,12 @@
 """The main job in containers: every shape, and by hand from what `muster render` prints."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from docker_runs import Runs, same_weights, until
+from docker_runs import Runs, events, same_weights, until
 from engine_image import ROOT
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a session may have to make everything
@@ -35,3 +36,14 @@ def test_what_render_prints_is_the_same_job_by_hand(runs: Runs) -> None:
     until(lambda: (by_hand / "result.json").exists(), by_hand)
     assert runs.wait_end(reference)["state"] == "done"
     assert same_weights(by_hand, reference)
+
+
+def test_runs_of_a_sweep_take_turns(runs: Runs) -> None:
+    words = runs.words("parallel=single", "train.steps=6", "device=cpu")
+    done = runs.muster("submit", *words, "--sweep", "train.lr=0.01,0.001")
+    first, second = (Path(line) for line in done.stdout.splitlines())
+    assert [runs.wait_end(run)["state"] for run in (first, second)] == ["done", "done"]
+    assert events(second, "wired")[0]["time"] > events(first, "done")[0]["time"]
+    (sweep,) = first.parent.glob("*-sweep-*")
+    listed = json.loads(runs.muster("list", sweep, "--json").stdout)["runs"]
+    assert [(run["value"], run["platform"]) for run in listed] == [("0.01", "docker"), ("0.001", "docker")]

@@ -14,7 +14,9 @@ from kubernetes_runs import RUNNING, ended, finish, handle_of, put_pod, submit
 from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.kubernetes.platform import Kubernetes
+from trainer.launch.listing import compare_sweep
 from trainer.launch.submit import render_job, submit_job
+from trainer.launch.sweep import submit_sweep
 from trainer.run.folder import RunFolder
 
 
@@ -35,6 +37,17 @@ def test_submit_sends_what_render_prints(cluster: Cluster, tmp_path: Path, site:
     reference = {"apiVersion": "batch/v1", "kind": "Job", "name": run.name, "uid": job["metadata"]["uid"]}
     assert owners == [[reference]] * 4
     assert render_job(str(run), [], "kubernetes", site) + "\n" == (run / "plan" / "kubernetes.txt").read_text()
+
+
+def test_a_sweep_is_a_job_for_each_value(cluster: Cluster, tmp_path: Path, site: Path) -> None:
+    words = ["device=cpu", "devices_per_node=1", f"runs={tmp_path / 'runs'}"]
+    made = submit_sweep("jobs/digits.yaml", words, "kubernetes", site, "train.lr=0.1,0.01")
+    jobs = [name for kind, name in cluster.objects if kind == "jobs"]
+    assert jobs == [handle_of(run.path)["name"] for run in made.runs] and len(set(jobs)) == 2
+    finish(cluster, made.runs[1].path, "Complete")
+    assert [run["state"] for run in compare_sweep(made)["runs"]] == ["pending", "done"]
+    control.cancel(str(made.folder))
+    assert [name for kind, name in cluster.objects if kind == "jobs"] == jobs[1:], "one has ended"
 
 
 def test_the_secret_is_in_its_secret_alone(cluster: Cluster, tmp_path: Path, site: Path) -> None:

@@ -39,9 +39,9 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     return handle, partial(platform.status, run, handle)
 
 
-def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
+def _submitted(given: str | RunFolder) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
     """A run that has not ended, its platform and its handle."""
-    run = find_run(run_path)
+    run = find_run(given)
     check_owner(run)
     handle = read_handle(run)
     if handle is None:
@@ -55,9 +55,9 @@ def _submitted(run_path: str) -> tuple[RunFolder, AnyPlatform, dict[str, Any]]:
     return run, platform, handle
 
 
-def status(run_path: str) -> dict[str, Any]:
+def status(given: str | RunFolder) -> dict[str, Any]:
     """Everything that is known about a run. Raises JobError: it is none, or somebody else wrote into its records."""
-    run = find_run(run_path)
+    run = find_run(given)
     try:
         return _status(run)
     except JobError:
@@ -204,20 +204,20 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
         raise JobError("--rank", rank, "has no log here", remedy)
 
 
-def cancel(run_path: str) -> None:
+def cancel(given: str | RunFolder) -> None:
     """Stop a run for good; of a sweep those that have not ended."""
-    path = find_path(run_path)
+    path = None if isinstance(given, RunFolder) else find_path(given) or find_path(given, sweeps=True)
     sweep = read_sweep(path) if path else None
     if sweep is None:
-        _cancel(run_path)
+        _cancel(given)
         return
     for run in sweep.runs[::-1]:  # the last ones first: they wait for the others
-        if status_of(run)[1]().is_active:
-            _cancel(str(run))
+        if run.handle.exists() and status_of(run)[1]().is_active:
+            _cancel(run)
 
 
-def _cancel(run_path: str) -> None:
-    run, platform, handle = _submitted(run_path)
+def _cancel(given: str | RunFolder) -> None:
+    run, platform, handle = _submitted(given)
     platform.cancel(run, handle)
     run.record("cancel_requested")
     try:
@@ -239,7 +239,7 @@ def list_all(runs: Path) -> list[dict[str, Any]]:
 def status_or_problem(run: RunFolder) -> dict[str, Any]:
     """The status of a run; of one that cannot be read, why: the others are listed all the same."""
     try:
-        return status(str(run))
+        return status(run)
     except (JobError, OSError) as error:
         reason = str(error) if isinstance(error, JobError) else f"its records cannot be read: {error!r}"
         return {"run": str(run), "state": Phase.UNKNOWN, "reason": reason}

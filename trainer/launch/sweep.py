@@ -99,7 +99,7 @@ def run_sweep(
     def stop() -> None:
         for run in made.runs:
             with suppress(JobError):  # it has ended
-                control.cancel(str(run))
+                control.cancel(run)
 
     for run, line in zip(made.runs, made.lines, strict=True):
         handle: dict[str, Any] = read_json(run.handle) or {}

@@ -13,8 +13,10 @@ SHOWN = 5
 """Candidates that an error names."""
 
 
-def find_run(given: str) -> RunFolder:
-    """The run that is meant. Raises JobError: there is none, or there are several."""
+def find_run(given: str | RunFolder) -> RunFolder:
+    """The run that is meant; a folder means itself. Raises JobError: there is none, or there are several."""
+    if isinstance(given, RunFolder):
+        return RunFolder.open(given.path)
     path = find_path(given)
     if path is not None and RunFolder(path).sweep.is_file():
         raise JobError("RUN", given, "is a sweep", f"`muster list {given}` shows its runs")

@@ -118,6 +118,20 @@ def test_an_old_sweep_has_its_values_in_one_text(terminal: Any, tmp_path: Path) 
     assert [line.split()[:2] for line in lines[1:]] == [["0.1", "lost"], ["0.01", "lost"], ["1", "lost"]]
 
 
+def test_a_run_of_a_sweep_that_was_removed_is_no_other_run(
+    terminal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though another one's name begins as its own did."""
+    other = make(tmp_path / "runs", "cells-30", job(), loss=0.5)
+    for number in (1, 2):
+        make(tmp_path / "runs", f"cells-{number}", job())
+    folder = sweep(tmp_path / "runs")
+    assert terminal(str(folder))[3].split() == ["1", "unknown", "-", "cells-3"]
+    monkeypatch.setattr(control, "_cancel", lambda run: pytest.fail(f"{run} was cancelled"))
+    other.exit.unlink()
+    control.cancel("cells-sweep")
+
+
 def test_a_job_that_cannot_be_read_hides_nothing(terminal: Any, tmp_path: Path) -> None:
     broken = make(tmp_path / "runs", "cells-1", "name: [\n", loss=0.5)
     make(tmp_path / "runs", "cells-2", "- a list\n", loss=0.5)
