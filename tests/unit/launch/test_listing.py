@@ -125,7 +125,7 @@ def test_a_run_of_a_sweep_that_was_removed_is_no_other_run(
     other = make(tmp_path / "runs", "cells-30", job(), loss=0.5)
     for number in (1, 2):
         make(tmp_path / "runs", f"cells-{number}", job())
-    folder = sweep(tmp_path / "runs")
+    folder = sweep(tmp_path / "runs", runs=[str(tmp_path / f"runs/cells-{number}") for number in (1, 2, 3)])
     assert terminal(str(folder))[3].split() == ["1", "unknown", "-", "cells-3"]
     monkeypatch.setattr(control, "_cancel", lambda run: pytest.fail(f"{run} was cancelled"))
     other.exit.unlink()

@@ -40,7 +40,7 @@ def steps(curves: plot.Curves, name: str, kind: str = "train") -> list[int]:
 
 def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
     lines = [*map(train, (10, 20, 30, 40)), evaluation(45, 0, 0.1), train(50), train(22, 1, 3.0), train(60, 0)]
-    curves = plot.read_curves(make(tmp_path, "cells-1", [*lines, train(32, 1), {"step": "x"}]).metrics)
+    curves = plot.read_curves(make(tmp_path, "cells-1", [*lines, train(32, 1), {"step": "x"}, train(61)]).metrics)
     assert steps(curves, "loss") == [10, 20, 22, 32], "the killed attempt's last line came late"
     assert curves["loss", "train"].points[2] == (22, 3.0)
     assert set(curves) == {("loss", "train")}, "the evaluation at step 45 was never reached again"

@@ -189,3 +189,13 @@ def test_a_refusal_of_the_engine_has_its_remedy(said: str, remedy: str) -> None:
 def test_what_the_engine_would_not_refuse_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(JobError, match=message):
         command_lines(tmp_path, text)
+
+
+def test_the_commands_come_before_the_job(tmp_path: Path) -> None:
+    """All of them on one line for the shell, which then reads the job from the lines below."""
+    (tmp_path / "site.yaml").touch()
+    words = [f"runs={tmp_path}", "nodes=2", "device=cpu"]
+    lines = render_job("jobs/digits.yaml", words, "docker", tmp_path / "site.yaml").splitlines()
+    assert [line.split()[0] for line in lines[:7]] == ["umask", "mkdir", "cat", "docker", "docker", "docker", "name:"]
+    assert [line[-3:] for line in lines[3:5]] == ["; \\", "& \\"] and not lines[5].endswith(("\\", "&"))
+    assert all(line.endswith("\\") for line in lines[:5])
