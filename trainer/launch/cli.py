@@ -46,6 +46,7 @@ ExportFile = Annotated[Path, Argument(help="The file to write, such as model.pt.
 ExportStep = Annotated[int | None, Option("--step", help="The step of the checkpoint; default: the newest whole one.")]
 Steps = Annotated[int, Option("--steps", help="Timed steps of each run, after its warm-up.")]
 Rounds = Annotated[int, Option("--rounds", help="Timed runs of each mode, in turn.")]
+Modes = Annotated[list[str] | None, Option("--mode", help="Compare single and ddp with this mode; once for each.")]
 
 
 @app.command()
@@ -118,12 +119,13 @@ def preempt(run: RunFolder) -> None:
 
 @app.command()
 def compare(
-    job: JobFileOnly, overrides: Overrides = None, steps: Steps = 100, rounds: Rounds = 3, as_json: Json = False
-) -> None:
-    """Measure single, DP and DDP on a job here, and say which to use."""
+    job: JobFileOnly, overrides: Overrides = None, steps: Steps = 100, rounds: Rounds = 3, modes: Modes = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure the modes of training on a job here, and say which to use."""
     from trainer.launch.compare import runs as compare  # here: no other verb shall wait for it
 
-    raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json))
+    raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json, modes))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from trainer.parallel.base import DeferredScalar, Parallel
 from trainer.records import is_count, write_json
 from trainer.reporting.heartbeat import Pulse
 from trainer.reporting.metrics import Sink, make_sinks
+from trainer.reporting.traffic import Counts, read_counts, since
 from trainer.run.event_files import write_as
 from trainer.run.fence import Fence
 from trainer.run.folder import RunFolder
@@ -48,6 +49,9 @@ class Report:
         """Of the steps since metrics were last written, which had so many samples:"""
         self.samples_since = 0
         self.first_step, self.steps, self.steps_per_epoch = 1, 0, 1
+        self.counts: Counts = {}
+        self.traffic: dict[str, Any] = {}
+        """Of this rank, in the steps after the first."""
         self.started = self.written = time.perf_counter()
         self.position = Position()
 
@@ -84,7 +88,12 @@ class Report:
         self.samples_done += samples
         self.samples_since += samples
         self.profile.step(position.step)
+        if position.step == self.steps > self.first_step:
+            sent, received = since(self.counts)
+            steps = self.steps - self.first_step
+            self.traffic = {"rank": self.parallel.rank, "steps": steps, "sent": sent, "received": received}
         if position.step == self.first_step:
+            self.counts = read_counts()
             self.event("first_step", step=position.step)
 
     def log(self, position: Position, values: Mapping[str, float]) -> None:
@@ -173,6 +182,7 @@ class Report:
     def finish(self, metrics: Mapping[str, float]) -> None:
         """The run is done: write the result and the last event."""
         memory = [line for lines in self.parallel.gather(self._memory()) for line in lines]
+        traffic = [line for line in self.parallel.gather(self.traffic) if line]
         if not self.is_first:
             return
         self.fence.check()
@@ -181,7 +191,7 @@ class Report:
         result = {
             "metrics": dict(metrics), "steps": self.position.step, "samples_per_s": speed, "train_s": elapsed,
             "device": self.parallel.device.type, "world_size": self.parallel.world_size,
-            "parallel": self.job.parallel, "peak_memory_mb": memory,
+            "parallel": self.job.parallel, "peak_memory_mb": memory, "traffic_bytes": traffic,
         }  # fmt: skip
         try:
             write_json(self.run.result, result)
