@@ -160,7 +160,9 @@ def test_all_ranks_of_a_task_speak_above_the_bar(tmp_path: Path) -> None:
     (tmp_path / "talk.yaml").write_text("task: talk:Talking\ndevice: cpu\ndevices_per_node: 2\n")
     lines = watch(100, str(tmp_path / "talk.yaml"), f"runs={tmp_path}", "train.steps=40", "--all-ranks")
     assert {line.rstrip() for line in lines if "makes" in line} == {"0 makes a model", "[rank 1] 1 makes a model"}
-    assert any(line.count("━") > 5 for line in lines)
+    assert any(BAR.match(line) for line in lines)
+    assert len([line for line in lines if "step 40/40" in line]) == 1, "rank 0 says it"
+    assert len([line for line in lines if line.startswith("mode ")]) == 1 and "done: " in lines[-2]
 
 
 def test_a_script_has_no_bar_that_garbles_its_output(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def can_draw() -> bool:
 class Lines:
     """Plain lines for a log: events and evaluations, and now and then a step."""
 
+    is_told = False
+    """Whether what is shown of the ranks' logs tells the evaluations already."""
+
     def __init__(self) -> None:
         self.training: Event = {}
         self.shown = 0.0
@@ -59,10 +62,12 @@ class Lines:
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Evaluations always, steps now and then."""
-        evaluated = line["kind"] == "evaluation"
-        if not evaluated:
-            if time.monotonic() - self.shown <= EVERY_S:
+        if line["kind"] == "evaluation":
+            if self.is_told:
                 return
+        elif time.monotonic() - self.shown <= EVERY_S:
+            return
+        else:
             self.shown = time.monotonic()
         steps, now = self.training.get("steps"), epoch(self.training, line["step"])
         values, speed = values_of(line)

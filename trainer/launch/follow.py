@@ -41,6 +41,7 @@ def follow(
     ranks = range(job.world_size if all_ranks else 1 if job.script else 0)
     output = {rank: Tail(run.rank_log(rank)) for rank in ranks}
     show = Bar(bool(job.script)) if can_draw() and not speaks else Lines()
+    show.is_told = all_ranks and not job.script  # by rank 0 of a task, in its log
     now, problem = JobStatus(Phase.PENDING), ""
     try:
         while True:
@@ -76,7 +77,7 @@ def follow(
     finally:
         show.clear()
     try:
-        end(run, now)
+        end(run, now, show.is_told)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -91,14 +92,15 @@ def _time(line: dict[str, Any]) -> float:
     return float(when) if is_number(when := line.get("time")) else 0.0
 
 
-def end(run: RunFolder, status: JobStatus) -> None:
-    """Print the table, or why there is none."""
+def end(run: RunFolder, status: JobStatus, is_told: bool = False) -> None:
+    """Print the table, or why there is none; `is_told`: a rank has printed the table already."""
     events = run.read_events()
     restarts = f"\nrestarts {text}" if (text := restarts_text(events)) else ""
     if status.phase == Phase.DONE:
         # Where the nodes keep the run folder, or a script trained, there is no table here.
         note = separate_ranks(run)
-        print("\n" + (plain_table(run) or f"done: {run}{restarts}") + (f"\n{note}" if note else ""))
+        table = "" if is_told else plain_table(run)
+        print("\n" + (table or f"done: {run}{restarts}") + (f"\n{note}" if note else ""))
         return
     reason = why_ended(run, events) or status.reason or likely_end(run, events) or status.phase
     print(f"{status.phase.upper()}: {reason}{restarts}", file=sys.stderr)
