@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from faults import Fault
-from muster_runs import FULL, Run, kill, result, submitted, wait_for
+from muster_runs import FULL, HERE, Run, kill, result, submitted, wait_for
 from ranks import complete, events, losses, make_job, order_of_samples, train
+from session_runs import train_struck
 from states import difference, read_state, steps_saved
 
 from trainer.records import read_lines
@@ -111,3 +112,22 @@ def test_a_killed_rank_gets_its_shard_from_memory(tmp_path: Path) -> None:
             assert not run.events("checkpoint")
         assert result(run, 120) == 0, run.log("node-0.log")
     assert difference(read_state(expected)["model"], read_state(run.folder)["model"]) == ""
+
+
+def test_a_script_shards_its_model(tmp_path: Path) -> None:
+    """And is killed, and goes on from memory; its batches do not divide among its ranks."""
+    found = {}
+    for name, plan, keys in (
+        ("single", "calm", ["devices_per_node=1"]),
+        ("killed", "kill-in:4,kill-in:7", ["parallel=fsdp", "devices_per_node=3"]),
+    ):
+        train_struck(tmp_path / name, plan, HERE / "sharded_script.py", ("2",), *keys, "checkpoint.every_steps=1000")
+        found[name] = read_state(tmp_path / name)
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        hits = [line["hit"] for line in lines if line["kind"] == "evaluation"]
+        found[name]["hits"] = list(dict.fromkeys(hits))
+    assert {event["folder"] for event in events(tmp_path / "killed", "resume")} == {"memory"}
+    assert len(list((tmp_path / "killed/checkpoints").glob("step-*/shard-*-of-00003.safetensors"))) > 0
+    assert found["single"]["hits"] == found["killed"]["hits"]
+    for part in ("model", "objects"):
+        assert largest_difference(found["single"][part], found["killed"][part]) <= 1e-12

@@ -41,7 +41,7 @@ class Keeper:
                 "checkpoint. checkpoint.every_steps says how often there is one"
             )
         self.asynchronous = job.checkpoint.asynchronous
-        self.memory = Memory.find()
+        self.memory = self.find_memory()
         writer = read_path(WRITER) if self.memory else None
         if self.memory is None and self.asynchronous and self.writes(parallel) and (own := Memory.make()).has_locks():
             self.memory = own
@@ -53,6 +53,10 @@ class Keeper:
         if self.memory is not None and self.keeps(parallel):
             self.copies = Copies(self.memory, self.run, attempt, parallel.devices, self.recovers, tell)
             self.orders = Orders(self.memory, writer)
+
+    def find_memory(self) -> Memory | None:
+        """The memory that an agent keeps, in which this rank finds and puts copies."""
+        return Memory.find()
 
     @staticmethod
     def keeps(parallel: Parallel) -> bool:

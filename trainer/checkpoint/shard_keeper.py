@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.checkpoint.copies import Contents, read_copy
 from trainer.checkpoint.keeper import Keeper
-from trainer.checkpoint.memory import MOMENTS
+from trainer.checkpoint.memory import FOR_SHARDS, MOMENTS, Memory
 from trainer.checkpoint.snapshot import put_together, take_apart
 from trainer.checkpoint.writer import LOOK_S, Order, aside, commit
 from trainer.parallel.base import Parallel
@@ -31,6 +31,14 @@ class ShardKeeper(Keeper):
     """Checkpoints so far."""
     prepared: Contents | None = None
     """What is to be written by this process, at once."""
+
+    def find_memory(self) -> Memory | None:
+        """This rank's own. An agent that knows nothing of shards has one for a node, which is none for a rank."""
+        found = super().find_memory()
+        if found is not None and len(found.buffers) != FOR_SHARDS:
+            self.recovers, found = False, None
+            self.tell("no copies are kept in memory: only a job file that says parallel: fsdp has room made for them")
+        return found
 
     @staticmethod
     def keeps(parallel: Parallel) -> bool:

@@ -35,7 +35,8 @@ WHAT_TO_RUN = (
     Rule("script", lambda job: job.task and job.script, "contradicts task={job.task!r}", "Keep one of the two"),
     Rule("task", lambda job: not job.task and not job.script, "the job does not say what to run",
          "Set task: package.module:Class, or script: train.py"),
-    Rule("parallel", lambda job: job.script and job.parallel not in ("auto", "ddp"), "the script decides that itself",
+    Rule("parallel", lambda job: job.script and job.parallel not in ("auto", "ddp", "fsdp"),
+         "the script decides that itself",
          "Remove the key from the job"),
     Rule("script_args", lambda job: job.script_args and not job.script, "would be ignored: there is no script",
          "Use task_args for a task"),
@@ -164,7 +165,7 @@ def check_job(job: Job, code_is_here: bool = True) -> None:
     _check(job, WHAT_TO_RUN)
     if job.devices is not None:
         job.devices_per_node = len(job.devices)
-    if job.script:
+    if job.script and job.parallel != "fsdp":
         job.parallel = "ddp"
     if job.parallel == "auto":
         job.parallel = "ddp" if job.nodes * job.devices_per_node > 1 else "single"

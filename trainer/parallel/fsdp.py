@@ -20,7 +20,7 @@ from trainer.parallel.messages import bytes_of
 from trainer.parallel.module_state import is_dense
 from trainer.parallel.shards import Part, cut
 from trainer.parallel.step import Step, apply_model, compile_call
-from trainer.parallel.units import find_units, replace_forward
+from trainer.parallel.units import Units, find_units, replace_forward
 from trainer.task import Task
 from trainer.wiring.rank import RankWiring
 from trainer.wiring.variables import run_is_shared
@@ -62,18 +62,23 @@ class FullyShard(Group):
         return task.model(), torch.device("cpu")
 
     def wrap(self, step: Step) -> None:
-        units = find_units(step.model, step.task, self.job.fsdp.min_params)
-        self._check(step.model)
-        half = HALVES[self.job.train.precision] if self.job.fsdp.gather == "half" else None
-        # Gradients are added in the numbers of the weights, whatever the layers compute in.
-        policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+        units = find_units(step.model, step.task.shard_modules(step.model), self.job.fsdp.min_params)
         if self.job.train.compile:
             step.apply_model = apply_model
             for part in units.values() or [step.model]:
                 replace_forward(part, compile_call)
-        self.layers: list[FSDPModule] = []
-        self._fill(step.model, lambda module: module.named_buffers(recurse=False))
-        for name, part in (*units.items(), ("", step)):
+        self.layers = self.shard_module(step, step.model, units)
+        super().wrap(step)
+
+    def shard_module(self, root: nn.Module, model: nn.Module, units: Units) -> list[FSDPModule]:
+        """Shard a model layer by layer, and the rest of it as `root`, which is called from outside; all of these."""
+        self._check(model)
+        half = HALVES[self.job.train.precision] if self.job.fsdp.gather == "half" else None
+        # Gradients are added in the numbers of the weights, whatever the layers compute in.
+        policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+        layers: list[FSDPModule] = []
+        self._fill(model, lambda module: module.named_buffers(recurse=False))
+        for name, part in (*units.items(), ("", root)):
             self._fill(part, lambda module: module.named_parameters(recurse=False))
             try:
                 fully_shard(
@@ -83,8 +88,8 @@ class FullyShard(Group):
                 problem = f"cannot shard {name or 'the model'}: {' '.join(str(error).split())}"
                 raise JobError("parallel", "fsdp", problem, "Use parallel=ddp, or change the model") from error
             assert isinstance(part, FSDPModule)
-            self.layers.append(part)
-        super().wrap(step)
+            layers.append(part)
+        return layers
 
     def _check(self, model: nn.Module) -> None:
         """Raises JobError: a weight cannot be cut, or another rank has built another model."""

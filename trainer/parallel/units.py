@@ -4,7 +4,7 @@ A layer that is called as a module is one; a part whose weights another one uses
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,30 +13,30 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.task import Task
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """What calls its parts, or lets the model do it."""
 Units = dict[str, nn.Module]
 
 
-def find_units(model: nn.Module, task: Task, least: int) -> Units:
-    """The layers that the task names, else those in containers with at least so many weights; inner ones come first.
+def find_units(
+    model: nn.Module, given: Iterable[nn.Module] | None, least: int, key: str = "task.shard_modules"
+) -> Units:  # fmt: skip
+    """The layers that are `given`, else those in containers with at least so many weights; inner ones come first.
 
-    Raises JobError: the task names what is no part of the model, or what shares weights with another part.
+    Raises JobError: what is given is no part of the model, or shares weights with another part; `key`: by whom it is.
     """
-    given = task.shard_modules(model)
     names = {id(part): name for name, part in model.named_modules()}
     chosen = {id(part) for part in (_large_parts(model, least) if given is None else given)}
     strange = chosen - names.keys() | ({id(model)} & chosen)
     if strange:
         problem = "names a module that is not a part of the model"
-        raise JobError("task.shard_modules", f"{len(strange)} of {len(chosen)}", problem, "Return parts of `model`")
+        raise JobError(key, f"{len(strange)} of {len(chosen)}", problem, "Return parts of `model`")
     units = {name: part for name, part in reversed([*model.named_modules()]) if id(part) in chosen}
     for name in [name for name, part in units.items() if _shares_weights(part, model)]:
         if given is not None:
             problem, remedy = "shares weights with a part that is outside of it", "Name a module that holds both"
-            raise JobError("task.shard_modules", name, problem, remedy)
+            raise JobError(key, name, problem, remedy)
         del units[name]
     return units
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.data.nested import leaves
 from trainer.parallel.base import Parallel
 from trainer.parallel.module_state import evaluation_mode
+from trainer.parallel.shards import part_of
+from trainer.parallel.units import find_units
 
 
 def wrap_module(module: nn.Module, parallel: Parallel, options: dict[str, Any]) -> nn.Module:
@@ -24,6 +27,26 @@ def wrap_module(module: nn.Module, parallel: Parallel, options: dict[str, Any]) 
     ddp = DistributedDataParallel(module, device_ids=devices, **{"gradient_as_bucket_view": True, **options})
     settle(ddp)
     return ddp
+
+
+def shard_module(
+    module: nn.Module, parallel: Parallel, layers: Iterable[nn.Module] | None, gradients: "Gradients"
+) -> nn.Module:  # fmt: skip
+    """The module, sharded (`trainer.parallel.fsdp`); its gradients weigh as those of others do.
+
+    They come from what is called, so what it returns weighs them: no hook of a weight is called in shards.
+    """
+    sharder: Any = parallel
+    module = module.to("cpu")
+    sharder.shard_module(module, module, find_units(module, layers, parallel.job.fsdp.min_params, "session.wrap"))
+
+    def weigh(_: nn.Module, given: Any, output: Any) -> None:
+        for tensor in leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(gradients.weigh)
+
+    module.register_forward_hook(weigh)
+    return module
 
 
 def settle(module: nn.Module) -> None:
@@ -92,13 +115,15 @@ class Gradients:
     def _hook(self) -> None:
         """Hook the weights that are trained now: a script may freeze some, or train them, as it goes on."""
         if not self.weights:
-            self.weights = {id(weight): weight for module in self.modules for weight in module.parameters()}
+            weights = (weight for module in self.modules for weight in module.parameters())
+            self.weights = {id(weight): weight for weight in weights if part_of(weight) is None}
         for key, weight in self.weights.items():
             if weight.requires_grad and key not in self.hooks:
-                self.hooks[key] = weight.register_hook(self._weigh)
+                self.hooks[key] = weight.register_hook(self.weigh)
 
-    def _weigh(self, gradient: Tensor) -> Tensor:
-        return gradient * self.factor
+    def weigh(self, gradient: Tensor) -> Tensor:
+        """A gradient, as much as it counts."""
+        return gradient if self.factor == 1.0 else gradient * self.factor
 
 
 @contextmanager
@@ -111,4 +136,8 @@ def evaluating(modules: Iterable[nn.Module]) -> Any:
             if isinstance(module, DistributedDataParallel):
                 stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
                 module.require_forward_param_sync = False
+            for part in module.modules():
+                reshard: Any = getattr(part, "reshard", None)
+                if reshard is not None:  # of a sharded one, which waits for a backward pass
+                    stack.callback(reshard)
         yield

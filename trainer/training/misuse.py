@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.config.job import Job
 from trainer.errors import WRONG_JOB, JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.returned import RESERVED
@@ -43,6 +44,16 @@ def check_shared(module: nn.Module, wrapped: Sequence[nn.Module]) -> None:
     if shared:
         problem = "belongs to a module that is wrapped already"
         raise JobError("session.wrap", shared[0], problem, "Wrap one module that holds both")
+
+
+def check_shard(job: Job, shard: Any, options: Mapping[str, Any]) -> None:
+    """Refuse layers for which there is no mode, and options of another mode. Raises JobError."""
+    if job.parallel != "fsdp":
+        problem, remedy = "needs parallel=fsdp", 'Set parallel: fsdp in the job, or muster.Session(parallel="fsdp")'
+        raise JobError("session.wrap", "shard", problem, remedy)
+    if options and shard is not False:
+        problem = "is an option of DDP, and this module is sharded"
+        raise JobError("session.wrap", ", ".join(options), problem, "Remove it, or give shard=False")
 
 
 def check_update(updates: bool) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from trainer.data.sampler import evaluation_batches
 from trainer.errors import JobError
 from trainer.parallel.base import Parallel
 from trainer.parallel.returned import read_metrics, read_summary
+from trainer.training.evaluation import UNCOUNTED
 
 KEY = "session.evaluate"
 Function = Callable[[Any], Mapping[str, Any]]
@@ -34,6 +36,9 @@ def evaluate_samples(
     """
     count = count_samples(KEY, dataset)
     plan = list(evaluation_batches(count, batch_size, parallel.rank, parallel.world_size))
+    rounds = math.ceil(math.ceil(count / batch_size) / parallel.world_size)
+    if parallel.lockstep and len(plan) < rounds:  # what a rank without a batch computes then does not count
+        plan.append((UNCOUNTED, next(iter(evaluation_batches(count, batch_size, 0, parallel.world_size)))[1]))
     loader = Loader(dataset, collating(collate), options, seed, parallel.cuda, KEY)
     batches = DeviceMover(parallel.device, None, False, options.prefetch).move(
         loader.read([(0, indices) for _, indices in plan])
@@ -44,7 +49,8 @@ def evaluate_samples(
             beat()
             seed_generators(derive_seed(seed, step, number, EVALUATION), parallel.devices)
             values = read_metrics(function(batch), len(indices), parallel.device, KEY)
-            sums.append((number, {name: value.double().sum(0).cpu() for name, value in values.items()}))
+            if number != UNCOUNTED:
+                sums.append((number, {name: value.double().sum(0).cpu() for name, value in values.items()}))
     finally:
         loader.close()
     every = sorted(itertools.chain(*parallel.gather(sums)), key=lambda item: item[0])

@@ -48,7 +48,7 @@ def find_place(run: str | Path | None, settings: Mapping[str, Any]) -> Place:
     job = copy.deepcopy(JOBS[0]) if config is None else to_job(config)
     local = read_int(os.environ, LOCAL_WORLD_SIZE, "1")
     job.nodes, job.devices_per_node = max(1, wiring.world_size // local), local
-    job.parallel = "ddp" if wiring.world_size > 1 else "single"
+    job.parallel = job.parallel if wiring.world_size > 1 else "single"
     parallel = make_parallel(job, wiring, pulse.heartbeat is not None)
     if given is not None and (folder := RunFolder(given.parent)).exists():
         attempts.check_current(folder, wiring.attempt)

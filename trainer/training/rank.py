@@ -90,7 +90,7 @@ def build(job: Job, parallel: Parallel, task: Task) -> tuple[Task, tuple[nn.Modu
     built, home = parallel.build(task, lambda: seed_generators(seed, parallel.devices))
     model, notes = take_model(built, job, home)
     if job.train.checkpoint_activations:
-        recompute_in_backward(find_units(model, task, job.fsdp.min_params), job)
+        recompute_in_backward(find_units(model, task.shard_modules(model), job.fsdp.min_params), job)
     notes += weights_beside(task, model)
     seed_generators(derive_seed(job.seed, 0, 0, DATA))
     train_data = task.train_dataset()

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from trainer.data.generators import model_generators
 from trainer.errors import JobError, Stopped
 from trainer.parallel.base import DeferredScalar
-from trainer.parallel.wrapping import evaluating, settle, wrap_module
+from trainer.parallel.wrapping import evaluating, settle, shard_module, wrap_module
 from trainer.signals import FLAG, SIGNALS
 from trainer.training.course import Course
-from trainer.training.misuse import check_logged, check_shared, check_update, refusal
+from trainer.training.misuse import check_logged, check_shard, check_shared, check_update, refusal
 from trainer.training.once import make_once
 from trainer.training.own_evaluation import evaluate_samples
 from trainer.training.place import find_place
@@ -80,10 +80,20 @@ class Session(Course):
         return self.report.run.path
 
     # What is trained.
-    def wrap(self, module: nn.Module, **options: Any) -> Any:
-        """The module on this rank's device, under DDP where there are ranks; `options` are those of DDP."""
+    def wrap(self, module: nn.Module, *, shard: bool | Iterable[nn.Module] | None = None, **options: Any) -> Any:
+        """The module on this rank's device, under DDP where there are ranks; `options` are those of DDP.
+
+        With `parallel="fsdp"` it is sharded: `shard` names the layers to gather one at a time, by default large ones in
+        containers; False: this module is not.
+        """
         check_shared(module, self.gradients.modules)
-        wrapped = wrap_module(module, self.parallel, options)
+        if self.world_size > 1 and (self.job.parallel == "fsdp" or shard):
+            check_shard(self.job, shard, options)
+        if self.parallel.shard is not None and shard is not False:
+            layers = None if shard in (None, True) else shard
+            wrapped = shard_module(module, self.parallel, layers, self.gradients)  # type: ignore[arg-type]
+        else:
+            wrapped = wrap_module(module, self.parallel, options)
         self.gradients.add(wrapped)
         return wrapped
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from digit_tasks import Small
 from torch import Tensor, nn
 
 from trainer.config.job import Job
@@ -35,32 +33,20 @@ class Net(nn.Module):
         return last
 
 
-class Chosen(Small):
-    """Names layers itself."""
-
-    def __init__(self, *names: str) -> None:
-        super().__init__()
-        self.names = names
-
-    def shard_modules(self, model: nn.Module) -> Iterable[nn.Module]:
-        return [model.get_submodule(name) for name in self.names] or [nn.Linear(1, 1)]
-
-
 def test_large_layers_in_containers_are_found() -> None:
     """A container in a container is looked into; a layer with a weight of another part is none."""
-    assert list(find_units(Net(), Small(), 20)) == ["body.blocks.1.0", "body.blocks.0.0"]
-    assert list(find_units(Net(), Small(), 21)) == []
-    assert list(find_units(nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), Small(), 1)) == ["1"]
+    assert list(find_units(Net(), None, 20)) == ["body.blocks.1.0", "body.blocks.0.0"]
+    assert list(find_units(Net(), None, 21)) == []
+    assert list(find_units(nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), None, 1)) == ["1"]
 
 
-def test_a_task_may_name_them() -> None:
-    assert list(find_units(Net(), Chosen("body.blocks.0", "body.blocks.0.0"), 1)) == [
-        "body.blocks.0.0",
-        "body.blocks.0",
-    ]
+def test_they_may_be_named() -> None:
+    net = Net()
+    named = [net.get_submodule(name) for name in ("body.blocks.0", "body.blocks.0.0")]
+    assert list(find_units(net, named, 1)) == ["body.blocks.0.0", "body.blocks.0"]
     for names, problem in (((), "not a part of the model"), (("heads.0",), "shares weights"), (("",), "not a part")):
         with pytest.raises(JobError, match=problem) as caught:
-            find_units(Net(), Chosen(*names), 1)
+            find_units(net, [net.get_submodule(name) for name in names] or [nn.Linear(1, 1)], 1)
         assert caught.value.key == "task.shard_modules"
 
 
@@ -74,7 +60,7 @@ def test_layers_are_computed_again_for_gradients() -> None:
     for part in net.modules():
         if isinstance(part, nn.Tanh):
             part.register_forward_pre_hook(lambda *_: calls.append(1))
-    recompute_in_backward(find_units(net, Chosen("body.blocks.0", "body.blocks.1"), 1), Job(task="a:B"))
+    recompute_in_backward(find_units(net, list(net.body["blocks"]), 1), Job(task="a:B"))
     net(words).square().sum().backward()
     assert len(calls) == 4
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), net.parameters(), strict=True))  # type: ignore[arg-type]
