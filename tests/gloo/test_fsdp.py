@@ -67,7 +67,8 @@ def test_every_number_of_ranks_gives_the_training_of_a_single_process(tmp_path: 
 
 def test_a_checkpoint_of_ddp_is_gone_on_with_in_shards(tmp_path: Path) -> None:
     """And a killed training, bit by bit, and what a damaged shard is the end of."""
-    keys = ["task_args.batchnorm=true", "task_args.dropout=0.3", "checkpoint.every_steps=3"]
+    keys = ["task_args.batchnorm=true", "task_args.dropout=0.3", "checkpoint.every_steps=3", "train.optimizer=sgd",
+            "train.optimizer_args={momentum: 0.9}"]  # fmt: skip
     sharded = [*keys, *FSDP, "devices_per_node=2"]
     complete(tmp_path / "calm", make_job(*sharded))
     begun = tmp_path / "killed"

@@ -10,6 +10,7 @@ from torch import nn
 
 from trainer.config.job import Train
 from trainer.errors import JobError
+from trainer.parallel.shards import part_of
 from trainer.task import find_object
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -38,10 +39,11 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     if kind is None:
         kind = find_object("train.optimizer", train.optimizer)
     elif not {"foreach", "fused"} & set(arguments):
-        # The fused kernels know neither complex weights nor sparse gradients.
-        arguments["fused"] = all(weight.is_floating_point() for weight in parameters) and not any(
-            gives_sparse_gradients(part) for part in model.modules()
+        # The fused kernels know neither complex weights nor sparse gradients, and that of SGD knows no shards.
+        unknown = any(gives_sparse_gradients(part) for part in model.modules()) or (
+            kind is torch.optim.SGD and any(part_of(weight) is not None for weight in parameters)
         )
+        arguments["fused"] = all(weight.is_floating_point() for weight in parameters) and not unknown
     try:
         optimizer = kind(groups, lr=train.lr, **arguments)
     except (TypeError, ValueError) as error:
