@@ -174,3 +174,36 @@ def test_data_parallel_over_all_devices_equals_one(tmp_path: Path) -> None:
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(all_)[name], rtol=1e-3, atol=1e-4), name
     assert len(result(all_)["peak_memory_mb"]) == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize("option", ["fsdp.gather=full", "fsdp.gather=half", "train.checkpoint_activations=true"])
+def test_shards_on_one_gpu_are_the_training_of_ddp(tmp_path: Path, option: str) -> None:
+    options = ("train.precision=bf16", "train.steps=20", "log.every_steps=1")
+    plain = train(tmp_path, "bytelm", "parallel=ddp", *options)
+    run = train(tmp_path, "bytelm", "parallel=fsdp", "fsdp.min_params=1", *options, option)
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-2)
+
+
+def test_shards_on_all_gpus_are_loaded_on_one_and_exported(tmp_path: Path) -> None:
+    """A model of 124 million weights, which one rank builds for all; nothing of the export needs the GPU."""
+    options = ("task_args.size=124m", "train.precision=bf16", "train.batch_size=8", "log.every_steps=1",
+               "train.schedule=constant")  # fmt: skip
+    run = train(tmp_path, "bytelm", "parallel=fsdp", all_gpus(1), *options, "train.steps=3")
+    words = [*MUSTER, "run", str(run), "train.steps=4", "parallel=single", "devices_per_node=1"]
+    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=280)
+    assert len(losses(run)) == 4
+    target = tmp_path / "model.safetensors"
+    blind = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*MUSTER, "export", str(run), str(target)], cwd=ROOT, env=blind, check=True, timeout=280)
+    assert target.stat().st_size > 4 * 100_000_000
+
+
+@pytest.mark.speed
+def test_shards_on_one_gpu_cost_what_ddp_costs(tmp_path: Path) -> None:
+    options = ("task_args.size=124m", "train.precision=bf16", "train.batch_size=8", "train.steps=60",
+               "log.every_steps=20")  # fmt: skip
+    speeds = {}
+    for mode in ("ddp", "fsdp"):
+        lines = read_lines(train(tmp_path, "bytelm", f"parallel={mode}", *options) / "metrics.jsonl")
+        speeds[mode] = [line["samples_per_s"] for line in lines if line["kind"] == "train"][-1]
+    assert speeds["fsdp"] >= speeds["ddp"] / 1.03

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from trainer.agent.kv_server import STRANGERS
 from trainer.agent.scratch_folder import SHM
+from trainer.checkpoint.memory import BUFFERS, FOR_SHARDS
 from trainer.config.job import Job
 from trainer.wiring.devices import gpu_files, has_infiniband
 from trainer.wiring.hardware import WORKER_SHM_MB, free_memory
@@ -22,8 +23,6 @@ OPEN_FILES = 40
 """What an agent or a rank has open at least: libraries, logs, the connections of a process group."""
 CONNECTIONS_TO_STORE = 2
 """Of each rank: of its process group, and of the thread by which ranks agree to stop."""
-COPIES = 2
-"""Of the state of a training, that a node keeps in memory."""
 
 MORE_CPUS = {
     "slurm": "Ask for more (cpus_per_device in the site file), and pass --cpus-per-task to srun too",
@@ -68,12 +67,16 @@ def check_node(job: Job, wiring: Wiring, state: int = 0) -> list[Problem]:
         text = f"train.compile=true needs a C++ compiler, and this node has no {compiler}"
         problems.append(Problem("config", f"{text}. Install one, name it in CXX, or set train.compile=false"))
     problems += _check_open_files(job, wiring)
-    copies, free = COPIES * state if job.checkpoint.in_memory else 0, free_memory()
+    # Of shards there is a copy more, and each node has those of its ranks.
+    whole = job.parallel != "fsdp" or job.fsdp.replicate == "node"
+    count = BUFFERS if job.parallel != "fsdp" else FOR_SHARDS
+    copies = count * state // (1 if whole else job.nodes) if job.checkpoint.in_memory else 0
+    free = free_memory()
     if copies > free:
-        text = (
-            f"two copies of the state in memory take {copies >> 20} MiB, and {free >> 20} MiB are free. Ask for more "
+        text = f"{count} copies of the state in memory take {copies >> 20} MiB, and {free >> 20} MiB are free. Ask for "
+        text += (
+            "more memory, or set checkpoint.in_memory=false: then a failure costs the steps since the last checkpoint"
         )
-        text += "memory, or set checkpoint.in_memory=false: then a failure costs the steps since the last checkpoint"
         problems.append(Problem("memory", text, False))
     if wiring.cpus < ranks:
         text = f"{ranks} ranks share {wiring.cpus} CPUs. {MORE_CPUS.get(wiring.platform, 'Give them more')}"

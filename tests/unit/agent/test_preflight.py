@@ -53,7 +53,10 @@ def test_shared_memory_that_the_loader_workers_overflow(monkeypatch: pytest.Monk
 def test_copies_of_the_state_that_do_not_fit() -> None:
     job = Job(task="a:B", parallel="ddp", devices_per_node=2)
     [problem] = check_node(job, NODE, 2**60)
-    assert "two copies of the state" in problem.text and "in_memory=false" in problem.text and not problem.fatal
+    assert "2 copies of the state" in problem.text and "in_memory=false" in problem.text and not problem.fatal
+    shards = Job(task="a:B", parallel="fsdp", devices_per_node=2, nodes=4)
+    [problem] = check_node(shards, NODE, 2**60)
+    assert f"3 copies of the state in memory take {3 * 2**60 // 4 >> 20} MiB" in problem.text
     job.checkpoint.in_memory = False
     assert check_node(job, NODE, 2**60) == []
 
