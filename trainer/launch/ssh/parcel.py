@@ -1,4 +1,4 @@
-"""What is sent to another machine: Muster itself, the user's code, and what its environment of Python must hold.
+"""What is sent to another machine: Muster itself, and the user's code.
 
 A parcel is named by its content, so equal ones are sent once.
 """
@@ -6,9 +6,7 @@ A parcel is named by its content, so equal ones are sent once.
 import gzip
 import hashlib
 import io
-import json
 import os
-import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,17 +15,9 @@ from importlib import metadata
 from pathlib import Path
 
 import trainer
-from trainer.errors import JobError
 
 PACKAGE = Path(trainer.__file__).resolve().parent
 TEMPLATES = ("docker", "jobs", "k8s", "slurm")
-LAUNCH_ONLY = ("cloudpickle", "omegaconf", "pyyaml", "submitit", "typing-extensions")
-"""What submits and asks needs, where the ranks have an image."""
-TOOLS = ("dumb-init", "pip", "setuptools")
-"""Of the lock file, what only an image needs."""
-LISTS = "requirements.txt"
-OF_FILES = re.compile(r"^\s*(-r|-c|-e|--requirement|--constraint|--editable|\.{0,2}/|\.\s*$|file:)", re.MULTILINE)
-"""A line of a list of packages that names other files."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +73,3 @@ def pack_muster() -> Parcel:
 def _in_sources() -> bool:
     """Whether we run from a checkout, where the templates lie beside the package."""
     return not (PACKAGE / "templates").is_dir()
-
-
-def requirements(code: Path, launch_only: bool) -> dict[str, str]:
-    """The files from which an environment is made: ours with hashes; torch, and what the project lists, without.
-
-    Raises JobError: the project's list names files that are not sent.
-    """
-    folder = PACKAGE.parent if _in_sources() else PACKAGE / "templates"
-    parts = re.split(r"\n(?=\S)", (folder / "docker" / "lock.txt").read_text())
-    named = {part: re.sub("[-_.]+", "-", re.match(r"[\w.-]*", part)[0]).lower() for part in parts}  # type: ignore[index]
-    locked = [part for part, name in named.items() if name and name not in TOOLS]
-    if launch_only:
-        return {"locked.txt": "\n".join(part for part in locked if named[part] in LAUNCH_ONLY) + "\n", "others.txt": ""}
-    others = [f"torch=={metadata.version('torch').partition('+')[0]}"]
-    if (code / LISTS).is_file():
-        text = (code / LISTS).read_text()
-        if found := OF_FILES.search(text):
-            problem = f"{LISTS} names files, which pip does not find over there"
-            raise JobError("python", None, problem, "Set `python` to an interpreter that has them: " + found[0].strip())
-        others.append(text)
-    return {"locked.txt": "\n".join(locked) + "\n", "others.txt": "\n".join(others) + "\n"}
-
-
-def environment_name(wanted: dict[str, str]) -> str:
-    """The folder of the environment that is made from such files."""
-    return "python-" + hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,7 +22,8 @@ from trainer.launch.platform import AnyPlan, AnyPlatform, JobStatus, Phase, Plan
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.launch.ssh import mirror
 from trainer.launch.ssh.connection import HOST, Connection, NotReached
-from trainer.launch.ssh.parcel import environment_name, pack_folder, pack_muster, requirements
+from trainer.launch.ssh.packages import environment_name, requirements
+from trainer.launch.ssh.parcel import pack_folder, pack_muster
 from trainer.launch.ssh.session import Place, Session
 from trainer.records import read_json, write_json
 from trainer.run.event_files import own_file
@@ -187,15 +188,6 @@ class OverSsh(Platform[Any, SshRequest]):
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
         self._request(handle, "preempt")
         self.kept = None
-
-    def list_files(self, handle: dict[str, Any], patterns: list[str]) -> dict[str, dict[str, Any]]:
-        """The files over there that fit: see `mirror.list_files`."""
-        files: dict[str, dict[str, Any]] = self._request(handle, "files", patterns=patterns)["files"]
-        return files
-
-    def read_file(self, handle: dict[str, Any], name: str, begin: int, most: int) -> bytes:
-        """A part of a file over there, at most `mirror.PART` bytes."""
-        return mirror.unpack(self._request(handle, "read", name=name, begin=begin, most=most)["data"])
 
     def _request(self, handle: dict[str, Any], verb: str, **fields: Any) -> dict[str, Any]:
         return _session(_place(handle)).request(verb, run=f"{handle['runs']}/{handle['name']}", **fields)

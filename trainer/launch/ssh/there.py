@@ -152,12 +152,6 @@ class There:
         verb(folder)
         return {}
 
-    def do_files(self, run: str, patterns: list[str]) -> dict[str, Any]:
-        return {"files": mirror.list_files(mirror.run_of(run), patterns)}
-
-    def do_read(self, run: str, name: str, begin: int, most: int) -> dict[str, Any]:
-        return {"data": mirror.read_part(mirror.run_of(run), name, begin, most)}
-
     def _need(self, platform: str) -> None:
         """Look where a log-in would look, if the platform's command is not where other shells look."""
         if shutil.which(CLIENTS.get(platform, "sh")) is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import FAILED, WRONG_JOB, JobError
-from trainer.launch.ssh import connection, environment, mirror, parcel, session, submission
+from trainer.launch.ssh import connection, environment, mirror, packages, parcel, session, submission
 from trainer.run.event_files import own_file
 from trainer.run.folder import RunFolder
 
@@ -97,6 +97,7 @@ def test_records_come_as_they_grow(tmp_path: Path) -> None:
     there.failure.unlink()
     assert bring(logs=True) == ["events/launch-far-1.jsonl", "logs/rank-2.log"]
     assert (here.events / event.name).read_bytes() == event.read_bytes()
+    assert (here.events / event.name).stat().st_mtime_ns == event.stat().st_mtime_ns
     assert not here.failure.exists() and (here.events / local).read_text() == "ours\n"
     event.write_text("anew\n")
     bring()
@@ -122,7 +123,7 @@ def test_much_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_other_side_writes_nothing_but_records(tmp_path: Path, name: str) -> None:
     run = RunFolder(tmp_path / "run")
     run.make()
-    part = {"begin": 0, "data": mirror.collect.__doc__}
+    part = {"begin": 0, "data": "", "changed_ns": 0}
     with pytest.raises(JobError, match="is not a file of a run"):
         mirror.apply(run, {"files": {name: part}, "gone": []})
 
@@ -156,19 +157,27 @@ def test_an_environment_is_made_once_and_goes_on_where_it_stopped(tmp_path: Path
 
 def test_an_environment_has_what_the_image_has_and_what_the_project_lists(tmp_path: Path) -> None:
     (tmp_path / "requirements.txt").write_text("einops\n")
-    wanted = parcel.requirements(tmp_path, False)
+    wanted = packages.requirements(tmp_path, False)
     assert (
         "omegaconf==" in wanted["locked.txt"]
         and "--hash" in wanted["locked.txt"]
         and "pip==" not in wanted["locked.txt"]
     )
     assert wanted["others.txt"].startswith("torch==") and "einops" in wanted["others.txt"]
-    few = parcel.requirements(tmp_path, True)
-    assert {line.split("==")[0] for line in few["locked.txt"].splitlines() if line[0] != " "} == set(parcel.LAUNCH_ONLY)
-    assert parcel.environment_name(few) != parcel.environment_name(wanted)
-    (tmp_path / "requirements.txt").write_text("-e .\n")
-    with pytest.raises(JobError, match="names files"):
-        parcel.requirements(tmp_path, False)
+    few = packages.requirements(tmp_path, True)
+    assert {line.split("==")[0] for line in few["locked.txt"].splitlines() if line[0] != " "} == set(
+        packages.LAUNCH_ONLY
+    )
+    assert packages.environment_name(few) != packages.environment_name(wanted)
+    (tmp_path / "requirements.txt").write_text("-e .\n-r more.txt\ntorch==2.11.0\n")
+    (tmp_path / "more.txt").write_text("tqdm>=4\n")
+    assert packages.requirements(tmp_path, False)["others.txt"] == "tqdm>=4\ntorch==2.11.0\n"
+    (tmp_path / "requirements.txt").unlink()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "a"\nversion = "1"\ndependencies = ["torchvision"]\n')
+    assert "torch==" in (text := packages.requirements(tmp_path, False)["others.txt"]) and "torchvision" in text
+    (tmp_path / "pyproject.toml").write_text("[")
+    with pytest.raises(JobError, match=r"pyproject\.toml cannot be read"):
+        packages.requirements(tmp_path, False)
 
 
 @pytest.mark.parametrize(("said", "code", "words"), [
