@@ -53,6 +53,6 @@ def _run(command: Sequence[str], place: Path, say: Say) -> None:
             if line.startswith(SAID):
                 say(note=line)
     if process.returncode:
-        errors = [line for line in said if "error" in line.lower() or "No space" in line or "apt install" in line]
-        say(error="environment", text=f"{place} cannot be made: {' '.join(errors[:3] or said[-1:])}")
+        errors = [line for line in said if line.startswith(("ERROR", "Error")) or "apt install" in line]
+        say(error="environment", text=f"{place} cannot be made: {' '.join(errors[:2] or said[-1:])}"[:600])
         raise SystemExit(1)

@@ -172,6 +172,7 @@ REMEDIES = {
     "folder": "Set `ssh_folder` to a folder of yours, or: chmod go-w",
     "muster": "Try again",
     "system": "Correct that over there, or set another `ssh_folder` in the site file",
-    "environment": "Correct that over there, or set `python` in the site file to an interpreter that has the packages",
+    "environment": "Correct that over there, such as pip's index (~/.config/pip/pip.conf), or set `python` in the site "
+    "file to an interpreter that has the packages",
 }
 """By what an error of the other side is about, before Muster itself runs there."""
