@@ -5,16 +5,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from login_host import SSHD, LoginHost, project
-from muster_runs import FULL, MUSTER, hear_interrupts, kill, wait_for
+from login_host import SSHD, Laptop, LoginHost
+from muster_runs import FULL, kill, wait_for
 from slurm_cluster import Cluster
+from slurm_config import CONTROLLER
 from stopwatch import Stopwatch
 
 from trainer.run.folder import RunFolder
@@ -26,52 +25,13 @@ CHATTER = "echo Welcome to the cluster; echo 2>&1 'quota: 97 %'; printf 'no line
 ONE = ("nodes=1", "devices_per_node=1")
 
 
-class Laptop:
-    """A user's project on this machine, and the site file that leads to the cluster."""
-
-    def __init__(self, host: LoginHost, folder: Path) -> None:
-        self.host, self.project = host, project(folder / "project")
-        self.site = host.site()
-        self.runs_there = host.home / ".muster" / "runs"
-
-    def start(self, *words: object, **options: Any) -> subprocess.Popen[str]:
-        command = [str(word) for word in (MUSTER, *words)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        return subprocess.Popen(
-            command, cwd=self.project, env=self.host.environment(), preexec_fn=hear_interrupts, **pipes
-        )
-
-    def muster(self, *words: object) -> subprocess.CompletedProcess[str]:
-        process = self.start(*words)
-        try:
-            out, err = process.communicate(timeout=120)
-        finally:
-            kill(process.pid)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def must(self, *words: object) -> str:
-        done = self.muster(*words)
-        assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout.strip()
-
-    def submit(self, *words: object, site: Path | None = None) -> Path:
-        command = ("submit", "job.yaml", "--on", "slurm", "--site", site or self.site)
-        return Path(self.must(*command, *words).splitlines()[-1])
-
-    def status(self, run: Path) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.must("status", run, "--json"))
-        return found
-
-    def there(self, run: Path) -> Path:
-        return Path(json.loads((run / "handle.json").read_text())["there"]["run"])
-
-
 @pytest.fixture(scope="module")
 def laptop(slurm_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     if not os.path.exists(SSHD):
         pytest.skip("no sshd: apt-get install openssh-server")
     folder = tmp_path_factory.mktemp("laptop")
-    host = LoginHost(slurm_session, slurm_session.session / "login", folder)
+    enter = f"nsenter --target {slurm_session.pids[CONTROLLER]} --mount --net --uts --ipc"
+    host = LoginHost(slurm_session.session / "login", enter, folder)
     host.home.joinpath(".bashrc").write_text(CHATTER)
     yield Laptop(host, folder)
     host.stop()
@@ -145,12 +105,12 @@ def test_a_submission_costs_little(laptop: Laptop, slurm: Cluster, stopwatch: St
 def test_what_is_wrong_is_said_in_one_line_and_leaves_nothing(
     laptop: Laptop, host: str, keys: dict[str, str], code: int, words: str
 ) -> None:
-    site, before = laptop.host.site(host, **keys), len(list(laptop.runs_there.glob("*")))
+    site, before = laptop.host.site(host, **keys), len(list(laptop.runs_there.glob("*/")))
     done = laptop.muster("submit", "job.yaml", "--on", "slurm", "--site", site, "runs=refused")
     lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     assert done.returncode == code and len(lines) == 1 and words in lines[0], done.stderr
     assert not list((laptop.project / "refused").glob("*/"))
-    assert len(list(laptop.runs_there.glob("*"))) == before
+    assert len(list(laptop.runs_there.glob("*/"))) == before
 
 
 def jobs(slurm: Cluster, name: str) -> list[str]:

@@ -1,25 +1,25 @@
-"""A login host of the test cluster: a real sshd in the controller's namespaces, which nothing but ssh reaches.
+"""A machine that is reached by ssh alone, such as a login host of the test cluster: a real sshd. And who logs in there.
 
 There is no port: ssh's own ProxyCommand starts one sshd for each connection, so killing either end is what a cut is.
 The user's home there is a folder of its own, and the project's folder here is hidden.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from muster_runs import kill
+from muster_runs import MUSTER, hear_interrupts, kill
 from paths import ROOT
-from slurm_cluster import Cluster
-from slurm_config import CONTROLLER
 
 SSHD = "/usr/sbin/sshd"
 ENTER = """#!/bin/sh
 # The login host, as one connection sees it.
-exec nsenter --target {pid} --mount --net --uts --ipc unshare --mount sh -c '
+exec {enter} unshare --mount sh -c '
   mount --bind {folder}/passwd /etc/passwd
   for hidden in {hidden}; do mkdir -p $hidden && mount -t tmpfs hidden $hidden; done
   mkdir -p /run/sshd && cd / && exec {sshd} -i -f {folder}/sshd_config'
@@ -54,9 +54,9 @@ Host *
 
 
 class LoginHost:
-    """`folder` is seen by all hosts; `hidden` are folders that the login host does not see."""
+    """`folder` is seen by all hosts. `enter`: what enters its namespaces. It does not see the folders `hidden`."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *hidden: Path) -> None:
+    def __init__(self, folder: Path, enter: str = "", *hidden: Path) -> None:
         self.folder, self.home = folder, folder / "home"
         self.sockets = tempfile.mkdtemp(prefix="m-", dir="/tmp")  # their paths have to be short
         self.home.mkdir(parents=True)
@@ -67,7 +67,7 @@ class LoginHost:
         self.keep("sshd_config", SSHD_CONFIG)
         self.keep("ssh_config", SSH_CONFIG)
         self.keep("known_hosts", f"login,intruder,nobody {(folder / 'host_key.pub').read_text()}")
-        words = {"pid": cluster.pids[CONTROLLER], "hidden": " ".join(map(str, hidden)), "sshd": SSHD}
+        words = {"enter": enter, "hidden": " ".join(map(str, hidden)), "sshd": SSHD}
         self.keep("enter", ENTER, **words).chmod(0o755)
 
     def keep(self, name: str, text: str, **words: object) -> Path:
@@ -105,6 +105,46 @@ class LoginHost:
             if any(word in line for word in words) and any(each in line + environment for each in ours):
                 found.append(int(path.name))
         return sorted(found)
+
+
+class Laptop:
+    """A user's project on this machine, and the site file that leads to the other one."""
+
+    def __init__(self, host: LoginHost, folder: Path, platform: str = "slurm") -> None:
+        self.host, self.project, self.platform = host, project(folder / "project"), platform
+        self.site = host.site()
+        self.runs_there = host.home / ".muster" / "runs"
+
+    def start(self, *words: object, **options: Any) -> subprocess.Popen[str]:
+        command = [str(word) for word in (MUSTER, *words)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        return subprocess.Popen(
+            command, cwd=self.project, env=self.host.environment(), preexec_fn=hear_interrupts, **pipes
+        )
+
+    def muster(self, *words: object) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words)
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            kill(process.pid)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def must(self, *words: object) -> str:
+        done = self.muster(*words)
+        assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *words: object, site: Path | None = None) -> Path:
+        command = ("submit", "job.yaml", "--on", self.platform, "--site", site or self.site)
+        return Path(self.must(*command, *words).splitlines()[-1])
+
+    def status(self, run: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.must("status", run, "--json"))
+        return found
+
+    def there(self, run: Path) -> Path:
+        return Path(json.loads((run / "handle.json").read_text())["there"]["run"])
 
 
 def project(folder: Path) -> Path:

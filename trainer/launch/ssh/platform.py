@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
+from trainer.config.job import Job
 from trainer.errors import Cut, JobError, MaybeAccepted
 from trainer.launch.local.gpu_lease import try_lock
 from trainer.launch.platform import AnyPlan, AnyPlatform, JobStatus, Phase, Plan, Platform, own_program
@@ -28,6 +29,7 @@ from trainer.launch.ssh.session import Place, Session
 from trainer.records import read_json, write_json
 from trainer.run.event_files import own_file
 from trainer.run.folder import RunFolder
+from trainer.run.tree_hash import tree_hash
 
 OF_HERE = ("ssh", "ssh_config", "ssh_folder", "runs")
 """Keys of a site that the other machine does not need: how to get there, and what is decided here."""
@@ -86,7 +88,7 @@ class OverSsh(Platform[Any, SshRequest]):
         for run in reversed(RunFolder.list_all(plan.run.path.parent)):
             same = _is_unfinished(run) and run.job.read_text() == plan.job_text and _site_of(run) == _site_text(plan)
             if same and not mirror.is_under_way(run):
-                if _code_of(Path.cwd(), run.path.parent) == pack_folder(run.code).name:
+                if _has_code_of_now(run, plan.job):
                     print(f"note: going on with {run}, whose submission was cut off", file=sys.stderr)
                     return run
                 print(f"note: {run} was never completed, with other code: `muster submit {run}` does", file=sys.stderr)
@@ -95,7 +97,7 @@ class OverSsh(Platform[Any, SshRequest]):
     def submit(self, plan: AnyPlan, request: SshRequest, follow: bool) -> dict[str, Any]:
         """Hand the job over, once: however often this is tried. Raises MaybeAccepted: the connection was cut."""
         run, before = plan.run, read_json(plan.run.handle)
-        check_files(plan.job, run, take_snapshot(Path.cwd(), run), False)
+        check_files(plan.job, run, take_snapshot(Path.cwd(), run, plan.job), False)
         with _held(run):
             handle = before if before and _is_unfinished(run) else self._new_handle(plan, before)
             sent = handle is before
@@ -242,12 +244,13 @@ def _is_unfinished(run: RunFolder) -> bool:
     return (read_json(run.handle) or {}).get("accepted") is False
 
 
-def _code_of(source: Path, runs: Path) -> str:
-    """What the code that `source` holds now would be called."""
-    with tempfile.TemporaryDirectory(dir=runs, prefix=".code-") as folder:
-        run = RunFolder(Path(folder))
-        run.plan.mkdir()
-        return pack_folder(take_snapshot(source, run)).name
+def _has_code_of_now(run: RunFolder, job: Job) -> bool:
+    """Whether a run has the code that a run of the same job would have now."""
+    with tempfile.TemporaryDirectory(dir=run.path.parent, prefix=".code-") as folder:
+        now = RunFolder(Path(folder))
+        now.plan.mkdir()
+        write_json(now.source, read_json(run.source) or {})
+        return tree_hash(take_snapshot(Path.cwd(), now, job)) == tree_hash(run.code)
 
 
 @contextmanager
