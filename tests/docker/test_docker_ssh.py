@@ -30,7 +30,7 @@ def test_a_run_in_containers_of_another_machine(laptop: Laptop, runs: Runs) -> N
     there = laptop.there(run)
     assert there.is_relative_to(laptop.host.home)
     assert (run / "metrics.jsonl").read_bytes() == (there / "metrics.jsonl").read_bytes()
-    assert "training" in laptop.must("logs", run)
+    assert "attempt 0 begins" in laptop.must("logs", run)
     refused = laptop.muster("submit", "job.yaml", "--on", "docker", "--site", laptop.host.site(image="nowhere/none"))
     assert refused.returncode == 64 and "is not on this machine" in refused.stderr
     assert len(list((laptop.project / "runs").glob("*/"))) == 1
