@@ -26,10 +26,10 @@ Overrides = Annotated[list[str] | None, Argument(help="key=value, for example tr
 ON = "local, docker, slurm or kubernetes; default: where the run was submitted, or local."
 On = Annotated[str | None, Option("--on", help=ON)]
 Site = Annotated[Path | None, Option("--site", help="Site file; default: the one of the run, or of the platform.")]
-RUN = "A run: its folder, its name as far as no other begins so, or latest."
+RUN = "A run: its folder, the start of its name, or latest."
 RunFolder = Annotated[str, Argument(help=RUN, show_default=False)]
 RunsOrSweep = Annotated[str, Argument(help="A folder of runs, or a sweep.")]
-Runs = Annotated[list[str], Argument(help="Runs and sweeps, called as in other commands.", show_default=False)]
+Runs = Annotated[list[str], Argument(help="Runs and sweeps: folders, starts of names, or latest.", show_default=False)]
 Output = Annotated[Path | None, Option("--output", help="The picture, .png or .svg; default: plot.png, here.")]
 ProjectFolder = Annotated[Path, Argument(help="The folder of the project; default: this one.", show_default=False)]
 Script = Annotated[str | None, Option("--script", help="A script to run, which may exist. Default: a task.")]

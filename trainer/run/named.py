@@ -1,4 +1,4 @@
-"""What a user calls a run: its path, `latest`, or as much of its name as no other run begins with."""
+"""How a user names a run: by its path, by `latest`, or by the start of its name if no other run starts the same way."""
 
 import glob
 from pathlib import Path
@@ -14,7 +14,7 @@ SHOWN = 5
 
 
 def find_run(given: str | RunFolder) -> RunFolder:
-    """The run that is meant; a folder means itself. Raises JobError: there is none, or there are several."""
+    """The run that is meant; a RunFolder is taken as it is. Raises JobError: there is none, or there are several."""
     if isinstance(given, RunFolder):
         return RunFolder.open(given.path)
     path = find_path(given)
@@ -30,7 +30,7 @@ def find_run(given: str | RunFolder) -> RunFolder:
 def find_path(given: str, sweeps: bool = False) -> Path | None:
     """What is meant: a path that exists, else a run, with `sweeps` a sweep instead, by its name; None: nothing.
 
-    Raises JobError: several are called so.
+    Raises JobError: several match.
     """
     path, root = Path(given), _root(given)
     if path.exists():
@@ -46,8 +46,9 @@ def find_path(given: str, sweeps: bool = False) -> Path | None:
         return found[-1] if found else None
     if len(found) > 1:
         names = ", ".join(each.name for each in found[-SHOWN:])
-        more = f"{len(found)} begin so, the newest are {names}" if len(found) > SHOWN else f"these begin so: {names}"
-        raise JobError("RUN", given, more, f"Give more of the name, or `{root / LATEST if root != RUNS else LATEST}`")
+        which = f"the newest of {len(found)} are" if len(found) > SHOWN else "they are"
+        remedy = f"Give more of the name, or `{root / LATEST if root != RUNS else LATEST}`"
+        raise JobError("RUN", given, f"several runs start with it; {which} {names}", remedy)
     return found[0] if found else None
 
 

@@ -55,7 +55,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_run_is_found_by_path_name_and_age(runs: Path, given: str, name: str | None) -> None:
     if name is None:
-        with pytest.raises(JobError, match=r"begin so|is not a run folder"):
+        with pytest.raises(JobError, match=r"several runs start|is not a run folder"):
             find_run(given)
     else:
         assert find_run(given).name == name
@@ -63,12 +63,15 @@ def test_a_run_is_found_by_path_name_and_age(runs: Path, given: str, name: str |
 
 def test_several_are_refused_with_their_names(runs: Path) -> None:
     with pytest.raises(
-        JobError, match=r"'digits-1128': these begin so: digits-1128-11-bbbb, digits-1128-10-aaaa\. Give"
+        JobError,
+        match=r"'digits-1128': several runs start with it; they are digits-1128-11-bbbb, digits-1128-10-aaaa\. Give",
     ):
         find_run("digits-1128")
     for number in range(6):
         make(runs / f"many-{number}", age=-number)
-    with pytest.raises(JobError, match="6 begin so, the newest are many-1, many-2, many-3, many-4, many-5"):
+    with pytest.raises(
+        JobError, match="several runs start with it; the newest of 6 are many-1, many-2, many-3, many-4, many-5"
+    ):
         find_run("man")
     with pytest.raises(JobError, match="Did you mean digits-1128-10-aaaa"):
         find_run("digits-1128-10-aaab")
