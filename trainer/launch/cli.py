@@ -122,7 +122,7 @@ def compare(
     job: JobFileOnly, overrides: Overrides = None, steps: Steps = 100, rounds: Rounds = 3, modes: Modes = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure the modes of training on a job here, and say which to use."""
+    """Measure the modes of training here, and say which to use."""
     from trainer.launch.compare import runs as compare  # here: no other verb shall wait for it
 
     raise typer.Exit(compare.compare(job, overrides or [], steps, rounds, as_json, modes))
@@ -141,9 +141,9 @@ def init(folder: ProjectFolder = Path(), script: Script = None) -> None:
 
 @app.command()
 def image(words: BuildWords = None, push: Push = False, on: ImageOn = None, site: Site = None) -> None:
-    """Build the image that your project's jobs run in, unless it is up to date.
+    """Build the image of your project, unless it is up to date.
 
-    It holds Muster and what your project's Dockerfile or requirements name, and none of your code.
+    Your jobs run in it. It holds Muster and what your project's Dockerfile or requirements name, and none of your code.
     """
     from trainer.launch import image as images
 
@@ -153,7 +153,10 @@ def image(words: BuildWords = None, push: Push = False, on: ImageOn = None, site
 
 @app.command()
 def export(run: RunFolder, file: ExportFile, step: ExportStep = None) -> None:
-    """Write the weights of a checkpoint into one file: plain PyTorch (.pt), or safetensors (.safetensors)."""
+    """Write the weights of a checkpoint into one file.
+
+    That is plain PyTorch (.pt) or safetensors (.safetensors).
+    """
     from trainer.checkpoint import export as exports
     from trainer.run.named import find_run
 
