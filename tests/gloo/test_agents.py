@@ -104,7 +104,7 @@ def test_a_killed_agent_is_replaced(tmp_path: Path, node: int, buffers: bool) ->
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, node: int, stopwatch: Stopwatch) -> None:
     run = Run(tmp_path / "run")
-    with agents(run, "train.steps=1000000", "task_args.step_s=0.01", "agent.rejoin_timeout_s=4") as both:
+    with agents(run, "train.steps=1000000", "task_args.step_s=0.05", "agent.rejoin_timeout_s=4") as both:
         run.wait("first_step")
         gone = [both[node].pid, *descendants(both[node].pid)]
         other = both[1 - node]
@@ -122,7 +122,7 @@ def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, no
 def test_a_node_that_stops_answering_is_missed_too(tmp_path: Path, node: int, stopwatch: Stopwatch) -> None:
     """As behind a cut cable: its connections stay open and nobody answers."""
     run = Run(tmp_path / "run")
-    with agents(run, "train.steps=1000000", "task_args.step_s=0.01", "agent.rejoin_timeout_s=2") as both:
+    with agents(run, "train.steps=1000000", "task_args.step_s=0.05", "agent.rejoin_timeout_s=2") as both:
         run.wait("first_step")
         with stopwatch.at_most(15 + 2 + 15):  # an answer or a beat, a return, and some patience
             for pid in (both[node].pid, *descendants(both[node].pid)):

@@ -78,16 +78,23 @@ def test_unused_parameters_are_found_when_asked_for(tmp_path: Path) -> None:
         assert losses(tmp_path / arguments / mode) == pytest.approx(expected, rel=1e-12), arguments
 
 
+LEARNS = ["devices_per_node=2", "train.steps=60", "task_args.held_out=200"]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without compression, for long enough to learn something."""
+    return complete(tmp_path_factory.mktemp("learned"), make_job(*LEARNS)).folder
+
+
 @pytest.mark.parametrize("kind, tolerance", [("bf16", 0.02), ("fp16", 0.005), ("powersgd", 0.3)])
-def test_compressed_gradients_train_nearly_the_same(tmp_path: Path, kind: str, tolerance: float) -> None:
-    keys = ["devices_per_node=2", "train.steps=60", "task_args.held_out=200"]
-    complete(tmp_path / "plain", make_job(*keys))
-    complete(tmp_path / kind, make_job(*keys, f"ddp.compression={kind}"))
-    expected, found = losses(tmp_path / "plain"), losses(tmp_path / kind)
+def test_compressed_gradients_train_nearly_the_same(tmp_path: Path, learned: Path, kind: str, tolerance: float) -> None:
+    complete(tmp_path, make_job(*LEARNS, f"ddp.compression={kind}"))
+    expected, found = losses(learned), losses(tmp_path)
     assert found[0] == pytest.approx(expected[0], rel=1e-6), "the reported loss was compressed with the gradients"
     assert found != expected
     assert found[-1] < 0.3 * found[0]
-    final = [evaluations(tmp_path / run)[-1]["loss"] for run in ("plain", kind)]
+    final = [evaluations(run)[-1]["loss"] for run in (learned, tmp_path)]
     assert final[1] == pytest.approx(final[0], rel=tolerance)
 
 

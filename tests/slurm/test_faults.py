@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from muster_runs import FULL
 from slurm_cluster import Cluster
 from slurm_config import Layout
 from slurm_runs import ROOT, Run, same_weights, submit
@@ -96,6 +97,13 @@ OF_SLURM: dict[Strike, str] = {
     preempt: "DUE TO JOB REQUEUE",
 }
 OF_A_RANK = {"raise": "user code", "kill": "killed", "stop": "hung"}
+RARELY: list[Strike | str] = [] if FULL else [power_off, cut, requeue, "raise", "stop"]
+"""Only in `make test-full`: for each of them another fault shows nearly the same to Slurm, or the tests without it."""
+
+
+def usual(*faults: Strike | str) -> list[Strike | str]:
+    """Those that every run of the tests tries."""
+    return [fault for fault in faults if fault not in RARELY]
 
 
 def train(slurm: Cluster, folder: Path, fault: Strike | str) -> Struck:
@@ -146,7 +154,7 @@ def struck(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[dict[St
 Runs = dict[Strike | str, Future[Struck]]
 
 
-@pytest.mark.parametrize("fault", OF_SLURM, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", usual(*OF_SLURM), ids=lambda fault: fault.__name__)
 def test_the_job_comes_back_with_the_cause_and_ends_with_the_same_bits(
     struck: Runs, reference: Run, fault: Strike
 ) -> None:
@@ -155,7 +163,7 @@ def test_the_job_comes_back_with_the_cause_and_ends_with_the_same_bits(
     assert same_weights(found.run, reference), found.run.describe()
 
 
-@pytest.mark.parametrize("fault", [time_limit, requeue, preempt], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", usual(time_limit, requeue, preempt), ids=lambda fault: fault.__name__)
 def test_with_notice_no_step_is_lost_and_no_restart_is_counted(struck: Runs, fault: Strike) -> None:
     run = struck[fault].result().run
     (stopped,), (resumed,) = run.events("stopped"), run.events("resume")
@@ -174,7 +182,7 @@ def test_an_attempt_that_was_replaced_commits_nothing(
     assert same_weights(found.run, reference)
 
 
-@pytest.mark.parametrize("fault", [cut, kill_slurmd, lose_sight], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", usual(cut, kill_slurmd, lose_sight), ids=lambda fault: fault.__name__)
 def test_whom_slurm_cannot_reach_ends_himself(cluster: Cluster, struck: Runs, fault: Strike) -> None:
     found = struck[fault].result()
     host = found.hosts[fault is cut]
@@ -182,7 +190,7 @@ def test_whom_slurm_cannot_reach_ends_himself(cluster: Cluster, struck: Runs, fa
     cluster.until("its end", lambda: cluster.on_host(host, *agents, check=False).returncode == 1)
 
 
-@pytest.mark.parametrize("fault", OF_A_RANK)
+@pytest.mark.parametrize("fault", usual(*OF_A_RANK))
 def test_a_rank_fails_and_all_start_again_in_the_same_allocation(
     cluster: Cluster, struck: Runs, reference: Run, fault: str
 ) -> None:

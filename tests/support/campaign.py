@@ -49,6 +49,12 @@ class Cost(NamedTuple):
     name: str
     seconds: float
     steps: int
+    paused_s: float
+    """How long the ranks stood still, because the fault said so."""
+
+    def excess(self, pace: float) -> float:
+        """The seconds beyond those of the steps that were made meanwhile, at so many seconds each, and of the pause."""
+        return self.seconds - self.steps * pace - self.paused_s
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Campaign:
     faults: Mapping[str, Callable[[Campaign], Outcome]]
     shim: Shim | None = None
     costs: list[Cost] = field(default_factory=list)
+    paused_s: float = 0.0
+    """By the present fault: see `Cost`."""
     pids: set[int] = field(default_factory=set)
     memory: set[str] = field(default_factory=set)
     strangers: list[socket.socket] = field(default_factory=list)
@@ -72,6 +80,7 @@ class Campaign:
         last = self.run.events(*TICKS)[-1]
         before = {event: len(self.run.events(event)) for event in (*TROUBLE, "checkpoint")}
         print(f"{len(self.costs) + 1}. {name} after step {last['step']}", flush=True)
+        self.paused_s = 0.0
         outcome = self.faults[name](self)
         if outcome.event:
             self.run.wait(outcome.event, before[outcome.event] + 1, PATIENCE_S)
@@ -80,7 +89,7 @@ class Campaign:
             self.progress()
             self.progress()
         now = self.run.events(*TICKS)[-1]
-        self.costs.append(Cost(name, now["time"] - last["time"], now["step"] - last["step"]))
+        self.costs.append(Cost(name, now["time"] - last["time"], now["step"] - last["step"], self.paused_s))
         print(f"   behind after {self.costs[-1].seconds:.1f} s, at step {now['step']}", flush=True)
         said = [event for kind in TROUBLE for event in self.run.events(kind)[before[kind] :]]
         if not outcome.event:

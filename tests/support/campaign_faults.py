@@ -54,30 +54,35 @@ def stop_rank(campaign: Campaign) -> Outcome:
     return Outcome("failure", ("hung",))
 
 
-def pause(campaign: Campaign, *pids: int) -> Outcome:
-    """For less than anybody's patience."""
+def pause(campaign: Campaign, *pids: int) -> float:
+    """For less than anybody's patience; return for how long."""
+    began = time.monotonic()
     for pid in pids:
         kill(pid, signal.SIGSTOP)
     time.sleep(campaign.chance.uniform(0.2, 1.5))
     for pid in pids:
         kill(pid, signal.SIGCONT)
-    return NOTHING
+    return time.monotonic() - began
 
 
 def pause_rank(campaign: Campaign) -> Outcome:
-    return pause(campaign, campaign.rank())
+    campaign.paused_s = pause(campaign, campaign.rank())
+    return NOTHING
 
 
 def pause_agent(campaign: Campaign) -> Outcome:
-    return pause(campaign, campaign.agent())
+    pause(campaign, campaign.agent())
+    return NOTHING
 
 
 def pause_supervisor(campaign: Campaign) -> Outcome:
-    return pause(campaign, campaign.supervisor())
+    pause(campaign, campaign.supervisor())
+    return NOTHING
 
 
 def pause_all(campaign: Campaign) -> Outcome:
-    return pause(campaign, *campaign.run.processes())
+    campaign.paused_s = pause(campaign, *campaign.run.processes())
+    return NOTHING
 
 
 def ports(pids: list[int]) -> list[tuple[str, int]]:
