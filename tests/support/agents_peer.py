@@ -15,7 +15,7 @@ JOB = Membership("digits-1/0", b"0123456789abcdef" * 4)
 
 def connect(port: int, node: int = 1, membership: Membership = JOB) -> KeyValueClient:
     """An agent as it should be."""
-    return KeyValueClient("127.0.0.1", port, membership, node)
+    return KeyValueClient(socket.create_connection(("127.0.0.1", port), 5), membership, node)
 
 
 class Peer:

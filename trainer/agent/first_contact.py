@@ -109,9 +109,7 @@ class _Search:
         """Let him prove himself who listens there."""
         wiring, found, patience = self.wiring, None, self.patience[port]
         try:
-            found = KeyValueClient(
-                wiring.master_addr, port, self.membership, wiring.node_rank, wiring.nodes, patience, connection
-            )
+            found = KeyValueClient(connection, self.membership, wiring.node_rank, wiring.nodes, patience)
         except SilentError:  # it may be node 0 itself, which is slow
             self.patience[port] = min(2 * patience, ANSWER_S)
         except OSError as error:

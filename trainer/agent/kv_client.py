@@ -32,21 +32,20 @@ class KeyValueClient(KeyValueStore):
     """A connection to node 0."""
 
     def __init__(
-        self, address: str, port: int, membership: Membership, node: int, nodes: int = 2, proof_s: float = CONNECT_S,
-        connection: socket.socket | None = None,
-    ) -> None:  # fmt: skip
-        """Connect, unless a `connection` is there, and let both sides prove that they belong to the run.
+        self, connection: socket.socket, membership: Membership, node: int, nodes: int = 2, proof_s: float = CONNECT_S
+    ) -> None:
+        """Let both sides prove that they belong to the run, each step within `proof_s`.
 
-        Each step within `proof_s`. Raises OSError: nobody listens there, or somebody else, or too slowly.
+        Raises OSError: somebody else listens there, or is too slow; then the connection is closed.
         """
-        self.connection = connection or socket.create_connection((address, port), CONNECT_S)  # first: most end here
         super().__init__()
+        self.connection = connection
         self.problem, self.buffer = "", bytearray()
         self.requests, self.answers, self.asking, self.sending = 0, 0, threading.Lock(), threading.Lock()
         self.silent_s, self.heard = max(ANSWER_S, BEATS * beat_s(nodes)), CLOCK.now()
         try:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.address: str = self.connection.getpeername()[0]
+            self.address, port = self.connection.getpeername()[:2]
             self._prove(membership, node, port, proof_s)
         except OSError:
             self.connection.close()
