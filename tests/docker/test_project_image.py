@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import engine_image
+import first_project
 import pytest
 from docker_runs import events
 from engine import Engine
 from engine_image import Image
 from engine_servers import registry
-from fake_project import make_wheel
 from paths import ROOT
 
 from trainer.records import read_json
@@ -26,22 +26,24 @@ GUARDED = "127.0.0.1:5002"
 
 
 class Project:
-    """A project that `muster init` made, with a dependency that Muster's image lacks, and a secret."""
+    """The project of docs/getting-started.md, whose dependency Muster's image lacks, and a secret in it.
+
+    What the page has from an index is a file here: builds of the tests have no network.
+    """
 
     def __init__(self, folder: Path, engine: Engine, wheels: Path) -> None:
-        self.folder, self.engine = folder / "flowers", engine
+        self.engine = engine
         self.words = engine_image.words(wheels)
-        self.folder.mkdir()
-        make_wheel(self.folder, "petals", "1.0", "COUNT = 5")
-        self.write("requirements.txt", "scikit-learn\n./petals-1.0-py3-none-any.whl\n-e .\n")
-        self.write(".env", "KEY=secret\n")
         self.library = folder / "library"  # which is nowhere but on the path of the machine that submits
         self.library.mkdir()
         (self.library / "stems.py").write_text("")
+        self.folder = first_project.make(folder, engine.env)
+        self.requirements = f"scikit-learn\n./{engine_image.bring_wheel('einops', self.folder)}\n-e .\n"
+        self.write("requirements.txt", self.requirements)
+        (self.folder / "Dockerfile").unlink()
         self.muster("init")
-        self.write(
-            "training.py", "from petals import COUNT\nimport stems\n" + (self.folder / "training.py").read_text()
-        )
+        self.write(".env", "KEY=secret\n")
+        self.write("training.py", "import stems\n" + (self.folder / "training.py").read_text())
 
     def write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
@@ -63,9 +65,9 @@ class Project:
         return self.muster("image", *words, *self.words, fails=fails)
 
     def run(self) -> RunFolder:
-        self.muster("run", "job.yaml", "--on", "docker", "train.epochs=1")
-        runs = [path for path in (self.folder / "runs").iterdir() if path.is_dir() and not path.is_symlink()]
-        return RunFolder(max(runs, key=lambda path: path.stat().st_mtime_ns))
+        ((_, command),) = first_project.blocks("In containers")
+        self.muster(*command.split()[1:], "train.epochs=1")
+        return RunFolder(first_project.newest(self.folder))
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +77,22 @@ def project(
     """`image`: its layers are what Muster's own image is made of here, too."""
     yield Project(tmp_path_factory.mktemp("of somebody"), engine_session, wheels)
     listed = engine_session.docker("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split()
-    ours = [name for name in listed if name.startswith(("muster-base:", "flowers:", REGISTRY))]
+    ours = [name for name in listed if name.startswith(("muster-base:", "digits:", REGISTRY))]
     engine_session.docker("rmi", "--force", *ours)
 
 
 def test_it_is_built_when_what_it_needs_has_changed_and_a_run_keeps_its_own(project: Project, image: Image) -> None:
     assert "is not on this machine. Run muster image" in project.muster("run", "job.yaml", "--on", "docker", fails=True)
-    built = project.image().removeprefix("built ").strip()
+    ((command, _),) = first_project.blocks("In containers")
+    built = project.muster(*command.split()[1:], *project.words).removeprefix("built ").strip()
     inspect = project.engine.inspect
     bases = project.engine.docker("images", "--quiet", "--no-trunc", "muster-base").stdout.split()
     assert image.id in bases, "what the tests build of docker/Dockerfile"
-    assert inspect(built)["Id"] == inspect("flowers")["Id"]
+    assert inspect(built)["Id"] == inspect("digits")["Id"]
     assert inspect(built)["Config"]["User"] == "10001:10001"
     listed = project.engine.docker("run", "--rm", "--entrypoint=ls", built, "-A", "/workspace").stdout.split()
     assert "requirements.txt" in listed and not {".env", "training.py"} & set(listed)
-    project.write("training.py", (project.folder / "training.py").read_text() + "EDITED = COUNT\n")
+    project.write("training.py", (project.folder / "training.py").read_text() + "EDITED = True\n")
     assert project.image() == f"{built} is up to date\n"
 
     run = project.run()
@@ -98,13 +101,13 @@ def test_it_is_built_when_what_it_needs_has_changed_and_a_run_keeps_its_own(proj
     assert pinned and pinned["image"] == inspect(built)["Id"]
     assert (run.code / ".muster/packages/stems.py").exists(), "it comes with the code"
 
-    project.write("requirements.txt", (project.folder / "requirements.txt").read_text() + "not a name\n")
+    project.write("requirements.txt", project.requirements + "not a name\n")
     line = project.image(fails=True)
     assert line.startswith("ERROR: Dockerfile=") and "Invalid requirement: 'not a name'" in line
 
 
 def test_what_is_pushed_is_what_a_cluster_gets(project: Project, tmp_path: Path) -> None:
-    name = f"{REGISTRY}/team/flowers"
+    name = f"{REGISTRY}/team/digits"
     project.write("k8s/site.yaml", f"image: {name}:1\n")
     project.write("Dockerfile", "FROM scratch\nCOPY requirements.txt /\n")  # a gigabyte would take a minute to push
     assert "does not answer" in project.image("--push", fails=True)
@@ -119,7 +122,7 @@ def test_what_is_pushed_is_what_a_cluster_gets(project: Project, tmp_path: Path)
         for pulled in (digest, f"{name}:1"):
             engine.docker("pull", pulled)
             assert engine.inspect(pulled)["Id"] == here
-    project.write("k8s/site.yaml", f"image: {GUARDED}/flowers\n")
+    project.write("k8s/site.yaml", f"image: {GUARDED}/digits\n")
     guard = f"auth: {{htpasswd: {{realm: team, path: {tmp_path / 'passwords'}}}}}"
     with registry(engine, tmp_path / "guarded", GUARDED, guard):
         assert f"docker login {GUARDED}" in project.image("--push", fails=True)

@@ -76,6 +76,16 @@ def wheels(cache: Path) -> Path:
     return folder
 
 
+def bring_wheel(name: str, folder: Path) -> str:
+    """Download one package's wheel, in the version of constraints.txt, and return the file's name."""
+    words = ["--quiet", "--no-deps", "--only-binary=:all:", f"--constraint={ROOT}/constraints.txt", f"--dest={folder}"]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *words, name], capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"pip cannot download {name}; is a package index reachable?\n{done.stderr[-2000:]}")
+    (path,) = folder.glob(f"{name}-*.whl")
+    return path.name
+
+
 def copy_context(target: Path) -> Path:
     """A copy of what a build reads, to edit in a test."""
     target.mkdir(exist_ok=True)
