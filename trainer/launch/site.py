@@ -53,11 +53,15 @@ def check_rules(rules: Iterable[Rule]) -> None:
 
 def ssh_rules(site: Any) -> list[Rule]:
     """What is wrong with the keys that say how to reach another machine."""
-    from trainer.launch.ssh.connection import HOST
+    from trainer.launch.ssh.connection import ABSOLUTE, HOST
 
+    paths = {key: getattr(site, key, None) or "~" for key in ("ssh_folder", "runs")} if site.ssh else {}
+    relative = next((key for key, path in paths.items() if not re.fullmatch(ABSOLUTE, str(path))), "")
     remedy = "Write a host of ~/.ssh/config, or user@host; options belong into that file"
     return [
         (bool(site.ssh) and not re.fullmatch(HOST, str(site.ssh)), "ssh", site.ssh, "is not a host", remedy),
+        (bool(relative), relative, paths.get(relative), "is not an absolute path",
+         "Write one of the other machine; `~` and `$NAME` are those over there"),
         (bool(site.ssh_config) and not site.ssh, "ssh_config", site.ssh_config, "would be ignored without ssh",
          "Set ssh, or remove it"),
         (bool(site.ssh_config) and not Path(str(site.ssh_config)).is_file(), "ssh_config", site.ssh_config,

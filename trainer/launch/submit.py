@@ -90,6 +90,10 @@ def _begin(
         with removed_if_refused([plan.run]):
             yield platform, plan
     else:
+        host = (read_json(run.handle) or {}).get("ssh")
+        if host and not getattr(plan.site, "ssh", None) and run.steps_committed() < 0:
+            remedy = f"Continue it there, or bring them first: muster pull {run} --checkpoints last"
+            raise JobError("RUN", str(run), f"its checkpoints are on {host}", remedy)
         with continued(run, plan):
             yield platform, plan
 

@@ -21,6 +21,8 @@ from trainer.errors import FAILED, JobError
 
 HOST = r"[A-Za-z0-9_]([\w.-]*@)?[\w.:%-]*"
 """What a host may be called: what a file says must not become an option of ssh."""
+ABSOLUTE = r"[~/$][^\0\n]*"
+"""A path over there."""
 CONNECT_S = 15
 """How long a machine may take to answer; as long again for the log-in."""
 KEPT_S = 600

@@ -25,6 +25,8 @@ NAME = re.compile(r"(events/[\w.-]+\.jsonl|metrics\.jsonl|logs/(ranks-\d+/)?\w[\
 """What a file may be called that is written here because another machine says so."""
 LOCK = "ssh.lock"
 """In the folder of the plan: held while a submission is under way."""
+NEVER = "its submission was cut off before the job was handed over; `muster submit RUN` completes it"
+"""What is said of a run that has no handle over there."""
 PART = 4 << 20
 """Bytes that come with one answer."""
 

@@ -9,9 +9,10 @@ import secrets
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainer.launch.local.gpu_lease import try_lock
 from trainer.launch.platform import AnyPlan, AnyPlatform, JobStatus, Phase, Plan, Platform, own_program
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.launch.ssh import mirror
-from trainer.launch.ssh.connection import HOST, Connection, NotReached
+from trainer.launch.ssh.connection import ABSOLUTE, HOST, Connection, NotReached
 from trainer.launch.ssh.packages import environment_name, requirements
 from trainer.launch.ssh.parcel import pack_folder, pack_muster
 from trainer.launch.ssh.session import Place, Session
@@ -37,6 +38,9 @@ SITE = "ssh-site.json"
 """In the folder of the plan: the site file for over there."""
 SESSIONS: dict[Place, Session] = {}
 """A conversation with each machine, for all runs that are there."""
+NOT_BEFORE: dict[Place, tuple[float, NotReached]] = {}
+"""When a machine may be tried again that could not be reached, and why: a list of its runs waits for it once."""
+AGAIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class SshRequest:
 class OverSsh(Platform[Any, SshRequest]):
     """Another platform, on the machine that the site file names."""
 
-    ids = {"ssh": HOST, "submission": "[0-9a-f]{16}", "name": r"[\w.-]+"}  # noqa: RUF012
+    ids = {  # noqa: RUF012
+        "ssh": HOST, "submission": "[0-9a-f]{16}", "name": r"[\w.-]+", "runs": ABSOLUTE, "ssh_folder": ABSOLUTE,
+        "environment": "python-[0-9a-f]{16}",
+    }  # fmt: skip
     poll_s = 1.0
     copies_logs = True
     following = False
@@ -73,7 +80,8 @@ class OverSsh(Platform[Any, SshRequest]):
         there = RunFolder(Path(_runs(site)) / plan.run.name)
         if self.inner.asks_machine:  # what it would render depends on where it is
             return SshRequest(parts, f"muster submit {there.job} --on {self.name}\n{plan.job_text.rstrip()}")
-        inner = self.inner.build(Plan(plan.job, plan.job_text, there, plan.site))
+        facts = replace(site, python=None) if _is_given(site) else site  # as over there: see `_site_text`
+        inner = self.inner.build(Plan(plan.job, plan.job_text, there, facts))
         ours = shlex.join(own_program("agent"))
         text = self.inner.render(inner).replace(ours, f"{python} {muster}/muster.py agent")
         return SshRequest(parts, text)
@@ -83,8 +91,13 @@ class OverSsh(Platform[Any, SshRequest]):
 
     def unfinished(self, plan: AnyPlan) -> RunFolder | None:
         """The run that `plan` is of, or the newest with the same job, site and code, if its submission was cut off."""
-        if plan.run.handle.exists():
-            return plan.run if _is_unfinished(plan.run) else None
+        if _is_unfinished(plan.run):
+            if plan.run.job.read_text() != plan.job_text:
+                remedy = f"Complete it without changes first: muster submit {plan.run}"
+                raise JobError("RUN", str(plan.run), "its submission was cut off, with another job", remedy)
+            return plan.run
+        if plan.run.job.exists():
+            return None
         for run in reversed(RunFolder.list_all(plan.run.path.parent)):
             same = _is_unfinished(run) and run.job.read_text() == plan.job_text and _site_of(run) == _site_text(plan)
             if same and not mirror.is_under_way(run):
@@ -162,8 +175,8 @@ class OverSsh(Platform[Any, SshRequest]):
 
     def ask(self, run: RunFolder, handle: dict[str, Any]) -> JobStatus:
         status = self._look(run, handle, self.following)
-        if status.phase == Phase.LOST and handle["accepted"]:
-            return JobStatus(Phase.LOST, f"{handle['runs']}/{handle['name']} on {handle['ssh']}: {status.reason}")
+        if status.reason == mirror.NEVER and handle["accepted"]:
+            return JobStatus(Phase.LOST, f"{handle['runs']}/{handle['name']} is not on {handle['ssh']} any more")
         return status
 
     def _look(self, run: RunFolder, handle: dict[str, Any], everything: bool) -> JobStatus:
@@ -184,12 +197,18 @@ class OverSsh(Platform[Any, SshRequest]):
             self._look(run, handle, True)
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
-        self._request(handle, "cancel")
-        self.kept = None
+        self._act(run, handle, "cancel")
 
     def preempt(self, run: RunFolder, handle: dict[str, Any]) -> None:
-        self._request(handle, "preempt")
+        self._act(run, handle, "preempt")
+
+    def _act(self, run: RunFolder, handle: dict[str, Any], verb: str) -> None:
         self.kept = None
+        try:
+            self._request(handle, verb)
+        except NotReached as error:
+            problem, remedy = f"{error.problem}. The job may go on", f"`muster {verb} {run}` when it can be reached"
+            raise NotReached(error.key, error.value, problem, remedy) from None
 
     def _request(self, handle: dict[str, Any], verb: str, **fields: Any) -> dict[str, Any]:
         return _session(_place(handle)).request(verb, run=f"{handle['runs']}/{handle['name']}", **fields)
@@ -197,20 +216,27 @@ class OverSsh(Platform[Any, SshRequest]):
 
 def _restore(run: RunFolder, handle: dict[str, Any]) -> None:
     """Let a run that is continued be what it was before that was refused."""
-    if handle["last"]:
-        write_json(run.handle, handle | {"submission": handle["last"], "accepted": True})
+    if handle.get("last"):
+        write_json(run.handle, handle | {"submission": handle.get("last"), "accepted": True})
 
 
 def _session(place: Place, wanted: Any = None) -> Session:
     session = SESSIONS.get(place)
-    if session is None or not session.is_open:
+    if session is not None and session.is_open:
+        return session
+    if time.monotonic() < NOT_BEFORE.get(place, (0.0, None))[0]:
+        raise NOT_BEFORE[place][1]
+    try:
         session = SESSIONS[place] = Session(place, wanted)
+    except NotReached as error:
+        NOT_BEFORE[place] = time.monotonic() + AGAIN_S, error
+        raise
     return session
 
 
 def _place(handle: dict[str, Any]) -> Place:
-    connection = Connection(handle["ssh"], handle["ssh_config"])
-    return Place(connection, handle["ssh_folder"], handle["python"], handle["environment"])
+    connection = Connection(handle["ssh"], handle.get("ssh_config"))
+    return Place(connection, handle["ssh_folder"], handle.get("python"), handle["environment"])
 
 
 def _is_given(site: Any) -> bool:

@@ -26,7 +26,6 @@ from trainer.run.ownership import forbid_group_writes
 
 LOGIN_S = 20.0
 ALIVE_S = 10.0
-NEVER = "its submission was cut off before the job was handed over; `muster submit RUN` completes it"
 CLIENTS = {"slurm": "sbatch", "docker": "docker"}
 """The command that a platform needs."""
 
@@ -133,7 +132,7 @@ class There:
         handle, ask = self.runs[run]
         if handle is None or begun not in (None, handle.get("submission")):
             del self.runs[run]
-            return {"status": vars(JobStatus(Phase.LOST, NEVER)), "files": {}, "gone": []}
+            return {"status": vars(JobStatus(Phase.LOST, mirror.NEVER)), "files": {}, "gone": []}
         self._need(handle["platform"])
         status = ask()  # first: what it was told to be before its files were read, they may explain
         return {"status": vars(status), **mirror.collect(folder, have, logs)}
