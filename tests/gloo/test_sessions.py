@@ -45,7 +45,7 @@ SCRIPTS = {
     ),
 }
 PRELOAD = "preload=[sklearn.datasets]"
-ALWAYS = [*((name, 2) for name in SCRIPTS), ("digits", 1), ("gpt", 1)]
+ALWAYS = [*((name, 2) for name in SCRIPTS), ("gpt", 1)]
 Calm = Callable[[str, int], Path]
 
 
