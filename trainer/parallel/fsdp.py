@@ -1,5 +1,7 @@
 """fsdp: each rank holds a part of every weight, and the layers are gathered one at a time (torch's `fully_shard`)."""
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,6 +27,7 @@ from trainer.task import Task
 from trainer.wiring.rank import RankWiring
 from trainer.wiring.variables import run_is_shared
 
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 18
 META = torch.device("meta")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +42,8 @@ class FullyShard(Group):
             problem = "writes a part of each checkpoint on every node, and these nodes do not share a run folder"
             raise JobError("parallel", "fsdp", problem, "Use parallel=ddp, or a site whose nodes share a volume")
         super().__init__(job, wiring, supervised)
+        if not self.cuda:
+            give_back_memory()
         self.mesh = make_mesh(job, self.device.type, self.timeout)
         last = self.mesh.ndim - 1
         self.shard = self.mesh.get_local_rank(last), self.mesh.size(last)
@@ -172,6 +177,15 @@ class FullyShard(Group):
     def differing_weights(self) -> list[str]:
         """Each rank has a part of its own."""
         return []
+
+
+def give_back_memory() -> None:
+    """Have layers that are given up leave this process: glibc would keep their memory, several times the shards.
+
+    It learns from the first large block that is freed to keep such blocks; a threshold that is set stays (mallopt(3)).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def make_mesh(job: Job, kind: str, limit: timedelta) -> DeviceMesh:
