@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from muster_runs import Run, result, submitted
+import pytest
+from muster_runs import FULL, Run, result, submitted
 
 from trainer.records import read_json, read_lines
 
@@ -28,14 +29,17 @@ def steps(run: Run) -> list[int]:
     return [line["step"] for line in read_lines(run.folder / "metrics.jsonl") if line["kind"] == "train"]
 
 
-def test_a_training_goes_on_while_nothing_can_be_written(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("mode", [[], ["parallel=fsdp", "fsdp.min_params=1"]] if FULL else [[]])
+def test_a_training_goes_on_while_nothing_can_be_written(
+    tmp_path: Path, small_disk: Callable[[str], Path], mode: list[str]
+) -> None:
     """Metrics, samples and events wait in memory, and are there in the end. Instead of a checkpoint there is the next
     one; the last is tried again until it is there.
     """
     disk = small_disk("8m")
     keys = ["train.steps=160", "train.batch_size=2", "task_args.step_s=0.03", "log.samples=true",
             "log.tensorboard=true", "checkpoint.every_steps=20"]  # fmt: skip
-    with submitted(disk, *keys) as run:
+    with submitted(disk, *keys, *mode) as run:
         run.wait("checkpoint")
         ballast = fill(disk)
         before = len(steps(run))
