@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,3 +159,31 @@ class Narrow(Small):
     def model(self) -> nn.Module:
         """Two layers with the norm between."""
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+
+class Wide(Small):
+    """Sixteen layers of 4 MiB; a rank prints the most memory of its own that it ever had, above what it began with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.peak = private_memory(), 0
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        print("highest", self.peak - self.began, flush=True)
+        return super().loss(output, batch)
+
+    def watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, private_memory())
+            time.sleep(0.002)
+
+    def model(self) -> nn.Module:
+        layers = [layer for _ in range(16) for layer in (nn.Linear(1024, 1024), nn.Tanh())]
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 1024), *layers, nn.Linear(1024, 10))
+
+
+def private_memory() -> int:
+    """Of this process, in MiB."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) >> 10

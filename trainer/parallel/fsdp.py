@@ -84,6 +84,7 @@ class FullyShard(Group):
         layers: list[FSDPModule] = []
         self._fill(model, lambda module: module.named_buffers(recurse=False))
         for name, part in (*units.items(), ("", root)):
+            check_types(part, name)
             self._fill(part, lambda module: module.named_parameters(recurse=False))
             try:
                 fully_shard(
@@ -177,6 +178,16 @@ class FullyShard(Group):
     def differing_weights(self) -> list[str]:
         """Each rank has a part of its own."""
         return []
+
+
+def check_types(layer: nn.Module, name: str) -> None:
+    """Refuse a layer whose gradients cannot be reduced together. Raises JobError."""
+    trained = [weight for weight in layer.parameters() if weight.requires_grad and not isinstance(weight, DTensor)]
+    types = sorted({str(weight.dtype) for weight in trained})
+    if len(types) > 1:
+        problem = f"trains weights of {' and '.join(types)} in one layer, which torch cannot shard together"
+        remedy = "Let Task.shard_modules give each type layers of its own, or use parallel=ddp"
+        raise JobError("task.model", name or "outside of the layers", problem, remedy)
 
 
 def give_back_memory() -> None:
