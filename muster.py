@@ -7,6 +7,7 @@ PYTHONPATH hold.
 
 import importlib
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ PROGRAMS = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in ADAPTERS or name in HOMES:
+        reach_package()
     if name in ADAPTERS:
         try:
             return importlib.import_module(f"trainer.adapters.{name}")
@@ -34,6 +37,38 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def reach_package() -> None:
+    """Let our modules be found where a script has a `trainer` of its own, which then is the parent of both.
+
+    Raises ImportError: it has parts that are called as ours are.
+    """
+    ours = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trainer")
+    if "trainer" not in sys.modules and not _main_imports_trainer():
+        import_package()
+    present = importlib.import_module("trainer")
+    places = list(getattr(present, "__path__", ()))
+    if ours in places:
+        return
+    names = {name.partition(".")[0] for name in os.listdir(ours)}
+    theirs = {name.partition(".")[0] for place in places for name in os.listdir(place)} | set(vars(present))
+    clash = ", ".join(sorted(name for name in names & theirs if not name.startswith("_")))
+    if clash:
+        raise ImportError(
+            f"your own module trainer ({present.__file__}) has parts with names of Muster's own: {clash}. Rename it: "
+            "beside a session both are needed"
+        )
+    present.__path__ = [*places, ours]
+
+
+def _main_imports_trainer() -> bool:
+    """Whether the script wants its own: what it does not import is not run for it."""
+    try:
+        with open(sys.modules["__main__"].__file__ or "", encoding="utf-8") as file:
+            return re.search(r"^\s*(from|import)\s+trainer\b", file.read(), re.MULTILINE) is not None
+    except (AttributeError, OSError, UnicodeDecodeError):
+        return False
 
 
 def import_package() -> None:

@@ -5,9 +5,6 @@ def __getattr__(name: str) -> str:
     """`__version__`, looked up when somebody asks: that costs 20 ms."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import PackageNotFoundError, version
+    from trainer.version import __version__
 
-    try:
-        return version("muster-train")
-    except PackageNotFoundError:  # a source tree on PYTHONPATH that was never installed
-        return "0+uninstalled"
+    return __version__

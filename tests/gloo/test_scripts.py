@@ -118,3 +118,28 @@ def test_a_module_that_meets_at_a_port_of_its_own(tmp_path: Path) -> None:
     assert "their hook: 'the end'" in done.stdout and "[user code]: KeyError: 'the end'" in done.stderr
     done = muster("run", "job-file.yaml", "python_path=[nowhere]", cwd=tmp_path)
     assert done.returncode == 64 and "python_path='nowhere': is not in" in done.stderr
+
+
+SESSION = """
+from trainer.model import NAME
+
+import muster
+
+with muster.Session() as session:
+    for batch in session.batches(list(range(32)), batch_size=8):
+        session.log(loss=batch.float().mean())
+    print("mine:", NAME, "step", session.step, flush=True)
+"""
+
+
+def test_a_session_beside_a_module_that_is_called_as_our_package_is(tmp_path: Path) -> None:
+    """Both are found, unless parts of them have the same names; then the error says which."""
+    write(tmp_path, {"trainer/__init__.py": "", "trainer/model.py": "NAME = 'theirs'\n", "train.py": SESSION,
+                     "job-file.yaml": "script: train.py\ndevices_per_node: 2\ndevice: cpu\n"})  # fmt: skip
+    done = muster("run", "job-file.yaml", cwd=tmp_path)
+    assert done.returncode == 0 and "mine: theirs step 4" in done.stdout, done.stdout + done.stderr
+    write(tmp_path, {"trainer/data.py": ""})
+    plain = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert "has parts with names of Muster's own: data. Rename it" in plain.stderr

@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer import __version__
 from trainer.agent.failure import KINDS, Failure
 from trainer.errors import FAILED, WRONG_JOB
+from trainer.version import __version__
 
 CHARS = 4000
 """Of each text that is told: what more it says is in the logs."""

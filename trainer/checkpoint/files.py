@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import set_default_mmap_options
 
-from trainer import __version__
 from trainer.checkpoint.durable import dump, new_file, sync_folder, write_hashed
 from trainer.checkpoint.sharded import STATE, Meeting, Shards, read_state, shard_name, take_out, write_shard
 from trainer.run.attempts import check_current
 from trainer.run.folder import RunFolder, committed
+from trainer.version import __version__
 
 PAYLOAD = ("model.pt", "state.pt")
 UNFINISHED = re.compile(r"\.(pending|replaced|pruned)-(step-[0-9]{9,})(-[0-9]+)?")

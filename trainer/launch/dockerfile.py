@@ -9,6 +9,8 @@ from trainer.launch.source_files import list_files
 
 LISTS = ("uv.lock", "pylock.toml", "requirements.txt", "pyproject.toml")
 """What an image's packages can be read from; the first that a project has counts."""
+LISTED = re.compile(r"^dependencies\s*=", re.MULTILINE)
+"""In a pyproject.toml that lists them itself: not those of other tools, and not `dynamic` ones."""
 UNREAD = ("poetry.lock", "environment.yml", "environment.yaml", "Pipfile", "setup.py", "setup.cfg")
 DEPENDENCIES = (
     "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb')).get('project', {}); "
@@ -31,10 +33,28 @@ def dockerfile(folder: Path) -> str:
         "# Your code is not in it: each run takes a copy of its own along, so an edit needs no build.",
         "FROM muster",
     ]
-    found = next((name for name in LISTS if (folder / name).is_file()), None)
+    found = package_list(folder)
     if found:
         lines += ["USER root", *_installation(folder, found), "USER 10001:10001"]
     return "\n".join([*lines, ""])
+
+
+def package_list(folder: Path) -> str | None:
+    """The file that the project's packages are read from."""
+    for name in LISTS:
+        if (folder / name).is_file() and (
+            name != LISTS[-1] or LISTED.search((folder / name).read_text(errors="replace"))
+        ):
+            return name
+    return None
+
+
+def unread(folder: Path) -> str | None:
+    """A file that may list packages, and is not read, where there is none that is."""
+    others = [name for name in UNREAD if (folder / name).exists()]
+    if (folder / LISTS[-1]).is_file() and re.search("poetry|dynamic", (folder / LISTS[-1]).read_text(errors="replace")):
+        others.append(LISTS[-1])
+    return others[0] if others and package_list(folder) is None else None
 
 
 def _installation(folder: Path, found: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from trainer.errors import JobError
-from trainer.launch.dockerfile import LISTS, UNREAD, dockerfile
+from trainer.launch.dockerfile import dockerfile, unread
 
 TEXTS = Path(__file__).with_name("project")
 JOB = "job.yaml"
@@ -108,9 +108,8 @@ def _notes(folder: Path) -> Iterator[str]:
     if taken and "*" not in lines:  # which leaves everything out, but for what it names
         which = ", ".join(taken[:4]) + (f" and {len(taken) - 4} more" if len(taken) > 4 else "")
         yield f"NOTE   {IGNORE} lacks {which}: what is called so gets into the image. Add {TEXTS / 'dockerignore'}"
-    unread = [name for name in UNREAD if (folder / name).exists()]
-    if unread and not any((folder / name).is_file() for name in LISTS):
-        yield f"NOTE   {unread[0]} is not read: name what training needs in requirements.txt, and in the Dockerfile"
+    if (name := unread(folder)) is not None:
+        yield f"NOTE   {name} is not read for packages: name them in requirements.txt, and in the Dockerfile"
     if (folder / "trainer.py").exists() or (folder / "trainer").is_dir():
         yield "NOTE   scripts get your own module trainer; a task must not import it, because Muster's has that name"
     if sys.prefix == sys.base_prefix:

@@ -126,11 +126,21 @@ def test_the_task_lies_where_it_is_found(tmp_path: Path, layout: str, stub: str,
     assert (tmp_path / stub).exists() and yaml.safe_load((tmp_path / "job.yaml").read_text())["task"] == task
 
 
+@pytest.mark.parametrize(("text", "is_named"), [
+    ("[tool.poetry.dependencies]\neinops = '*'\n", True), ("[project]\ndynamic = ['dependencies']\n", True),
+    ("[project]\ndependencies = []\n", False), ("[tool.ruff]\n", False),
+])  # fmt: skip
+def test_packages_that_pyproject_lists_elsewhere_are_named(tmp_path: Path, text: str, is_named: bool) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    assert any("pyproject.toml is not read for packages" in line for line in init(tmp_path, None)) == is_named
+    assert ("RUN" in (tmp_path / "Dockerfile").read_text()) == ("\ndependencies" in text)
+
+
 def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     for name in ("environment.yml", "trainer.py"):
         (tmp_path / name).touch()
     said = "\n".join(init(tmp_path, None))
-    assert "environment.yml is not read" in said and "your own module trainer" in said
+    assert "environment.yml is not read for packages" in said and "your own module trainer" in said
 
 
 @pytest.mark.parametrize(("folder", "script", "word"), [
