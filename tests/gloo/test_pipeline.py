@@ -16,7 +16,7 @@ from trainer.errors import WRONG_JOB
 PIPELINE = ["parallel=pipeline", "devices_per_node=2"]
 PAIR = ["parallel=pipeline", "devices_per_node=4", "pipeline.stages=2"]
 WAYS = [
-    PIPELINE, ["parallel=single"], PAIR, ["devices_per_node=2"],
+    PIPELINE, ["parallel=single"], PAIR, ["parallel=fsdp", "devices_per_node=2", "fsdp.min_params=100"],
     ["parallel=pipeline", "devices_per_node=3", "pipeline.schedule=gpipe", "pipeline.microbatches=4"],
 ]  # fmt: skip
 
@@ -69,6 +69,15 @@ def test_weights_that_two_stages_share(tmp_path: Path) -> None:
         assert float((read_state(tmp_path / "pair")["model"][name] - weight).norm()) < 1e-11 * float(weight.norm()), (
             name
         )
+
+
+def test_the_last_stage_may_make_anything(tmp_path: Path) -> None:
+    """Such as a dictionary; the last micro-batches of an epoch are cut like a batch."""
+    keys = ["task=digit_tasks:Labelled", "train.steps=6", "train.precision=float64"]
+    complete(tmp_path / "single", make_job(*keys, "parallel=single"))
+    complete(tmp_path / "stages", make_job(*keys, *PIPELINE))
+    assert losses(tmp_path / "stages") == pytest.approx(losses(tmp_path / "single"), rel=1e-12)
+    assert evaluations(tmp_path / "stages")[-1] == pytest.approx(evaluations(tmp_path / "single")[-1], rel=1e-12)
 
 
 def test_under_agents(tmp_path: Path) -> None:

@@ -55,6 +55,30 @@ class Small(Task):
         return {"accuracy": output.argmax(1) == batch[1]}
 
 
+class Named(nn.Module):
+    """Gives its input a name."""
+
+    def forward(self, logits: Tensor) -> dict[str, Tensor]:
+        """Logits (batch, 10)."""
+        return {"logits": logits}
+
+
+class Labelled(Small):
+    """Its model's output is a dictionary, as those of Hugging Face are."""
+
+    def model(self) -> nn.Module:
+        """The small net."""
+        return nn.Sequential(super().model(), nn.Identity(), Named())
+
+    def loss(self, output: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        """Of the logits."""
+        return super().loss(output["logits"], batch)
+
+    def metrics(self, output: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:  # type: ignore[override]
+        """Of the logits."""
+        return super().metrics(output["logits"], batch)
+
+
 class Deaf(Small):
     """Takes the signals that ask for a stop."""
 

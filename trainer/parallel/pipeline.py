@@ -98,36 +98,36 @@ class Pipeline(Group):
         """Find out what stages give each other: torch would ask them by pickles."""
         chunk = cut(batch, slice(0, self.size), count, "pipeline")
         with torch.no_grad():
-            taken, given = self._forward(chunk)
+            taken, given, _ = self._forward(chunk)
         example = (torch.zeros(1, dtype=torch.int64, device=self.device),) if self.stage == 0 else taken
+        result = (torch.zeros(1, device=self.device),) if self.is_last else given
         stage = PipelineStage(
-            self.stage_module, self.stage, self.stages, self.device, example, tuple(given), group=self.neighbours
+            self.stage_module, self.stage, self.stages, self.device, example, result, group=self.neighbours
         )  # fmt: skip
         loss = self._loss_of if self.is_last else (lambda output, target: output)
         self.schedule = SCHEDULES[self.job.pipeline.schedule](stage, self.micros, loss, scale_grads=False)
 
-    def _forward(self, batch: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What this stage takes and gives when all stages compute a batch, one after the other."""
+    def _forward(self, batch: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Any]:
+        """All stages compute a batch, one after the other: what this one takes and hands on, or makes if it is last."""
         taken: tuple[Tensor, ...] = (torch.zeros(1, dtype=torch.int64),)
         if self.stage:
             received = messages.receive(self.rank - 1)
             taken = tuple(tensor.to(self.device).requires_grad_() for tensor in received)
         else:
             self.stage_module.inputs = [self.step.task.inputs(batch)]
-        given = self.stage_module(*taken)
-        self.output = given
-        row = (given,) if isinstance(given, Tensor) else tuple(given)
-        if not self.is_last:
-            if not all(isinstance(each, Tensor) and each.is_floating_point() for each in row):
-                problem = "must be a tensor, or a tuple of them, of floating point numbers"
-                raise JobError("task.stages", f"what stage {self.stage} returns", problem, "Cut the model elsewhere")
-            messages.send([each.detach() for each in row], self.rank + 1)
-            row = tuple(each.detach().requires_grad_() for each in row)
-        return taken, row
+        made = self.stage_module(*taken)
+        if self.is_last:
+            return taken, (), made
+        row = (made,) if isinstance(made, Tensor) else made
+        if not (isinstance(row, tuple) and all(isinstance(each, Tensor) and each.is_floating_point() for each in row)):
+            problem = "must be a tensor, or a tuple of them, of floating point numbers"
+            raise JobError("task.stages", f"what stage {self.stage} returns", problem, "Cut the model elsewhere")
+        messages.send([each.detach() for each in row], self.rank + 1)
+        return taken, tuple(each.detach().requires_grad_() for each in row), None
 
     def compute(self, batch: Any, count: int, evaluate: bool = False) -> Any:
         """Computed by the last stage, and told to the others of its pipeline."""
-        self._forward(batch)
+        output = self._forward(batch)[2]
         first = self.part * self.stages
         if not self.is_last:
             values = messages.receive(first + self.stages - 1)
@@ -135,7 +135,7 @@ class Pipeline(Group):
             return move_batch(values if evaluate else losses, self.device)
         try:
             with self.step.autocast():
-                losses = read_losses(self.step.task.loss(self.output, batch))
+                losses = read_losses(self.step.task.loss(output, batch))
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -145,7 +145,7 @@ class Pipeline(Group):
         if evaluate:
             per_sample = count if losses.dim() == 1 else None
             with self.step.autocast():
-                metrics = self.step.task.metrics(self.output, batch)
+                metrics = self.step.task.metrics(output, batch)
             values |= read_metrics(metrics, per_sample, losses.device)
         for rank in range(first, self.rank):
             messages.send({**values, "\0learns": losses.requires_grad}, rank)
@@ -159,6 +159,7 @@ class Pipeline(Group):
         ]
         self.weight = self.parts / micro.step_count
         numbers = torch.arange(self.micros, device=self.device)
+        self.stage_module.keeps = self.is_last
         if self.stage == 0:
             self.stage_module.inputs = [self.step.task.inputs(chunk) for chunk, _ in self.chunks]
             self.schedule.step(numbers)
@@ -166,10 +167,12 @@ class Pipeline(Group):
             self.schedule.step(target=numbers)
         else:
             self.schedule.step()
+        self.stage_module.keeps = False
 
-    def _loss_of(self, output: Any, number: Tensor) -> Tensor:
+    def _loss_of(self, given: Tensor, number: Tensor) -> Tensor:
         """This part of the global mean loss; samples that do not count are cut off before the task sees them."""
         batch, count = self.chunks[int(number)]
+        output, self.stage_module.made = self.stage_module.made, None
         if count == 0:
             return torch.stack([each.sum() for each in leaves(output)]).sum() * 0
         if count < self.size:
