@@ -19,7 +19,6 @@ MODES = {
     "ddp 2, accumulate 4": ["devices_per_node=2", "train.accumulate=4"],
     "ddp 4": ["devices_per_node=4"],
     "ddp on 2 nodes": ["nodes=2"],
-    "pipeline 2": ["parallel=pipeline", "devices_per_node=2"],
     "pipeline 4, gpipe": ["parallel=pipeline", "devices_per_node=4", "pipeline.schedule=gpipe"],
     "2 pipelines of 2, accumulate 2": [
         "parallel=pipeline",

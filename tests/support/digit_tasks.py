@@ -64,11 +64,12 @@ class Named(nn.Module):
 
 
 class Labelled(Small):
-    """Its model's output is a dictionary, as those of Hugging Face are."""
+    """Its model uses one layer twice, and gives a dictionary, as those of Hugging Face do."""
 
     def model(self) -> nn.Module:
-        """The small net."""
-        return nn.Sequential(super().model(), nn.Identity(), Named())
+        """Two halves can both have the layer that is used twice."""
+        twice = nn.Linear(64, 64)
+        return nn.Sequential(nn.Flatten(), twice, nn.Tanh(), twice, nn.Tanh(), nn.Linear(64, 10), Named())
 
     def loss(self, output: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
         """Of the logits."""

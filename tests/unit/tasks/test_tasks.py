@@ -186,6 +186,17 @@ def test_the_number_of_parameters_is_gpt2s_less_the_vocabulary() -> None:
             assert sum(weight.numel() for weight in GPT(shallow).parameters()) == shallow.parameters
 
 
+@pytest.mark.parametrize("task, batch", [
+    (ByteLM("1m"), torch.arange(2 * 20).view(2, 20)), (Segment(width=4, size=12), torch.rand(2, 1, 12, 12)),
+])  # fmt: skip
+def test_stages_one_after_the_other_are_the_model(task: Task, batch: Tensor) -> None:
+    model: Any = task.model()
+    value: Any = batch
+    for part in task.stages(model):
+        value = part(value)
+    assert torch.equal(value, model(batch))
+
+
 def test_initial_weights_are_gpt2s() -> None:
     torch.manual_seed(0)
     model = GPT(SIZES["1m"])
