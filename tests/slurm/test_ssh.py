@@ -22,6 +22,8 @@ from trainer.run.folder import RunFolder
 ROUNDS = 50 if FULL else 5
 """How often the connection is cut at a random moment of a submission."""
 SEED = 16
+MASTER = " -f -N "
+"""In the command line of the process that shares its connection."""
 CHATTER = "echo Welcome to the cluster; echo 2>&1 'quota: 97 %'; printf 'no line end'\n"
 ONE = ("nodes=1", "devices_per_node=1")
 
@@ -168,3 +170,8 @@ def test_a_cut_between_sbatch_and_its_answer_leaves_one_job(laptop: Laptop, slur
     [run] = (laptop.project / "runs").glob("between-*")
     assert "its submission was cut off" in laptop.must("status", run)
     check_once(laptop, slurm_session, "between")
+    for pid in laptop.host.processes(MASTER):
+        kill(pid)
+    for _ in range(2):
+        assert laptop.status(run)["state"] == "pending"
+    assert len(laptop.host.processes(MASTER)) == 1  # the next connection took the place of the one that was killed

@@ -83,7 +83,8 @@ class Connection:
         asking = self.argv("-O", "check", "--", self.host, options=self.shared)
         if _run(asking, CONNECT_S).returncode == 0:
             return
-        options = self.shared | {"ControlMaster": "yes", "ControlPersist": str(KEPT_S)}
+        # auto, not yes: that one would not take the place of a socket whose process was killed
+        options = self.shared | {"ControlMaster": "auto", "ControlPersist": str(KEPT_S)}
         done = _run(self.argv("-f", "-N", "--", self.host, options=options), 3 * CONNECT_S)
         if done.returncode:
             raise self._refusal(done.stderr)
