@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import threading
 import time
 import uuid
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import fake_exec
 from fake_api_discovery import RESOURCES, discover
 
 Object = dict[str, Any]
@@ -39,6 +41,8 @@ class Cluster:
         self.requests: list[str] = []
         self.refusal: Callable[[str, str, Object | None], tuple[int, str, str] | None] = lambda *_: None
         """Asked for (method, plural, body) before anything is done: status, reason and message of a refusal."""
+        self.execute: Callable[[str, str, list[str]], subprocess.Popen[bytes]] = _execute_nothing
+        """Starts a program in a container of a pod."""
         self.read_log: Callable[[str, bool, str], str] = lambda pod, timestamps, since: ""
 
     def put(self, plural: str, value: Object) -> Object:
@@ -51,6 +55,8 @@ class Cluster:
             metadata.setdefault("uid", str(uuid.uuid4()))
             metadata.setdefault("creationTimestamp", now())
             value.setdefault("status", {}) if plural in ("pods", "jobs", "jobsets") else None
+            if plural == "pods":
+                value["status"].setdefault("phase", "Pending")
             self.objects[plural, metadata["name"]] = value
             self.changed(value)
             return value
@@ -97,6 +103,10 @@ class Cluster:
         return found
 
 
+def _execute_nothing(pod: str, container: str, argv: list[str]) -> subprocess.Popen[bytes]:
+    raise AssertionError(f"nothing runs in {pod}")
+
+
 def _owners(value: Object) -> list[str]:
     return [owner["name"] for owner in value["metadata"].get("ownerReferences", [])]
 
@@ -139,6 +149,9 @@ class Handler(BaseHTTPRequestHandler):
         if rest == "log":
             text = self.cluster.read_log(name, query.get("timestamps") == "true", query.get("sinceTime", ""))
             return self.answer(200, text)
+        if rest == "exec":
+            argv = parse_qs(url.query)["command"]
+            return fake_exec.serve(self, self.cluster.execute(name, query["container"], argv))
         if query.get("watch"):
             return self.watch(plural, query)
         with self.cluster.change:

@@ -55,6 +55,9 @@ class Pods(Kubelet):
                 self._read_containers()
                 for job in jobs:
                     self._sync(job)
+                for pod in self.cluster.select("pods", {}):
+                    if "ownerReferences" not in pod["metadata"]:
+                        self._sync_pod(pod)
         except BaseException as error:
             self.trouble = error
 
@@ -120,6 +123,13 @@ class Pods(Kubelet):
                 self.stop(pod)
         return None
 
+    def _sync_pod(self, pod: Object) -> None:
+        """A pod that no Job made is started once, and never replaced."""
+        if pod["status"]["phase"] == "Pending" and pod["metadata"]["name"] not in self.known:
+            self._start(pod)
+        elif pod["metadata"].get("deletionTimestamp"):
+            self.stop(pod)
+
     def _condition(self, job: Object, kind: str, status: bool, reason: str, message: str = "") -> None:
         """Set a condition: FailureTarget before the pods end, Failed after ("Terminal Job conditions" in
         concepts/workloads/controllers/job).
@@ -162,6 +172,14 @@ class Pods(Kubelet):
 
     def ended_pod(self, pod: Object, code: int) -> None:
         """Its failure delays the next pod and meets the policy; a pod that was to be deleted is."""
+        if "ownerReferences" not in pod["metadata"]:
+            if pod["metadata"].get("deletionTimestamp"):  # another may get its name
+                name = pod["metadata"]["name"]
+                self.engine.docker("rm", "--force", name)
+                self.known.discard(name)
+                self.stopping.pop(name, None)
+                self.cluster.remove("pods", name)
+            return
         owner = self.cluster.objects.get(("jobs", pod["metadata"]["ownerReferences"][0]["name"]))
         if owner is not None and not owner["spec"].get("suspend"):
             if code:

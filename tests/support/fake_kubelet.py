@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Kubelet:
         self.known: set[str] = set()
         self.steps: list[tuple[str, str]] = []
         """What containers before the agent printed, with the names of their pods."""
-        cluster.read_log = self.read_log
+        cluster.read_log, cluster.execute = self.read_log, self.execute
 
     def _start(self, pod: Object) -> None:
         """Schedule a pod and run its container, unless its claim is missing (concepts/storage/persistent-volumes)."""
@@ -46,12 +47,14 @@ class Kubelet:
                 return None
         (container,) = pod["spec"]["containers"]
         words = run_words(pod, container, self.cluster, self.folder, self.image)
-        alias = f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}"
-        names = [f"--network-alias={alias}"] if self.dns.is_set() else []
+        names = []
+        if self.dns.is_set() and "subdomain" in pod["spec"]:
+            names = [f"--network-alias={pod['spec']['hostname']}.{pod['spec']['subdomain']}"]
         name = f"--name={pod['metadata']['name']}"
         self.engine.docker("run", "--detach", f"--network={self.network}", name, *names, *words)
         self.known.add(pod["metadata"]["name"])
-        return self._status(pod, phase="Running", conditions=[], containerStatuses=[
+        ready = {"type": "Ready", "status": "True"}
+        return self._status(pod, phase="Running", conditions=[ready], containerStatuses=[
             {"name": "agent", "state": {"running": {"startedAt": now()}}}])  # fmt: skip
 
     def _ran(self, pod: Object, step: Object) -> bool:
@@ -141,6 +144,12 @@ class Kubelet:
         done = self.engine.docker("logs", *words, name, check=False)
         lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
         return "".join(f"{line}\n" for line in (sorted(lines) if timestamps else lines))
+
+    def execute(self, pod: str, container: str, argv: list[str]) -> subprocess.Popen[bytes]:
+        """What `kubectl exec` starts (tasks/debug/debug-application/get-shell-running-container)."""
+        assert container == "agent", "a pod is one container here, apart from those that have ended"
+        words, pipe = ["docker", "exec", "--interactive", pod, *argv], subprocess.PIPE
+        return subprocess.Popen(words, env=self.engine.env, stdin=pipe, stdout=pipe, stderr=pipe)
 
     def make_claim(self, name: str) -> Path:
         """A bound claim (concepts/storage/persistent-volumes); returns its folder on this machine."""

@@ -41,7 +41,7 @@ def run_words(pod: Object, container: Object, cluster: Cluster, folder: Path, im
     words += [
         f"--memory={memory}",
         f"--memory-swap={memory}",
-        f"--cpus={min(float(limits['cpu']), os.cpu_count() or 1)}",
+        f"--cpus={min(cores_of(limits['cpu']), os.cpu_count() or 1)}",
     ]
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     group = spec["securityContext"]["fsGroup"]
@@ -114,6 +114,11 @@ def write_map(wanted: Object, cluster: Cluster, folder: Path) -> None:
     for path, key in paths.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data[key])
+
+
+def cores_of(text: str) -> float:
+    """A quantity of processors, which may be in thousandths (as above)."""
+    return float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1)
 
 
 def bytes_of(text: str) -> float:

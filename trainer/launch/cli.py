@@ -37,6 +37,7 @@ BuildWords = Annotated[list[str] | None, Argument(help="After --: more words for
 Push = Annotated[bool, Option("--push", help="Push it to the registry that its name in the site file begins with.")]
 IMAGE_ON = "docker or kubernetes: whose site file names the image; default: docker, with --push kubernetes."
 ImageOn = Annotated[str | None, Option("--on", help=IMAGE_ON)]
+Checkpoints = Annotated[str | None, Option("--checkpoints", help="best, last or all; default: none.")]
 Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
 AllRanks = Annotated[bool, Option("--all-ranks", help="Show what every rank prints. By default: rank 0 of a script.")]
 Sweep = Annotated[str | None, Option("--sweep", help="key=value,value: one run for each value.")]
@@ -103,6 +104,17 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 def logs(run: RunFolder, rank: Rank = None, follow: Follow = False) -> None:
     """Print the logs of a run."""
     control.logs(run, rank, follow)
+
+
+@app.command()
+def pull(run: RunFolder, checkpoints: Checkpoints = None) -> None:
+    """Bring the results of a run that is elsewhere, such as on a claim, into its folder here.
+
+    That is logs, metrics, events, TensorBoard files and, if you say which, checkpoints. Say it again after a cut.
+    """
+    from trainer.launch import pull as pulling
+
+    print(pulling.pull(run, checkpoints))
 
 
 @app.command()

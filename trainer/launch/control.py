@@ -77,7 +77,11 @@ def _status(run: RunFolder) -> dict[str, Any]:
         state, reason = Phase.PENDING, reason or str(last.get("reason", ""))
     lines = newest_lines(run, events)
     step, steps = newest_step(lines, events), training.get("steps")
-    step = now.progress.get("step") if step is None else step
+    told = now.progress.get("step")
+    is_behind = step is None or (is_count(told) and told > step)  # what was pulled may be older than what was printed
+    step = told if is_behind else step
+    values = [last_evaluation(run), now.progress.get("metrics", {})]
+    values = values[::-1] if is_behind else values
     steps = steps if is_count(steps) else now.progress.get("steps")
     attempts = now.progress | (last_event(events, "attempt", "restart") or {})
     share = goodput(events)
@@ -90,7 +94,7 @@ def _status(run: RunFolder) -> dict[str, Any]:
         "waiting": waited(run) if is_waiting(now) or state == Phase.PENDING else "",
         "code": now.code, "step": step, "steps": steps,
         "attempt": attempts.get("attempt"), "handle": handle,
-        "metrics": last_evaluation(run) or now.progress.get("metrics", {}),
+        "metrics": values[0] or values[1],
         "epoch": epoch(training, step), "epochs": epoch(training, steps),
         **_times(now, events, lines, step, steps), "last_failure": _last_failure(events),
         "place": platform_of(handle).called(handle) if handle else "",

@@ -6,6 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from trainer.config.job import Job
 from trainer.errors import DONE, FAILED, STOPPED, WRONG_JOB, JobError, wrong_choice
+from trainer.launch.far_folder import FarFolder
 from trainer.run.folder import RunFolder
 
 REGISTRY = {
@@ -185,6 +187,11 @@ class Platform(ABC, Generic[SiteT, RequestT]):
 
     def bring_rank_log(self, run: RunFolder, handle: dict[str, Any], rank: int | None) -> None:
         """Bring what a rank, or all nodes, printed into the run folder here, where the nodes have another one."""
+
+    def reach(self, run: RunFolder, handle: dict[str, Any]) -> AbstractContextManager[FarFolder]:
+        """The run folder where its nodes have it, while it is needed. Raises JobError: it is here, or no way there."""
+        problem = f"is here already: on {self.name} the nodes write to it"
+        raise JobError("RUN", str(run), problem, "See `muster status`, and the files in it")
 
     @abstractmethod
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:

@@ -78,6 +78,7 @@ class RunFolder:
     exit = Entry("exit.json", "The exit code that a local or Docker run ended with.")
     reserve = Entry(".reserve", "Room on the disk for the last word; removed before that is written.")
     lock = Entry(".lock", "Held by the supervisor of a local or Docker run while it lives.")
+    pull = Entry(".pull", "A folder: what `muster pull` has not brought whole yet.")
     logs = Entry("logs", "A folder: logs of nodes, ranks and the supervisor.")
 
     def __str__(self) -> str:

@@ -44,7 +44,11 @@ class Code:
 
     @cached_property
     def packed(self) -> bytes:
-        return gzip.compress(self.tar, mtime=0)
+        return gzip.compress(self.tar, 6, mtime=0)
+
+    @property
+    def packed_sha256(self) -> str:
+        return hashlib.sha256(self.packed).hexdigest()
 
     @property
     def fits(self) -> bool:

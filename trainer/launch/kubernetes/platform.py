@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,9 +10,17 @@ from typing import Any, NoReturn
 from trainer.config.job import RANKED
 from trainer.config.load import read_sections
 from trainer.errors import STOPPED, JobError, MaybeAccepted
-from trainer.launch.kubernetes.code import pack_code, travels
+from trainer.launch.far_folder import FarFolder
+from trainer.launch.kubernetes.code import Code, pack_code, travels
+from trainer.launch.kubernetes.files import bring_code, reach
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
-from trainer.launch.kubernetes.manifests import INSTANCE, make_manifests, render_manifests, secret_object
+from trainer.launch.kubernetes.manifests import (
+    INSTANCE,
+    archive_on_claim,
+    make_manifests,
+    render_manifests,
+    secret_object,
+)
 from trainer.launch.kubernetes.pod_logs import (
     COPIED_UNTIL,
     copy_logs,
@@ -45,14 +54,22 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     copies_logs = speaks = True
     runs_code_of_here = False  # alone: a module may be in the image
     following = False
+    code: Code | None = None
+    """What goes with the run that was built last."""
 
     def take_code(self, plan: Plan[KubernetesSite]) -> None:
-        if travels(plan.site, plan.run):
-            take_snapshot(Path.cwd(), plan.run, plan.job)
+        run, sweep = plan.run, read_json(plan.run.part_of)
+        if travels(plan.site, run) and sweep and not run.code.exists():  # all runs of a sweep have the same code
+            folder = RunFolder(Path(sweep["sweep"]))
+            take_snapshot(Path.cwd(), folder, plan.job)
+            run.code.symlink_to(Path("..", folder.name, "code"))
+        elif travels(plan.site, run):
+            take_snapshot(Path.cwd(), run, plan.job)
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
+        self.code = pack_code(plan)
         site = replace(plan.site, image=pushed(plan.site.image))
-        return make_manifests(replace(plan, site=site), pack_code(plan))
+        return make_manifests(replace(plan, site=site), self.code)
 
     def render(self, request: Manifests) -> str:
         return render_manifests(request)
@@ -76,8 +93,10 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         secret, made = (read_secret(plan.run.secret, {}) or b"").decode(), [secret_object(workload), *request]
         kubectl.run_or_raise("create", "--filename=-", text=json.dumps(secret_object(workload, secret)))
         try:
-            for part in (others, [workload]):
-                kubectl.run_or_raise("apply", "--filename=-", text=self.render(part) + "\n")
+            kubectl.run_or_raise("apply", "--filename=-", text=self.render(others) + "\n")
+            if self.code and not self.code.fits:
+                bring_code(kubectl, workload, archive_on_claim(plan), self.code)
+            kubectl.run_or_raise("apply", "--filename=-", text=self.render([workload]) + "\n")
         except JobError as error:
             self._take_back(kubectl, made, error)
         self._adopt(kubectl, made[:-1])
@@ -213,6 +232,9 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
         for pod in newest_pods([read_pod(item) for item in items]):
             if pod.node == rank // per_node and pod.lives and pod.started:
                 copy_rank_log(kubectl, run, rank, pod)
+
+    def reach(self, run: RunFolder, handle: dict[str, Any]) -> AbstractContextManager[FarFolder]:
+        return reach(Kubectl(handle), run, handle["name"])
 
     def cancel(self, run: RunFolder, handle: dict[str, Any]) -> None:
         """Delete the Job: its pods get SIGTERM and their grace period to save."""

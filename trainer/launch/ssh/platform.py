@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import trainer
 from trainer.config.job import Job
 from trainer.errors import Cut, JobError, MaybeAccepted
+from trainer.launch.far_folder import FarFolder
 from trainer.launch.local.gpu_lease import try_lock
 from trainer.launch.platform import AnyPlan, AnyPlatform, JobStatus, Phase, Plan, Platform, own_program
 from trainer.launch.snapshot import check_files, take_snapshot
@@ -209,6 +210,13 @@ class OverSsh(Platform[Any, SshRequest]):
         except NotReached as error:
             problem, remedy = f"{error.problem}. The job may go on", f"`muster {verb} {run}` when it can be reached"
             raise NotReached(error.key, error.value, problem, remedy) from None
+
+    def reach(self, run: RunFolder, handle: dict[str, Any]) -> AbstractContextManager[FarFolder]:
+        """By a plain command of the connection: any Python can read files."""
+        connection = _place(handle).connection
+        connection.open()
+        folder = f"{handle['runs']}/{handle['name']}"
+        return nullcontext(FarFolder(folder, lambda words: connection.command(shlex.join(words))))
 
     def _request(self, handle: dict[str, Any], verb: str, **fields: Any) -> dict[str, Any]:
         return _session(_place(handle)).request(verb, run=f"{handle['runs']}/{handle['name']}", **fields)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from paths import ROOT
 
 from trainer.errors import JobError
 from trainer.launch.kubernetes import code, unpack
-from trainer.launch.submit import render_job
+from trainer.launch.kubernetes.platform import Kubernetes
+from trainer.launch.kubernetes.site import KubernetesSite
+from trainer.launch.submit import make_plan, render_job
+from trainer.records import write_json
 from trainer.run.folder import RunFolder
 
 
@@ -161,9 +165,6 @@ def test_the_image_keeps_its_own_code(project: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_keeps_the_code_that_it_began_with(project: Path, tmp_path: Path) -> None:
-    from trainer.launch.kubernetes.site import KubernetesSite
-    from trainer.records import write_json
-
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     assert code.travels(KubernetesSite(), run)
@@ -172,6 +173,24 @@ def test_a_run_keeps_the_code_that_it_began_with(project: Path, tmp_path: Path) 
     assert code.travels(KubernetesSite(code="snapshot"), run)
     run.code.mkdir()
     assert code.travels(KubernetesSite(), run) and not code.travels(KubernetesSite(code="image"), run)
+
+
+def test_the_runs_of_a_sweep_have_the_same_code(project: Path, tmp_path: Path) -> None:
+    """Though it is edited while they are submitted."""
+    sweep = RunFolder.create(str(tmp_path / "runs"), "mine-sweep", "")
+    hashes = set()
+    for value in (1, 2):
+        (project / "src/part.py").write_text(f"VALUE = {value}\n")
+        run = RunFolder.create(
+            str(tmp_path / "runs"), "mine", (project / "jobs/mine.yaml").read_text(), project / "jobs"
+        )
+        write_json(run.part_of, {"sweep": str(sweep)})
+        plan = replace(make_plan("jobs/mine.yaml", [], "kubernetes", None)[1], run=run)
+        Kubernetes().take_code(plan)
+        packed = code.pack_code(plan)
+        assert packed and packed.folder == Path("/code/jobs")
+        hashes.add(packed.sha256)
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize(
