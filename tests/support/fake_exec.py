@@ -41,8 +41,11 @@ def serve(request: BaseHTTPRequestHandler, process: subprocess.Popen[bytes]) -> 
 
     def copy(channel: int) -> None:
         file = process.stdout if channel == 1 else process.stderr
-        while block := file.read1(32000):
-            send(channel, block)
+        try:
+            while block := file.read1(32000):
+                send(channel, block)
+        except OSError:  # who asked for it is gone
+            process.kill()
 
     def feed() -> None:
         try:
