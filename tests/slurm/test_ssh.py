@@ -72,6 +72,10 @@ def test_an_edited_line_runs_is_followed_stopped_and_continued(laptop: Laptop, s
     there = laptop.there(run)
     assert (run / "metrics.jsonl").read_bytes() == (there / "metrics.jsonl").read_bytes()
     assert not (run / "checkpoints").exists() and list((there / "checkpoints").glob("step-*"))
+    laptop.must("pull", run, "--checkpoints", "last")
+    [brought] = (run / "checkpoints").glob("step-*")
+    weights = brought / "model.pt"
+    assert weights.read_bytes() == (there / weights.relative_to(run)).read_bytes()
     begun = [event["step"] for event in RunFolder(run).read_events() if event["event"] == "training"]
     assert len(begun) == 2 and begun[1] > 0
     assert "a new line" in laptop.must("logs", run, "--rank", "0") and "GPUs" not in laptop.must("logs", run)

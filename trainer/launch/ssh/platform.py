@@ -215,8 +215,9 @@ class OverSsh(Platform[Any, SshRequest]):
         """By a plain command of the connection: any Python can read files."""
         connection = _place(handle).connection
         connection.open()
-        folder = f"{handle['runs']}/{handle['name']}"
-        return nullcontext(FarFolder(folder, lambda words: connection.command(shlex.join(words))))
+        folder = handle.get("there", {}).get("run") or f"{handle['runs']}/{handle['name']}"  # `$NAME` is replaced there
+        python = handle["python"] if str(handle.get("python")).startswith("/") else "python3"
+        return nullcontext(FarFolder(folder, lambda words: connection.command(shlex.join(words)), python))
 
     def _request(self, handle: dict[str, Any], verb: str, **fields: Any) -> dict[str, Any]:
         return _session(_place(handle)).request(verb, run=f"{handle['runs']}/{handle['name']}", **fields)
