@@ -42,6 +42,10 @@ class MaybeAccepted(JobError):
     """The platform failed while it took the job, and may have taken it."""
 
 
+class Refused(JobError):
+    """The platform did not take the job, and has not taken it in an earlier try either."""
+
+
 class Cut(MaybeAccepted):
     """The connection to whoever takes the job was cut: the same command completes the submission."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from trainer.errors import WRONG_JOB, Cut, JobError, MaybeAccepted
+from trainer.errors import WRONG_JOB, Cut, JobError, MaybeAccepted, Refused
 from trainer.launch.control import status_of
 from trainer.launch.follow import follow
 from trainer.launch.moved import find_code
@@ -83,7 +83,7 @@ def _begin(
         check_owner(run)
     platform, plan = make_plan(job_path, overrides, on, site)
     if begun := platform.unfinished(plan):
-        with removed_if_refused([begun] if run is None else []):
+        with removed_if_refused([begun] if run is None else [], Refused):  # it may be there by an earlier try
             yield platform, replace(plan, run=begun)
     elif run is None:
         plan = replace(plan, run=make_run(plan, job_path))
@@ -125,7 +125,7 @@ def continued(run: RunFolder, plan: AnyPlan) -> Iterator[None]:
 
 
 @contextmanager
-def removed_if_refused(folders: list[RunFolder]) -> Iterator[None]:
+def removed_if_refused(folders: list[RunFolder], refusal: type[JobError] = JobError) -> Iterator[None]:
     """Remove new folders when the job is refused: nothing was started, so there is nothing to continue."""
     try:
         yield
@@ -135,7 +135,7 @@ def removed_if_refused(folders: list[RunFolder]) -> Iterator[None]:
         for folder in folders:
             folder.record("ended", code=WRONG_JOB, reason=str(error))
         raise
-    except JobError:
+    except refusal:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -3,8 +3,6 @@
 The run folder here holds the job, a handle that says where the other folder is, and copies of the records there.
 """
 
-import json
-import os
 import secrets
 import shlex
 import sys
@@ -12,29 +10,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import trainer
 from trainer.config.job import Job
-from trainer.errors import Cut, JobError, MaybeAccepted
+from trainer.errors import Cut, JobError, MaybeAccepted, Refused
 from trainer.launch.far_folder import FarFolder
 from trainer.launch.local.gpu_lease import try_lock
 from trainer.launch.platform import AnyPlan, AnyPlatform, JobStatus, Phase, Plan, Platform, own_program
 from trainer.launch.snapshot import check_files, take_snapshot
 from trainer.launch.ssh import mirror
 from trainer.launch.ssh.connection import ABSOLUTE, HOST, Connection, NotReached
-from trainer.launch.ssh.packages import environment_name, requirements
+from trainer.launch.ssh.packages import environment_name
 from trainer.launch.ssh.parcel import pack_folder, pack_muster
 from trainer.launch.ssh.session import Place, Session
+from trainer.launch.ssh.site import is_given, runs_of, site_text, wanted, where
 from trainer.records import read_json, write_json
 from trainer.run.event_files import own_file
 from trainer.run.folder import RunFolder
 from trainer.run.tree_hash import tree_hash
 
-OF_HERE = ("ssh", "ssh_config", "ssh_folder", "runs")
-"""Keys of a site that the other machine does not need: how to get there, and what is decided here."""
 SITE = "ssh-site.json"
 """In the folder of the plan: the site file for over there."""
 SESSIONS: dict[Place, Session] = {}
@@ -69,19 +66,19 @@ class OverSsh(Platform[Any, SshRequest]):
 
     # Here.
     def build(self, plan: AnyPlan) -> SshRequest:
-        site, wanted = plan.site, _wanted(plan.site, Path.cwd())
+        site, needed = plan.site, wanted(plan.site, Path.cwd())
         host, folder = site.ssh, site.ssh_folder
-        python = site.python if _is_given(site) else f"{folder}/{environment_name(wanted)}/bin/python"
+        python = site.python if is_given(site) else f"{folder}/{environment_name(needed)}/bin/python"
         muster = f"{folder}/muster-{pack_muster().name}"
-        made = "" if _is_given(site) else ", which is made there on first use"
+        made = "" if is_given(site) else ", which is made there on first use"
         parts = [
             f"{muster}: Muster {trainer.__version__}", f"{folder}/code: {Path.cwd()}, less what git ignores",
             f"on {host}, {python} runs it{made}",
         ]  # fmt: skip
-        there = RunFolder(Path(_runs(site)) / plan.run.name)
+        there = RunFolder(Path(runs_of(site)) / plan.run.name)
         if self.inner.asks_machine:  # what it would render depends on where it is
             return SshRequest(parts, f"muster submit {there.job} --on {self.name}\n{plan.job_text.rstrip()}")
-        facts = replace(site, python=None) if _is_given(site) else site  # as over there: see `_site_text`
+        facts = replace(site, python=None) if is_given(site) else site  # as over there: see `site_text`
         inner = self.inner.build(Plan(plan.job, plan.job_text, there, facts))
         ours = shlex.join(own_program("agent"))
         text = self.inner.render(inner).replace(ours, f"{python} {muster}/muster.py agent")
@@ -93,15 +90,16 @@ class OverSsh(Platform[Any, SshRequest]):
     def unfinished(self, plan: AnyPlan) -> RunFolder | None:
         """The run that `plan` is of, or the newest with the same job, site and code, if its submission was cut off."""
         if _is_unfinished(plan.run):
-            if plan.run.job.read_text() != plan.job_text:
-                remedy = f"Complete it without changes first: muster submit {plan.run}"
-                raise JobError("RUN", str(plan.run), "its submission was cut off, with another job", remedy)
-            return plan.run
+            other = "job" if plan.run.job.read_text() != plan.job_text else "`ssh`, `runs` or `python`"
+            if other != "job" and _is_at(plan.site, plan.run):
+                return plan.run
+            remedy = f"Complete it first, with the job and the site file as they were: muster submit {plan.run}"
+            raise JobError("RUN", str(plan.run), f"its submission was cut off, with another {other}", remedy)
         if plan.run.job.exists():
             return None
         for run in reversed(RunFolder.list_all(plan.run.path.parent)):
-            same = _is_unfinished(run) and run.job.read_text() == plan.job_text and _site_of(run) == _site_text(plan)
-            if same and not mirror.is_under_way(run):
+            same = _is_unfinished(run) and _is_at(plan.site, run) and run.job.read_text() == plan.job_text
+            if same and _site_of(run) == site_text(plan.site) and not mirror.is_under_way(run):
                 if _has_code_of_now(run, plan.job):
                     print(f"note: going on with {run}, whose submission was cut off", file=sys.stderr)
                     return run
@@ -115,22 +113,20 @@ class OverSsh(Platform[Any, SshRequest]):
         with _held(run):
             handle = before if before and _is_unfinished(run) else self._new_handle(plan, before)
             sent = handle is before
-            (run.plan / SITE).write_text(_site_text(plan))
+            (run.plan / SITE).write_text(site_text(plan.site))
             write_json(run.handle, handle)  # first: whoever is killed from here on leaves what the next try needs
             try:
-                session = _session(_place(handle), lambda: _wanted(plan.site, run.code))
+                session = _session(_place(handle), lambda: wanted(plan.site, run.code))
                 self._send_code(session, run)
                 sent = True
                 handle["there"] = session.request("submit", **self._what(plan, handle))["handle"]
-            except (NotReached, MaybeAccepted) as error:
-                if not sent:
+            except JobError as error:
+                told = handle is not before and not isinstance(error, (NotReached, MaybeAccepted))
+                if isinstance(error, Refused) or told or not sent:
                     _restore(run, handle)
                     raise
-                remedy = f"The job may be there or not. The same command completes it, as does `muster submit {run}`"
-                raise Cut(error.key, error.value, error.problem, remedy) from None
-            except JobError:
-                _restore(run, handle)
-                raise
+                same = f"The job may be there or not. The same command completes it, as does `muster submit {run}`"
+                raise Cut(error.key, error.value, error.problem, f"{error.remedy}. {same}") from None
         for path in run.event_files():  # those over there count: clocks differ
             path.unlink()
         self.following, self.kept = follow, None
@@ -146,13 +142,9 @@ class OverSsh(Platform[Any, SshRequest]):
         if not is_there and run.steps_committed() >= 0:
             problem, remedy = "has its checkpoints here", f"Submit a run of its own with checkpoint.load={run}"
             raise JobError("RUN", str(run), problem, remedy)
-        place = before if is_there and before else {
-            "runs": _runs(site), "name": f"{run.name}-{secrets.token_hex(4)}",
-        }  # fmt: skip
-        return (read_json(run.platform) or {}) | {
-            "ssh": site.ssh, "ssh_config": site.ssh_config and os.path.abspath(site.ssh_config),
-            "ssh_folder": site.ssh_folder, "python": site.python if _is_given(site) else None,
-            "environment": environment_name(_wanted(site, run.code)), "runs": place["runs"], "name": place["name"],
+        kept = {key: before[key] for key in ("runs", "name")} if is_there and before else {}
+        return (read_json(run.platform) or {}) | where(site) | {"name": f"{run.name}-{secrets.token_hex(4)}"} | kept | {
+            "environment": environment_name(wanted(site, run.code)),
             "submission": secrets.token_hex(8), "accepted": False, "run": str(run),
             "last": before["submission"] if is_there and before else None,
         }  # fmt: skip
@@ -160,7 +152,7 @@ class OverSsh(Platform[Any, SshRequest]):
     def _what(self, plan: AnyPlan, handle: dict[str, Any]) -> dict[str, Any]:
         return {
             "platform": self.name, "runs": handle["runs"], "name": handle["name"], "submission": handle["submission"],
-            "job": plan.job_text, "source": read_json(plan.run.source) or {}, "site": _site_text(plan),
+            "job": plan.job_text, "source": read_json(plan.run.source) or {}, "site": site_text(plan.site),
             "code": pack_folder(plan.run.code).name,
         }  # fmt: skip
 
@@ -189,6 +181,8 @@ class OverSsh(Platform[Any, SshRequest]):
             have = mirror.have(run, everything)
             answer = self._request(handle, "look", have=have, logs=everything, begun=begun)
             mirror.apply(run, answer)
+            if "ended" in answer and read_json(run.handle) == handle:  # so the same command is a run of its own
+                write_json(run.handle, handle | {"accepted": True, "there": answer["ended"]})
             if not (everything and answer.get("more")):
                 status = answer["status"]
                 return JobStatus(**status | {"phase": Phase(status["phase"])})
@@ -248,25 +242,12 @@ def _place(handle: dict[str, Any]) -> Place:
     return Place(connection, handle["ssh_folder"], handle.get("python"), handle["environment"])
 
 
-def _is_given(site: Any) -> bool:
-    """Whether the site names the Python that submits there; that of a container is another one."""
-    return site.python is not None and getattr(site, "runtime", "none") == "none"
-
-
-def _runs(site: Any) -> str:
-    """Where run folders are over there."""
-    return getattr(site, "runs", None) or f"{site.ssh_folder}/runs"
-
-
-def _wanted(site: Any, code: Path) -> dict[str, str]:
-    """What the environment over there is made from; nothing where the site names one."""
-    return {} if _is_given(site) else requirements(code, getattr(site, "runtime", "docker") != "none")
-
-
-def _site_text(plan: AnyPlan) -> str:
-    """The site file for over there. The Python that runs Muster there is that of the agents."""
-    left_out = (*OF_HERE, "python") if getattr(plan.site, "runtime", "none") == "none" else OF_HERE
-    return json.dumps({key: value for key, value in asdict(plan.site).items() if key not in left_out}, indent=1) + "\n"
+def _is_at(site: Any, run: RunFolder) -> bool:
+    """Whether a run is where its site file leads now."""
+    handle, asked = read_json(run.handle) or {}, where(site)
+    if handle.get("last"):  # it stays in the folder that it has
+        del asked["runs"]
+    return all(handle.get(key) == value for key, value in asked.items())
 
 
 def _site_of(run: RunFolder) -> str:
@@ -276,7 +257,8 @@ def _site_of(run: RunFolder) -> str:
 
 
 def _is_unfinished(run: RunFolder) -> bool:
-    return (read_json(run.handle) or {}).get("accepted") is False
+    handle = read_json(run.handle) or {}
+    return handle.get("accepted") is False and not handle.get("cancelled")
 
 
 def _has_code_of_now(run: RunFolder, job: Job) -> bool:

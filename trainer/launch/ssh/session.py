@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import JobError, MaybeAccepted
+from trainer.errors import JobError, MaybeAccepted, Refused
 from trainer.launch.ssh.connection import Connection, NotReached
 from trainer.launch.ssh.parcel import pack_muster
 
@@ -103,7 +103,7 @@ class Session:
             if "note" in answer:
                 print(f"{self.host}: {answer['note']}", file=sys.stderr, flush=True)
             elif "refused" in answer:
-                raise (MaybeAccepted if answer["maybe"] else JobError)(*answer["refused"])
+                raise KINDS.get(answer["kind"], JobError)(*answer["refused"])
             elif "error" in answer:
                 raise JobError("ssh", self.host, answer["text"], REMEDIES[answer["error"]])
             elif "alive" not in answer:
@@ -167,6 +167,8 @@ class Session:
         return self.process.poll() is None and not self.said.closed
 
 
+KINDS: dict[str, type[JobError]] = {kind.__name__: kind for kind in (MaybeAccepted, Refused)}
+"""Of what may be refused over there, what matters here."""
 REMEDIES = {
     "python": "Muster needs Python 3.10 or newer there: set `python` in the site file to the path of one",
     "folder": "Set `ssh_folder` to a folder of yours, or: chmod go-w",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.load import merge_job, to_job
-from trainer.errors import JobError
+from trainer.errors import JobError, MaybeAccepted, Refused
 from trainer.launch.local.gpu_lease import try_lock
 from trainer.launch.platform import AnyPlatform, Plan, find_platform
 from trainer.launch.ssh.mirror import LOCK, run_of
@@ -38,7 +38,10 @@ def submit(
     folder: Path, platform_name: str, runs: str, name: str, submission: str, job: str, source: dict[str, Any],
     site: str, code: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Submit a run, new or to be continued; or find that this was done. Return its handle here."""
+    """Submit a run, new or to be continued; or find that this was done. Return its handle here.
+
+    Raises Refused: the job is not here. Of every other error, an earlier try may have handed it over.
+    """
     run = _make(run_of(f"{runs}/{name}").path)
     platform = find_platform(platform_name)
     with _lock(run):
@@ -53,15 +56,27 @@ def submit(
         begun = read_json(run.plan / BEGUN) or {}
         if begun.get("submission") == submission and (found := _find(platform, run, begun["known"])):
             return _keep(run, platform, submission, found)
-        plan = _plan(platform, run, job)
-        steps = removed_if_refused([run]) if is_new else continued(run, plan)
-        with steps:
-            known = [] if is_new else platform.find(run)
-            write_json(run.plan / BEGUN, {"submission": submission, "known": known})
-            send(platform, plan, False, {"submission": submission})
-        handle = read_json(run.handle)
-        assert handle is not None
-        return handle
+        with _told():
+            plan = _plan(platform, run, job)
+            with removed_if_refused([run]) if is_new else continued(run, plan):
+                known = [] if is_new else platform.find(run)
+                write_json(run.plan / BEGUN, {"submission": submission, "known": known})
+                return send(platform, plan, False, {"submission": submission})
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Say of what goes wrong whether the job is here. Raises Refused: it is not; MaybeAccepted: nobody knows."""
+    try:
+        yield
+    except MaybeAccepted:
+        raise
+    except JobError as error:
+        raise Refused(error.key, error.value, error.problem, error.remedy) from None
+    except OSError as error:  # such as a full disk, when the platform has answered
+        raise MaybeAccepted(
+            "runs", error.filename, f"cannot be written: {error.strerror}", "Correct that over there"
+        ) from None
 
 
 def _keep(run: RunFolder, platform: AnyPlatform, submission: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import JobError, MaybeAccepted
+from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.platform import JobStatus, Phase
 from trainer.launch.ssh import mirror
@@ -74,7 +74,7 @@ class There:
                     answer = getattr(self, "do_" + request.pop("verb"))(**request)
                 except JobError as error:
                     words = [error.key, error.value, error.problem, error.remedy]
-                    self.say(refused=words, maybe=isinstance(error, MaybeAccepted))
+                    self.say(refused=words, kind=type(error).__name__)
                 except OSError as error:
                     self.say(error="system", text=f"{error.filename or self.folder}: {error.strerror}")
                 else:
@@ -135,7 +135,8 @@ class There:
             return {"status": vars(JobStatus(Phase.LOST, mirror.NEVER)), "files": {}, "gone": []}
         self._need(handle["platform"])
         status = ask()  # first: what it was told to be before its files were read, they may explain
-        return {"status": vars(status), **mirror.collect(folder, have, logs)}
+        ended = {"ended": handle} if begun and not status.is_active else {}
+        return {"status": vars(status), **ended, **mirror.collect(folder, have, logs)}
 
     def do_cancel(self, run: str) -> dict[str, Any]:
         return self._act(control.cancel, run)
