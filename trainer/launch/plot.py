@@ -13,7 +13,7 @@ from trainer.errors import DONE, FAILED, JobError
 from trainer.launch.listing import differences, read_job
 from trainer.records import is_count, parse_lines, read_json
 from trainer.run.folder import RunFolder
-from trainer.run.named import find_path, find_run
+from trainer.run.named import find_any, find_run
 from trainer.run.progress import measured
 from trainer.run.sweep import read_sweep
 
@@ -109,7 +109,7 @@ def plot(given: Sequence[str], output: Path | None) -> int:
 
 def runs_of(given: str) -> list[RunFolder]:
     """The run that is meant, or those of a sweep. Raises JobError: there is none."""
-    path = find_path(given) or find_path(given, sweeps=True)
+    path = find_any(given)
     sweep = read_sweep(path) if path else None
     return sweep.runs if sweep else [find_run(given)]
 

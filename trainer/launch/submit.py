@@ -1,7 +1,9 @@
 """How a job becomes a run on its platform: `muster run`, `submit` and `render`, apart from parsing."""
 
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,6 +83,8 @@ def _begin(
     run = _find_run(job_path)
     if run is not None:
         check_owner(run)
+        if not Path(job_path).exists():  # it may have been meant to be a job file
+            print(f"note: {job_path} is the run {run.name}", file=sys.stderr)
     platform, plan = make_plan(job_path, overrides, on, site)
     if begun := platform.unfinished(plan):
         with removed_if_refused([begun] if run is None else [], Refused):  # it may be there by an earlier try
@@ -108,7 +112,8 @@ def continued(run: RunFolder, plan: AnyPlan) -> Iterator[None]:
         raise JobError("RUN", str(run), f"may still be running: {now.reason}", remedy)
     if handle and now.is_active:
         raise JobError("RUN", str(run), "is running", "Cancel it first, or follow it with `muster logs -f`")
-    before = {path: path.read_bytes() for path in (run.job, run.platform, run.failure, run.result) if path.exists()}
+    files = [path for path in (run.job, run.platform, run.failure, run.result) if path.exists()]
+    before = {path: (path.read_bytes(), path.stat()) for path in files}
     run.job.write_text(plan.job_text)
     run.record("continued")
     for stale in (run.failure, run.result):
@@ -118,8 +123,9 @@ def continued(run: RunFolder, plan: AnyPlan) -> Iterator[None]:
     except Cut:
         raise
     except JobError as error:
-        for path, content in before.items():
+        for path, (content, stat) in before.items():
             path.write_bytes(content)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # it is `latest` no more than before
         run.record("ended", code=WRONG_JOB, reason=str(error))  # otherwise it would be pending forever
         raise
 

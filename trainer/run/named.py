@@ -4,7 +4,7 @@ import glob
 from pathlib import Path
 
 from trainer.errors import JobError, did_you_mean
-from trainer.run.folder import RunFolder
+from trainer.run.folder import JOB, RunFolder
 
 RUNS = Path("runs")
 """Where a name without a folder is looked for."""
@@ -33,7 +33,8 @@ def find_path(given: str, sweeps: bool = False) -> Path | None:
     Raises JobError: several match.
     """
     path, root = Path(given), _root(given)
-    if path.exists():
+    is_name = path.parent == Path() and path.name  # and not `.`; a folder of code here may be called as the job is
+    if path.exists() and (not is_name or _is_run(path)):
         return path
     if (root / path.name).is_dir():
         return root / path.name
@@ -45,11 +46,28 @@ def find_path(given: str, sweeps: bool = False) -> Path | None:
     if path.name == LATEST:
         return found[-1] if found else None
     if len(found) > 1:
+        kind = "sweeps" if sweeps else "runs"
         names = ", ".join(each.name for each in found[-SHOWN:])
         which = f"the newest of {len(found)} are" if len(found) > SHOWN else "they are"
         remedy = f"Give more of the name, or `{root / LATEST if root != RUNS else LATEST}`"
-        raise JobError("RUN", given, f"several runs start with it; {which} {names}", remedy)
+        raise JobError("RUN", given, f"several {kind} start with it; {which} {names}", remedy)
     return found[0] if found else None
+
+
+def find_any(given: str) -> Path | None:
+    """What is meant, be it a run or a sweep; `latest` is a run. Raises JobError: several match."""
+    run = find_path(given)
+    sweep = find_path(given, sweeps=True)
+    if Path(given).name != LATEST and run is not None and sweep is not None and run != sweep:
+        problem = f"the run {run.name} and the sweep {sweep.name} start with it"
+        raise JobError("RUN", given, problem, "Give more of the name")
+    return run or sweep
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is a run, by its folder or its job file, or a sweep."""
+    run = RunFolder(path)
+    return run.exists() or run.sweep.is_file() or (path.name == JOB and path.is_file())
 
 
 def _root(given: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.errors import JobError
 from trainer.run.folder import RunFolder
-from trainer.run.named import find_path, find_run
+from trainer.run.named import find_any, find_path, find_run
 
 
 def make(path: Path, age: int = 0) -> RunFolder:
@@ -90,3 +90,24 @@ def test_a_sweep_is_no_run(runs: Path) -> None:
     assert str(find_path("digits-s", sweeps=True)) == "runs/digits-sweep-1128-13-dddd"
     assert find_path("latest", sweeps=True) == find_path("digits-s", sweeps=True)
     assert find_path("jobs/digits.yaml") == Path("jobs/digits.yaml") and find_path("jobs/nothing.yaml") is None
+
+
+def test_a_folder_or_file_that_is_no_run_hides_none(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the folder of a job's code, which is called as the job is."""
+    make(runs / "cells-1128-14-eeee")
+    Path("cells").mkdir()
+    Path("digits-1128-10").touch()
+    assert (find_run("cells").name, find_run("digits-1128-10").name) == ("cells-1128-14-eeee", "digits-1128-10-aaaa")
+    assert find_path(".") == Path() and find_path("jobs") is None
+    monkeypatch.chdir(runs / "digits")
+    assert {find_run(given).path for given in (".", "job.yaml", "../digits")} == {runs / "digits"}
+
+
+def test_a_name_that_fits_a_run_and_a_sweep_is_refused(runs: Path) -> None:
+    make(runs / "digits-small-1128-14-eeee")
+    with pytest.raises(JobError, match=r"the run digits-small-1128-14-eeee and the sweep digits-sweep-.* start with"):
+        find_any("digits-s")
+    assert [found.name for given in ("digits-sm", "digits-sw", "latest") if (found := find_any(given))] == [
+        "digits-small-1128-14-eeee", "digits-sweep-1128-13-dddd", "digits-small-1128-14-eeee",
+    ]  # fmt: skip
+    assert find_any("nothing") is None
