@@ -19,7 +19,7 @@ from trainer.run.goodput import goodput
 from trainer.run.history import likely_end, restart_causes, restarts_text, training_times, why_ended
 from trainer.run.line_file import warn
 from trainer.run.log_tail import Tail, nobody_reads
-from trainer.run.named import find_path, find_run
+from trainer.run.named import find_any, find_run
 from trainer.run.ownership import check_owner, foreign
 from trainer.run.progress import last_evaluation, measured, newest_lines, newest_step, pace
 from trainer.run.summary import separate_ranks
@@ -210,14 +210,21 @@ def logs(run_path: str, rank: int | None, following: bool) -> None:
 
 def cancel(given: str | RunFolder) -> None:
     """Stop a run for good; of a sweep those that have not ended."""
-    path = None if isinstance(given, RunFolder) else find_path(given) or find_path(given, sweeps=True)
+    path = None if isinstance(given, RunFolder) else find_any(given)
     sweep = read_sweep(path) if path else None
     if sweep is None:
         _cancel(given)
         return
+    failed = []
     for run in sweep.runs[::-1]:  # the last ones first: they wait for the others
-        if run.handle.exists() and status_of(run)[1]().is_active:
-            _cancel(run)
+        try:
+            if run.handle.exists() and status_of(run)[1]().is_active:
+                _cancel(run)
+        except JobError as error:  # the others are stopped all the same
+            failed.append((run, error))
+    for run, problem in failed:
+        if status_of(run)[1]().is_active:  # else it ended meanwhile
+            raise problem
 
 
 def _cancel(given: str | RunFolder) -> None:

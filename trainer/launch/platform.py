@@ -120,6 +120,8 @@ class Platform(ABC, Generic[SiteT, RequestT]):
     """Whether asking it writes into the run folder, which only its owner may let it do: a log there can be a link."""
     speaks = False
     """Whether asking it prints how a run goes that is followed."""
+    following = False
+    """Whether the caller waits for the end, and sees everything meanwhile."""
     runs_code_of_here = True
     """Whether ranks run the user's code that is on this machine, so that it must be there."""
     asks_machine = False

@@ -4,20 +4,21 @@ Slurm gets one array. Elsewhere each run is submitted by itself; on this machine
 where there are none, in their order (`trainer.launch.local.supervisor`).
 """
 
+import shutil
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import JobError
+from trainer.errors import Cut, JobError, MaybeAccepted
 from trainer.launch import control
 from trainer.launch.follow import follow
 from trainer.launch.platform import AnyPlan, AnyPlatform, combined_exit_code, platform_of
 from trainer.launch.submit import make_plan, make_run, place, refuse_run, removed_if_refused, send
 from trainer.records import read_json, write_json
+from trainer.run.line_file import warn
 from trainer.run.sweep import Sweep
 
 
@@ -69,21 +70,27 @@ def _submit_array(platform: AnyPlatform, plan: AnyPlan, sweep: Sweep) -> None:
 
 
 def _submit_each(plans: list[tuple[AnyPlatform, AnyPlan]], sweep: Sweep, following: bool) -> None:
-    """Submit one after the other. Raises JobError: one was refused; those before it stay what they are."""
+    """Submit one after the other. Raises JobError: one was refused, or may be there; the sweep ends with what is."""
     for _, plan in plans:
         plan.run.plan.mkdir(exist_ok=True)
         write_json(plan.run.part_of, {"sweep": str(sweep.folder)})
     for index, (platform, plan) in enumerate(plans):
-        left = [plan.run for _, plan in plans[index:]]
         try:
-            with removed_if_refused(left if index else [*left, sweep.folder]):
+            with removed_if_refused([plan.run]):
                 send(platform, plan, following)
         except JobError as error:
-            if not index:
+            kept = index + isinstance(error, MaybeAccepted)
+            for folder in [*sweep.runs[kept:], *([] if kept else [sweep.folder])]:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not kept:
                 raise
-            replace(sweep, values=sweep.values[:index], runs=sweep.runs[:index]).write()
-            note = f"{index} of the {len(plans)} runs were submitted before: `muster list {sweep.folder}` shows them"
-            raise JobError(error.key, error.value, error.problem, f"{error.remedy}. {note}") from None
+            replace(sweep, values=sweep.values[:kept], runs=sweep.runs[:kept]).write()
+            remedy = error.remedy
+            if isinstance(error, Cut):  # the same command would begin another sweep
+                remedy = f"The job may be there or not: `muster submit {plan.run}` completes it"
+            note = f"It was run {index + 1} of {len(plans)}, and none after it was submitted"
+            note += f": `muster list {sweep.folder}` shows what was"
+            raise type(error)(error.key, error.value, error.problem, f"{remedy}. {note}") from None
 
 
 def run_sweep(
@@ -97,13 +104,15 @@ def run_sweep(
     codes = []
 
     def stop() -> None:
-        for run in made.runs:
-            with suppress(JobError):  # it has ended
-                control.cancel(run)
+        try:
+            control.cancel(str(made.folder))
+        except JobError as error:  # those that go on are followed all the same
+            warn(str(error))
 
     for run, line in zip(made.runs, made.lines, strict=True):
         handle: dict[str, Any] = read_json(run.handle) or {}
         platform = platform_of(handle)
+        platform.following = True
         print(f"\nrun folder: {line}", flush=True)
         job = to_job(merge_job(run.job), platform.runs_code_of_here)
         codes.append(follow(run, job, partial(platform.status, run, handle), stop, all_ranks, platform.speaks))

@@ -53,7 +53,6 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
     poll_s = 2.0
     copies_logs = speaks = True
     runs_code_of_here = False  # alone: a module may be in the image
-    following = False
     code: Code | None = None
     """What goes with the run that was built last."""
 

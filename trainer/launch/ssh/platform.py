@@ -58,7 +58,6 @@ class OverSsh(Platform[Any, SshRequest]):
     }  # fmt: skip
     poll_s = 1.0
     copies_logs = True
-    following = False
 
     def __init__(self, inner: AnyPlatform) -> None:
         self.inner = inner
