@@ -22,6 +22,11 @@ def to_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, default=_plain).encode() + b"\n"
 
 
+def for_programs(value: Any) -> str:
+    """A value as JSON of which any program can make something: null where Python would write NaN or Infinity."""
+    return json.dumps(json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None))
+
+
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line with one write, so that lines of several processes of a machine never mix.
 

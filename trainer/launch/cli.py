@@ -1,6 +1,5 @@
 """The `muster` command."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from trainer.errors import DONE, FAILED, WRONG_JOB, JobError
 from trainer.launch import control
 from trainer.launch.platform import Phase
 from trainer.launch.submit import render_job, run_job, submit_job
+from trainer.records import for_programs
 from trainer.run.ownership import forbid_group_writes
 
 app = typer.Typer(
@@ -96,7 +96,7 @@ def status(run: RunFolder, as_json: Json = False) -> None:
     The exit code is 0, also for a run that failed; 1 when the platform cannot be asked.
     """
     found = control.status(run)
-    print(json.dumps(found) if as_json else control.status_text(found))
+    print(for_programs(found) if as_json else control.status_text(found))
     raise typer.Exit(FAILED if found["state"] == Phase.UNKNOWN else DONE)
 
 

@@ -1,6 +1,5 @@
 """Runs side by side: `muster list` of a folder, in a terminal as a table, and of a sweep, which says what was best."""
 
-import json
 import shutil
 import sys
 import time
@@ -12,7 +11,7 @@ import yaml
 
 from trainer.errors import JobError
 from trainer.launch import control
-from trainer.records import is_number
+from trainer.records import for_programs, is_number
 from trainer.run.descriptions import duration, number
 from trainer.run.folder import RunFolder
 from trainer.run.named import RUNS, find_path
@@ -29,16 +28,16 @@ LEAST_LAST, LEAST_NAME = 10, 16
 
 def list_runs(given: str, as_json: bool) -> str:
     """What `muster list` prints: of a sweep its results, else the runs of a folder."""
-    path = find_path(given, sweeps=True) or Path(given)
+    path = Path(given) if Path(given).is_dir() else find_path(given, sweeps=True) or Path(given)
     if not path.is_dir() and path != RUNS:
         raise JobError("RUNS", given, "is neither a folder nor a sweep", "`muster list` alone shows those in runs")
     sweep = read_sweep(path)
     if sweep is not None:
         found = compare_sweep(sweep)
-        return json.dumps(found) if as_json else sweep_text(found)
+        return for_programs(found) if as_json else sweep_text(found)
     statuses = control.list_all(path)
     if as_json:
-        return json.dumps(statuses)
+        return for_programs(statuses)
     return run_table(statuses, path) if sys.stdout.isatty() and statuses else control.list_text(statuses)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from trainer.errors import JobError
 from trainer.launch import control
 from trainer.launch.listing import list_runs, read_job
+from trainer.launch.platform import JobStatus, Phase
 from trainer.run.folder import RunFolder
 
 LONG = "a-job-with-a-name-that-is-longer-than-most-1128-142310-abcd"
@@ -82,6 +84,9 @@ def test_machines_get_what_they_got(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list_runs("runs", False) == f"done       local      step 360/360      {run}"
     assert json.loads(list_runs("runs", True)) == control.list_all(tmp_path / "runs")
     assert json.loads(list_runs("runs", True))[0]["metrics"] == {"loss": 0.5}
+    run.evaluation.write_text('{"step": 360, "attempt": 0, "loss": NaN, "worst": -Infinity, "accuracy": 0.5}')
+    found = json.loads(list_runs("runs", True), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found[0]["metrics"] == {"loss": None, "worst": None, "accuracy": 0.5}
 
 
 def sweep(root: Path, **fields: Any) -> Path:
@@ -130,6 +135,33 @@ def test_a_run_of_a_sweep_that_was_removed_is_no_other_run(
     monkeypatch.setattr(control, "_cancel", lambda run: pytest.fail(f"{run} was cancelled"))
     other.exit.unlink()
     control.cancel("cells-sweep")
+
+
+def test_all_runs_of_a_sweep_are_cancelled_though_one_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [make(tmp_path, f"cells-{number}", job()) for number in (1, 2, 3)]
+    folder = sweep(tmp_path)
+    left, problems = {run: JobStatus(Phase.RUNNING) for run in runs}, {"cells-2": "cannot be reached"}
+    cancelled = []
+
+    def cancel(run: RunFolder) -> None:
+        if run.name == "cells-3":  # it ended meanwhile
+            left[run] = JobStatus(Phase.DONE)
+        if run.name in ("cells-3", *problems):
+            raise JobError("RUN", run.name, problems.get(run.name, "is not running"), "Try it later")
+        cancelled.append(run.name)
+        left[run] = JobStatus(Phase.CANCELLED)
+
+    monkeypatch.setattr(control, "_cancel", cancel)
+    monkeypatch.setattr(control, "status_of", lambda run: ({}, lambda: left[run]))
+    with pytest.raises(JobError, match="'cells-2': cannot be reached"):
+        control.cancel(str(folder))
+    assert cancelled == ["cells-1"]
+    left[runs[2]] = JobStatus(Phase.RUNNING)
+    problems.clear()
+    control.cancel(str(folder))  # says nothing of the one that ended meanwhile
+    assert cancelled == ["cells-1", "cells-2"]
 
 
 def test_a_job_that_cannot_be_read_hides_nothing(terminal: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from trainer.launch.compare.table import text
 from trainer.launch.compare.verdict import MODES, NO_SYNC, summarize
 from trainer.launch.platform import Phase
 from trainer.launch.submit import refuse_run, submit_job
-from trainer.records import read_json, read_lines, write_json
+from trainer.records import for_programs, read_json, read_lines, write_json
 from trainer.run.folder import RunFolder, last_event
 from trainer.wiring.devices import visible_devices, wanted_devices
 from trainer.wiring.hardware import usable_processors
@@ -87,7 +87,7 @@ def compare(
     without = [item["speed"] for item in timed.pop(NO_SYNC, [])]
     result = summarize(facts, timed, without, refused, losses)
     write_json(folder / "compare.json", result)
-    print(json.dumps(result) if as_json else text(result))
+    print(for_programs(result) if as_json else text(result))
     drawn = plot(result, losses, folder / "compare.png")
     print(f"{folder}: {drawn}", file=sys.stderr if as_json else sys.stdout)
     return DONE
