@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import sys
 from itertools import pairwise
@@ -89,13 +87,12 @@ def test_without_matplotlib_tensorboard_shows_these_runs(
 
 
 def test_runs_are_drawn_into_one_picture(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if importlib.util.find_spec("matplotlib") is None:  # what happens then is tested above
-        return
+    figure = pytest.importorskip("matplotlib.figure").Figure  # without, see above
     assert plot.plot(["cells-s", "cells-1"], None) == 0
     assert capsys.readouterr().out == "plot.png\n" and Path("plot.png").read_bytes().startswith(b"\x89PNG")
     assert plot.plot(["cells-2"], Path("two.svg")) == 0
     runs = plot.runs_of("cells-s")
-    drawn = plot.draw(importlib.import_module("matplotlib.figure").Figure, runs, plot.labels(runs))
+    drawn = plot.draw(figure, runs, plot.labels(runs))
     loss, accuracy = drawn.axes
     assert (loss.get_title(), len(loss.lines), accuracy.get_title(), len(accuracy.lines)) == ("loss", 4, "accuracy", 2)
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["lr=0.1", "lr=0.01"]
