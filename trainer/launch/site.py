@@ -88,6 +88,9 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
         if key not in types:
             remedy = did_you_mean(key, types, "Known keys: " + ", ".join(types))
             raise JobError(key, value, f"unknown key in {path}", remedy)
+        if values.get("ssh") and key not in ("ssh", "ssh_config") and "${oc.env:" in str(value):
+            remedy = "Set it over there, such as in ~/.profile, or write $NAME in a path: that is taken from over there"
+            raise JobError(key, value, "would send a variable's value, which may be a secret, to that machine", remedy)
         if key == "ssh_config" or (key in PATHS and not values.get("ssh")):  # others are of the machine that ssh names
             values[key] = [expand(key, each) for each in value] if isinstance(value, list) else expand(key, value)
     try:

@@ -21,8 +21,10 @@ from trainer.run.log_tail import size
 GROWING = ("events/*.jsonl", "metrics.jsonl", "logs/node-*.log", "logs/slurm-*.out", "logs/supervisor.log")
 OF_RANKS = ("logs/rank-*.log", "logs/ranks-*/rank-*.log")
 REPLACED = ("evaluation.json", "result.json", "failure.json", "exit.json")
-NAME = re.compile(r"(events/[\w.-]+\.jsonl|metrics\.jsonl|logs/(ranks-\d+/)?\w[\w.-]*|\w+\.json)")
-"""What a file may be called that is written here because another machine says so."""
+NAME = re.compile(
+    r"(events/[\w.-]+\.jsonl|metrics\.jsonl|logs/(ranks-\d+/)?\w[\w.-]*|(evaluation|result|failure|exit)\.json)"
+)
+"""What a file may be called that is written here because another machine says so: none that decides what is done."""
 LOCK = "ssh.lock"
 """In the folder of the plan: held while a submission is under way."""
 NEVER = "its submission was cut off before the job was handed over; `muster submit RUN` completes it"
@@ -82,13 +84,15 @@ def apply(run: RunFolder, answer: dict[str, Any]) -> None:
         path = run.path / name
         if path == own_file(run.events):
             path = path.with_name(f"{path.stem}{HERE}.jsonl")
-        data = zlib.decompress(base64.b64decode(part["data"]))
+        data = zlib.decompressobj().decompress(base64.b64decode(part["data"]), PART)
         path.parent.mkdir(exist_ok=True)
         if name in REPLACED:
             pending = path.with_name(f".{path.name}.{os.getpid()}")
             pending.write_bytes(data)
             os.utime(pending, ns=(part["changed_ns"],) * 2)
             pending.replace(path)
+            continue
+        if not 0 <= part["begin"] <= size(path):  # it was made anew meanwhile, and is asked for again
             continue
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
             if part["begin"] == 0 and size(path):

@@ -76,6 +76,7 @@ def test_containers_are_not_rendered_for_this_machine(tmp_path: Path) -> None:
     (["ssh: -oProxyCommand=true"], "is not a host"), (["ssh: null", "ssh_config: site.yaml"], "ignored without ssh"),
     (["ssh_config: nowhere"], "there is no such file"), (["runtime: pyxis"], "needs an image"),
     (["runs: here"], "is not an absolute path"), (["ssh_folder: here"], "is not an absolute path"),
+    (["sbatch_args: ['--comment=${oc.env:HOME}']"], "would send"),
 ])  # fmt: skip
 def test_a_wrong_site_is_refused_before_anything_is_sent(tmp_path: Path, lines: list[str], words: str) -> None:
     where = site(tmp_path, *lines)
