@@ -5,6 +5,7 @@ for anything: what would be a prompt is an error that says what to do once by ha
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,13 +83,26 @@ class Connection:
         if self.shared.get("ControlPath") == "none":
             return
         asking = self.argv("-O", "check", "--", self.host, options=self.shared)
-        if _run(asking, CONNECT_S).returncode == 0:
-            return
         # auto, not yes: that one would not take the place of a socket whose process was killed
         options = self.shared | {"ControlMaster": "auto", "ControlPersist": str(KEPT_S)}
-        done = _run(self.argv("-f", "-N", "--", self.host, options=options), 3 * CONNECT_S)
+        with self._alone():
+            if _run(asking, CONNECT_S).returncode == 0:
+                return
+            done = _run(self.argv("-f", "-N", "--", self.host, options=options), 3 * CONNECT_S)
         if done.returncode:
-            raise self._refusal(done.stderr)
+            raise self._refusal(done.stderr, self.shared)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let other commands wait: of several connections that are made at once only one is shared, and ever closed."""
+        folder = _private_folder()
+        if folder is None:
+            yield
+            return
+        name = hashlib.sha256(f"{self.config} {self.host}".encode()).hexdigest()[:16]
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def command(self, text: str) -> list[str]:
         """The command line that runs `text` in a shell over there."""
@@ -98,13 +113,13 @@ class Connection:
         if self.shared.get("ControlPath"):
             _run(self.argv("-O", "exit", "--", self.host, options=self.shared), CONNECT_S)
 
-    def _refusal(self, said: str) -> JobError:
-        """What ssh says, in one line, with the remedy."""
+    def _refusal(self, said: str, options: dict[str, str] | None = None) -> JobError:
+        """What ssh says, in one line, with the remedy. `options`: for a shared connection."""
         lines = [line.strip() for line in said.splitlines() if line.strip() and "ControlSocket" not in line]
         text = lines[-1].rstrip(".") if lines else "ssh gave no reason"
         for pattern, kind, problem, remedy in REFUSALS:
             if re.search(pattern, said, re.IGNORECASE):
-                shared = [f"-o{name}={value}" for name, value in self.shared.items()]
+                shared = [f"-o{name}={value}" for name, value in (options or {}).items()]
                 login = shlex.join([*self._ssh, "-MNf", "-oControlPersist=8h", *shared, self.host])
                 words = {"by_hand": self.by_hand, "text": text, "login": login, "host": self.host}
                 return kind("ssh", self.host, problem.format(**words), remedy.format(**words))

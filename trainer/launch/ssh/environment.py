@@ -30,8 +30,8 @@ def make_environment(path: str, wanted: dict[str, str], say: Say) -> None:
             return
         say(note=f"making {place}: this happens once, and may take minutes")
         if not (place / "bin" / "pip").exists():
-            _run([sys.executable, "-m", "venv", "--clear", str(place)], place, say)
-        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+            _run([sys.executable, "-I", "-m", "venv", "--clear", str(place)], place, say)
+        pip = [str(place / "bin" / "python"), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
         for name, text in wanted.items():
             (place / name).write_text(text)
         # Complete and with hashes, so nothing else is looked for. The other packages are checked by version alone.

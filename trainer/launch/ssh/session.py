@@ -57,7 +57,7 @@ class Session:
         self.python = PLAIN.sub(r"\\\1", place.python or "python3")
         self.said, self.buffer, self.chatter = tempfile.TemporaryFile(), b"", b""  # noqa: SIM115
         self.process = subprocess.Popen(
-            place.connection.command(f"exec {self.python} -c '{RUN_TEXT}' {code} {words}"),
+            place.connection.command(f"exec {self.python} -I -c '{RUN_TEXT}' {code} {words}"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, start_new_session=True,
         )  # fmt: skip
         try:
@@ -131,6 +131,7 @@ class Session:
             if not new:
                 raise self._end()
             self.buffer += new
+            end = time.monotonic() + SILENCE_S
 
     def _end(self) -> JobError:
         """Why the other side is gone."""

@@ -8,12 +8,14 @@ import io
 import json
 import os
 import pwd
+import select
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +168,27 @@ class There:
         code = f"import json,os;print({self.mark!r}+json.dumps(dict(os.environ)))"
         words = [shell, "-l", "-c", f"exec {shlex.quote(sys.executable)} -I -c {shlex.quote(code)}"]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=LOGIN_S, start_new_session=True)
-            found = json.loads(done.stdout.rpartition(self.mark)[2])
-        except (OSError, subprocess.TimeoutExpired, ValueError):
-            return  # a shell without these options, or one that waits for something
+            found = json.loads(_said_after(self.mark, words))
+        except (OSError, ValueError):  # a shell without these options, or one that waits for something
+            self.say(note=f"{shell} -l does not show its environment: jobs get that of a plain ssh command")
+            return
         os.environ.update({name: value for name, value in found.items() if name not in ("_", "PWD", "SHLVL")})
+
+
+def _said_after(mark: str, words: Sequence[str]) -> str:
+    """The line after the mark that a command prints. What it leaves running may keep its output open."""
+    end, said = time.monotonic() + LOGIN_S, b""
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        while b"\n" not in (line := said.partition(mark.encode())[2]):
+            waits = not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]
+            if waits or not (new := os.read(process.stdout.fileno(), 1 << 16)):
+                break
+            said += new
+        process.kill()
+    return line.decode(errors="replace")
 
 
 def main() -> None:
