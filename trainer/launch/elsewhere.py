@@ -48,7 +48,8 @@ def take_modules(source: Path, code: Path, job: Job, own: Iterable[Path]) -> lis
             notes += [f"the module {name}, which your code imports from {path}, {kept}", *left_out]
         if paths:
             _keep_version(name, code / PACKAGES)
-        names = (names | _imports(code / PACKAGES)) - seen
+            names |= _imports(code / PACKAGES)
+        names -= seen
     return notes
 
 

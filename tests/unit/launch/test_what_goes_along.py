@@ -150,6 +150,19 @@ def test_modules_from_elsewhere_go_along(
     assert import_paths(RunFolder(tmp_path / "run").job) == [code, code / "src", packages]
 
 
+def test_copies_are_read_once_for_all_that_they_import(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each name again: with hundreds of files that took minutes."""
+    write(source, "training.py", text="import stems\n")
+    write(tmp_path / "library", "stems/__init__.py", text="".join(f"import nowhere{n}\n" for n in range(50)))
+    monkeypatch.syspath_prepend(tmp_path / "library")
+    read, imports = [], elsewhere._imports
+    monkeypatch.setattr(elsewhere, "_imports", lambda folder: read.append(folder) or imports(folder))
+    assert names(snapshot(source, tmp_path / "run") / ".muster/packages") == ["stems/__init__.py"]
+    assert len(read) == 2
+
+
 def test_what_is_installed_stays_there() -> None:
     import yaml
 
