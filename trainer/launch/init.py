@@ -1,6 +1,7 @@
 """`muster init`: the few files that a project wants to own. Nothing that is there already is changed."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def init(folder: Path, script: str | None) -> list[str]:
         raise JobError("FOLDER", str(folder), f"cannot be written: {error}", "Choose a folder of yours") from None
     if script is not None and f"script: {script}" not in (folder / JOB).read_text(errors="replace"):
         said.append(f"NOTE   {JOB} was there and runs something else: let it say `script: {script}`, and no task")
-    here = "" if folder.resolve() == Path.cwd().resolve() else f"cd {folder} && "
+    here = "" if folder.resolve() == Path.cwd().resolve() else f"cd {shlex.quote(str(folder))} && "
     edited = script or _stub(folder)[0]
     return [*said, f"Edit {edited} first, then {JOB}. Try it: {here}muster run {JOB}"]
 

@@ -58,6 +58,8 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert yaml.safe_load(found["job.yaml"])["script"] == "train.py"
     assert "docker-run:" in found["muster.mk"] and any("include muster.mk" in line for line in said)
     assert said[-1].endswith(f"cd {tmp_path} && muster run job.yaml")
+    (tmp_path / "my flowers").mkdir()
+    assert init(tmp_path / "my flowers", None)[-1].endswith(f"cd '{tmp_path}/my flowers' && muster run job.yaml")
 
 
 def ignored(name: str, lines: list[str]) -> bool:
