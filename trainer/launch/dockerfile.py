@@ -1,5 +1,6 @@
 """The Dockerfile of a project: one is made for a project that has none, and of any it is told what it is made of."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ LISTED = re.compile(r"^dependencies\s*=", re.MULTILINE)
 """In a pyproject.toml that lists them itself: not those of other tools, and not `dynamic` ones."""
 UNREAD = ("poetry.lock", "environment.yml", "environment.yaml", "Pipfile", "setup.py", "setup.cfg")
 DEPENDENCIES = (
-    "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb')).get('project', {}); "
+    "import importlib, sys; "
+    "toml = importlib.import_module('tomllib' if sys.version_info >= (3, 11) else 'pip._vendor.tomli'); "
+    "project = toml.load(open('pyproject.toml', 'rb')).get('project', {}); "
     "print(*project.get('dependencies', []), sep='\\n')"
 )
 PIP = "pip install --no-cache-dir"
@@ -66,7 +69,7 @@ def _installation(folder: Path, found: str) -> list[str]:
         return ["COPY uv.lock pyproject.toml ./", f"{run}{PIP} uv && {export} | {from_input}"]
     if found == "pyproject.toml":
         return [f"COPY {found} ./", run + of_project]
-    files = list(dict.fromkeys(_requirement_files(folder, found)))
+    files = _requirement_files(folder, found, [])
     lines = [f"COPY {name} {Path(name).parent.as_posix()}/" for name in files]
     listed = [name for name in files if name.endswith(".txt")]
     if any(_names_folder(line) for name in listed for line in (folder / name).read_text(errors="replace").splitlines()):
@@ -80,14 +83,15 @@ def _names_folder(line: str) -> bool:
     return bool(re.match(LOCAL, line)) and not ARCHIVE.match(line)
 
 
-def _requirement_files(folder: Path, name: str) -> Iterator[str]:
-    """A file of requirements, those that it includes, and archives beside it."""
-    yield name
+def _requirement_files(folder: Path, name: str, found: list[str]) -> list[str]:
+    """Add to `found` a file of requirements, those that it includes, and archives beside it."""
+    found.append(name)
     text = (folder / name).read_text(errors="replace") if name.endswith(".txt") else ""
     for included in (*INCLUDED.findall(text), *ARCHIVE.findall(text)):
-        inner = (Path(name).parent / included).as_posix()
-        if "://" not in included and (folder / inner).is_file():
-            yield from _requirement_files(folder, inner)
+        inner = os.path.normpath(Path(name).parent / included)
+        if "://" not in included and inner not in found and (folder / inner).is_file():
+            _requirement_files(folder, inner, found)
+    return found
 
 
 def sources(folder: Path, text: str) -> list[str]:

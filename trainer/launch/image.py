@@ -21,6 +21,7 @@ from trainer.launch.docker.engine import docker, ensure_engine, refusal
 from trainer.launch.dockerfile import OURS, dockerfile, sources
 from trainer.launch.platform import find_platform
 from trainer.launch.pushed import record_push
+from trainer.launch.site import ours
 from trainer.run.tree_hash import hash_files, tree_hash
 
 BASE = "muster-base"
@@ -95,7 +96,7 @@ def _is_there(image: str) -> bool:
 
 def _make_base(words: Sequence[str]) -> str:
     """Make Muster's own image, where it is not there yet; return its name."""
-    recipe = _ours("docker") / "Dockerfile"
+    recipe = ours("docker") / "Dockerfile"
     with tempfile.TemporaryDirectory(prefix="muster-image-") as name:
         copy_sources(Path(name))
         inputs = "\0".join([tree_hash(Path(name)), recipe.read_text(), *words])
@@ -110,21 +111,14 @@ def _make_base(words: Sequence[str]) -> str:
 def copy_sources(context: Path) -> None:
     """Bring together what docker/Dockerfile reads, readable for everybody: in an image it is root's."""
     (context / "docker").mkdir()
-    shutil.copyfile(_ours("docker") / "lock.txt", context / "docker/lock.txt")
+    shutil.copyfile(ours("docker") / "lock.txt", context / "docker/lock.txt")
     for name in FILES:
-        shutil.copyfile(_ours(name), context / name)
+        shutil.copyfile(ours(name), context / name)
     left_out = shutil.ignore_patterns("__pycache__", "templates")
-    for folder in (_ours("jobs"), Path(trainer.__file__).parent):
+    for folder in (ours("jobs"), Path(trainer.__file__).parent):
         shutil.copytree(folder, context / folder.name, ignore=left_out)
     for path in context.rglob("*"):
         path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-
-
-def _ours(name: str) -> Path:
-    """A file or folder that lies beside the package in a clone, and inside of it where the wheel is installed."""
-    package = Path(trainer.__file__).resolve().parent
-    places = package / "templates" / name, package / "templates/sources" / name, package.parent / name
-    return next((path for path in places if path.exists()), places[-1])
 
 
 def _build(words: Sequence[str], text: str | None = None) -> None:

@@ -35,13 +35,18 @@ def template(folder: str, name: str) -> Path:
 
     Raises JobError: there is none.
     """
-    package = Path(trainer.__file__).resolve().parent
-    for root in (Path.cwd(), package / "templates", package.parent):
-        path = root / folder / name
+    for path in (Path.cwd() / folder / name, ours(f"{folder}/{name}")):
         if path.is_file():
             return path
     remedy = "Install muster-train again: its templates are missing"
     raise JobError(f"{folder}/{name}", str(Path.cwd()), "there is no such file", remedy)
+
+
+def ours(name: str) -> Path:
+    """A file or folder of Muster's: it lies beside the package in a clone, and inside of it in a wheel."""
+    package = Path(trainer.__file__).resolve().parent
+    places = package / "templates" / name, package / "templates/sources" / name, package.parent / name
+    return next((path for path in places if path.exists()), places[-1])
 
 
 def check_rules(rules: Iterable[Rule]) -> None:

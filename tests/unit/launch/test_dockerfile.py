@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import documents
@@ -58,13 +59,15 @@ def test_a_lock_comes_first(tmp_path: Path) -> None:
 def test_the_list_of_pyproject(tmp_path: Path) -> None:
     write(tmp_path, pyproject_toml=PYPROJECT)
     words = shlex.split(installation(dockerfile(tmp_path)).partition(" | ")[0])
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "einops>=0.7\ntqdm\n"
+    in_310 = [*words[:2], f"import sys; sys.version_info = 3, 10; sys.modules['tomllib'] = None; {words[2]}"]
+    for command in (words, in_310):
+        done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == "einops>=0.7\ntqdm\n"
 
 
 def test_requirements_with_others_in_them(tmp_path: Path) -> None:
     """Files that they include come along; folders of this machine do not, because the code comes with the run."""
-    lines = "-r more/base.txt\n-c pins.txt\n-e .\n./lib\n--editable=libs/x\n.[dev]\n-e git+https://a.example/b\nnumpy\n.\n./wheels/a.whl\n"
+    lines = "-r requirements.txt\n-r more/base.txt\n-c pins.txt\n-e .\n./lib\n--editable=libs/x\n.[dev]\n-e git+https://a.example/b\nnumpy\n.\n./wheels/a.whl\n"
     write(
         tmp_path,
         requirements_txt=lines,
@@ -85,7 +88,7 @@ def test_requirements_with_others_in_them(tmp_path: Path) -> None:
     assert "more/base.txt more/" in copies and "requirements.txt ./" in copies
     (edit,) = re.findall(r"^RUN (sed .*)", text, re.MULTILINE)
     subprocess.run(["sh", "-c", edit], cwd=tmp_path, check=True)
-    kept = "-r more/base.txt\n-c pins.txt\n-e git+https://a.example/b\nnumpy\n./wheels/a.whl\n"
+    kept = "-r requirements.txt\n-r more/base.txt\n-c pins.txt\n-e git+https://a.example/b\nnumpy\n./wheels/a.whl\n"
     assert (tmp_path / "requirements.txt").read_text() == kept
     assert "tomllib" in text and "--requirement requirements.txt" in text
 

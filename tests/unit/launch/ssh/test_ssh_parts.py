@@ -188,6 +188,25 @@ def test_an_environment_has_what_the_image_has_and_what_the_project_lists(tmp_pa
         packages.requirements(tmp_path, False)
 
 
+def test_what_a_list_includes_is_read_as_pip_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constraints install nothing; lists at an address, or that include themselves, are none of our files to read."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "requirements.txt": "numpy\n-r deep/more.txt\n-c pins.txt\n-r https://a.example/base.txt\n",
+        "deep/more.txt": "-r ../requirements.txt\ntqdm\n", "pins.txt": "torch==2.11.0\n-r deep/pins.txt\n",
+        "deep/pins.txt": "numpy==1.26\n", "docker/lock.txt": "flask==3.0\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    wanted = packages.requirements(tmp_path, False)
+    assert wanted["others.txt"] == "-c constraints.txt\ntorch\nnumpy\ntqdm\n-r https://a.example/base.txt\n"
+    assert wanted["constraints.txt"] == "torch==2.11.0\nnumpy==1.26\n"
+    assert "flask" not in wanted["locked.txt"], "a lock file of the project's is not Muster's"
+    (tmp_path / "deep/pins.txt").unlink()
+    with pytest.raises(JobError, match=r"include deep/pins\.txt, which is not in"):
+        packages.requirements(tmp_path, False)
+
+
 @pytest.mark.parametrize(("said", "code", "words"), [
     ("@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", WRONG_JOB, "another host key"),
     ("ssh: connect to host a port 22: Connection timed out", FAILED, "cannot be reached"),
