@@ -13,7 +13,7 @@ import re
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from trainer.config.job import Job
@@ -23,7 +23,7 @@ from trainer.launch.source_files import copy_files, list_files
 LIMIT_MB = 10
 """A larger package has more than code in it."""
 COMPILED = (".so", ".pyd", ".dylib")
-IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([A-Za-z_]\w*)|import[ \t]+([^#\n;]+))", re.MULTILINE)
+IMPORT = re.compile(r"(?:^|[;:])[ \t]*(?:from[ \t]+([A-Za-z_]\w*)|import[ \t]+([^#\n;]+))", re.MULTILINE)
 OURS = ("trainer", "muster")
 
 
@@ -117,8 +117,16 @@ def _take(name: str, path: Path, source: Path, code: Path) -> tuple[str, list[st
 
 def _keep_version(name: str, folder: Path) -> None:
     """Let the module find its version by `importlib.metadata`, as many do when they are imported."""
+    owners = _owners(tuple(sys.path)).get(name, [])
+    owner = owners[0] if len(owners) == 1 else name  # of a namespace that several share, nobody
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found = importlib.metadata.distribution(name)
-        info = folder / f"{name}-{found.version}.dist-info"
+        version = importlib.metadata.version(owner)
+        info = folder / f"{re.sub('[-.]+', '_', owner)}-{version}.dist-info"
         info.mkdir(parents=True, exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found.version}\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {owner}\nVersion: {version}\n")
+
+
+@functools.cache
+def _owners(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Which installed packages have which modules, by the folders of `sys.path`."""
+    return importlib.metadata.packages_distributions()

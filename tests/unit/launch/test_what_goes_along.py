@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -148,6 +149,23 @@ def test_modules_from_elsewhere_go_along(
     assert "unused" not in said and said.count("goes along as a copy") == 5
     write_json(tmp_path / "run/plan/source.json", {"working_directory": str(source), "job_folder": str(source)})
     assert import_paths(RunFolder(tmp_path / "run").job) == [code, code / "src", packages]
+
+
+def test_a_copy_knows_its_version_by_whatever_name_it_was_installed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `pip install -e` leaves it there, with setuptools: the names of the modules beside that of the package."""
+    info = tmp_path / "installed/stem_tools-1.2.dist-info"
+    write(info, "METADATA", text="Metadata-Version: 2.1\nName: stem-tools\nVersion: 1.2\n")
+    write(info, "top_level.txt", text="stems\n")
+    write(tmp_path / "library", "stems/__init__.py", "leaves.py")
+    for folder in (tmp_path / "installed", tmp_path / "library"):
+        monkeypatch.syspath_prepend(folder)
+    write(source, "training.py", text="x = 1; import stems\ntry: import leaves\nexcept ImportError: pass\n")
+    packages = snapshot(source, tmp_path / "run") / ".muster/packages"
+    assert names(packages) == ["leaves.py", "stem_tools-1.2.dist-info/METADATA", "stems/__init__.py"]
+    (found,) = importlib.metadata.distributions(name="stem-tools", path=[str(packages)])
+    assert found.version == "1.2"
 
 
 def test_copies_are_read_once_for_all_that_they_import(
