@@ -8,12 +8,12 @@ import hashlib
 import io
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from trainer.errors import JobError
+from trainer.launch.archive import tar_folder
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
 from trainer.launch.snapshot import check_files, take_snapshot
@@ -112,31 +112,7 @@ def _pack(plan: Plan[KubernetesSite], tree: Path) -> Code:
     working = Path(source.get("working_directory", Path.cwd()))
     folder = Path(source.get("job_folder", plan.job_folder or working))
     inside = folder.relative_to(working) if folder.is_relative_to(working) else Path()
-    return Code(_tar(tree), MOUNT / inside)
-
-
-def _tar(tree: Path) -> bytes:
-    """Files and links with what makes them: content, target, and whether they may be run."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path in sorted(_walk(tree)):
-            member = tarfile.TarInfo(str(path.relative_to(tree)))
-            if path.is_symlink():
-                member.type, member.linkname, member.mode = tarfile.SYMTYPE, str(path.readlink()), 0o777
-                archive.addfile(member)
-                continue
-            content = path.read_bytes()
-            member.size, member.mode = len(content), 0o555 if path.stat().st_mode & 0o111 else 0o444
-            archive.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        else:
-            yield path
+    return Code(tar_folder(tree), MOUNT / inside)
 
 
 def _largest(code: Code) -> str:

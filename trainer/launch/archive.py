@@ -1,0 +1,29 @@
+"""Trees as tars that leave this machine: equal trees make equal ones, wherever and whenever they are made."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def tar(files: Iterable[tuple[str, Path]]) -> bytes:
+    """Files and links by the names that they get, with what makes them: content, target, and whether they may be run."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, path in sorted(files):
+            entry, facts = tarfile.TarInfo(name), path.lstat()
+            if path.is_symlink():
+                entry.type, entry.linkname, entry.mode = tarfile.SYMTYPE, os.readlink(path), 0o777
+                archive.addfile(entry)
+                continue
+            entry.size, entry.mode = facts.st_size, 0o555 if facts.st_mode & 0o111 else 0o444
+            with path.open("rb") as file:
+                archive.addfile(entry, file)
+    return stream.getvalue()
+
+
+def tar_folder(folder: Path) -> bytes:
+    """All files and links below a folder."""
+    found = [Path(place, name) for place, folders, names in os.walk(folder) for name in (*folders, *names)]
+    return tar((str(path.relative_to(folder)), path) for path in found if path.is_symlink() or path.is_file())
