@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def tar(files: Iterable[tuple[str, Path]]) -> bytes:
-    """Files and links by the names that they get, with what makes them: content, target, and whether they may be run."""
+    """Files and links by the names that they get, with content, target, and whether they may be run."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, path in sorted(files):
