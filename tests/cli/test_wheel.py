@@ -13,7 +13,7 @@ from pathlib import Path
 import omegaconf
 import pytest
 
-from trainer.launch.image import copy_sources
+from trainer.launch.image_inputs import copy_sources
 from trainer.run.folder import RunFolder
 from trainer.run.tree_hash import tree_hash
 
@@ -85,7 +85,7 @@ def test_the_image_is_made_of_the_same_files_as_in_a_clone(project: Project, tmp
         path.chmod(0o600)
     copy_sources(tmp_path)
     of_wheel = tmp_path.with_name("of wheel")
-    program = "import sys, pathlib, trainer.launch.image as image; image.copy_sources(pathlib.Path(sys.argv[1]))"
+    program = "import sys, pathlib, trainer.launch.image_inputs as image; image.copy_sources(pathlib.Path(sys.argv[1]))"
     of_wheel.mkdir()
     subprocess.run([project.python, "-c", program, of_wheel], cwd=project.folder, check=True)
     assert tree_hash(of_wheel) == tree_hash(tmp_path)

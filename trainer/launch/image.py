@@ -4,9 +4,7 @@ Muster's own is made of docker/Dockerfile and of what that reads: of the clone, 
 """
 
 import contextlib
-import hashlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,21 +13,13 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import trainer
 from trainer.errors import JobError, wrong_choice
 from trainer.launch.docker.engine import docker, ensure_engine, refusal
-from trainer.launch.dockerfile import OURS, dockerfile, sources
+from trainer.launch.image_inputs import copy_sources, look_at_inputs, of_base
 from trainer.launch.platform import find_platform
 from trainer.launch.pushed import record_push
 from trainer.launch.site import ours
-from trainer.run.tree_hash import hash_files, tree_hash
 
-BASE = "muster-base"
-"""The name of Muster's own image on this machine."""
-FILES = ("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "muster.py")
-"""What docker/Dockerfile reads beside docker/lock.txt, jobs and the package."""
-DIGITS = 12
-"""Of a hash in a tag."""
 STEP = re.compile(r"------\n > (.*)\n((?:.*\n)*?)------\n")
 """Where docker build repeats the step that failed, and what that printed last."""
 OFFLINE = "name resolution|network is unreachable|no route to host|failed to resolve source|no matching distribution"
@@ -60,11 +50,11 @@ def make_image(on: str | None, site: Path | None, push: bool, words: Sequence[st
         raise JobError("image", image, problem, f"Write registry.example/team/{repository}, or add --on or --site")
     ensure_engine()
     folder = Path.cwd()
-    own = folder / "Dockerfile"
-    text = own.read_text(errors="replace") if own.is_file() else dockerfile(folder)
-    base = _make_base(words) if OURS.search(text) else ""
-    inputs = "\0".join([text, hash_files(folder, sources(folder, text)), base, version("muster-train"), *words])
-    built = f"{repository}:{hashlib.sha256(inputs.encode()).hexdigest()[:DIGITS]}"
+    own, made_of = folder / "Dockerfile", look_at_inputs(folder, words)
+    base = made_of.base
+    if base:
+        _make_base(base, words)
+    built = f"{repository}:{made_of.tag}"
     if _is_there(built):
         yield f"{built} is up to date"
     else:
@@ -72,13 +62,13 @@ def make_image(on: str | None, site: Path | None, push: bool, words: Sequence[st
         if own.is_file():
             _build([*on_base, f"--tag={built}", *words, str(folder)])
         else:
-            _build([*on_base, f"--tag={built}", "--file=-", *words, str(folder)], text)
+            _build([*on_base, f"--tag={built}", "--file=-", *words, str(folder)], made_of.dockerfile)
         yield f"built {built}"
     docker("tag", built, f"{repository}:{tag}")
     if push:
         digest = _push(built, repository)
         _push(f"{repository}:{tag}", repository)
-        record_push(image, digest)
+        record_push(image, digest, made_of.tag, words)
         yield f"pushed {digest}, which jobs on {on} from this folder use"
 
 
@@ -94,31 +84,14 @@ def _is_there(image: str) -> bool:
     return subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode == 0
 
 
-def _make_base(words: Sequence[str]) -> str:
-    """Make Muster's own image, where it is not there yet; return its name."""
-    recipe = ours("docker") / "Dockerfile"
-    with tempfile.TemporaryDirectory(prefix="muster-image-") as name:
-        copy_sources(Path(name))
-        inputs = "\0".join([tree_hash(Path(name)), recipe.read_text(), *words])
-        number = version("muster-train")
-        base = f"{BASE}:{number}-{hashlib.sha256(inputs.encode()).hexdigest()[:DIGITS]}"
-        if not _is_there(base):
-            print(f"building {base} first, once for this version of Muster", file=sys.stderr)
-            _build([f"--file={recipe}", f"--build-arg=VERSION={number}", f"--tag={base}", *words, name])
-    return base
-
-
-def copy_sources(context: Path) -> None:
-    """Bring together what docker/Dockerfile reads, readable for everybody: in an image it is root's."""
-    (context / "docker").mkdir()
-    shutil.copyfile(ours("docker") / "lock.txt", context / "docker/lock.txt")
-    for name in FILES:
-        shutil.copyfile(ours(name), context / name)
-    left_out = shutil.ignore_patterns("__pycache__", "templates")
-    for folder in (ours("jobs"), Path(trainer.__file__).parent):
-        shutil.copytree(folder, context / folder.name, ignore=left_out)
-    for path in context.rglob("*"):
-        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+def _make_base(base: str, words: Sequence[str]) -> None:
+    """Make Muster's own image, where it is not there yet."""
+    if not _is_there(base):
+        print(f"building {base} first, once for this version of Muster", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix="muster-image-") as name:
+            copy_sources(Path(name))
+            recipe, number = ours("docker") / "Dockerfile", version("muster-train")
+            _build([f"--file={recipe}", f"--build-arg=VERSION={number}", f"--tag={base}", *of_base(words), name])
 
 
 def _build(words: Sequence[str], text: str | None = None) -> None:
@@ -159,7 +132,8 @@ def _push(image: str, repository: str) -> str:
     """Push an image; return its name with the digest. Raises JobError: the registry refused."""
     done = subprocess.run(["docker", "push", image], stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        said, registry = " ".join(done.stderr.split()), repository.partition("/")[0]
+        said, host = " ".join(done.stderr.split()), repository.partition("/")[0]
+        registry = host if "." in host or ":" in host or host == "localhost" else "docker.io"
         for pattern, problem, remedy in PUSHES:
             if re.search(pattern, said.lower()):
                 raise JobError("image", image, f"{registry} {problem}: {said[-300:]}", remedy.format(registry=registry))

@@ -12,9 +12,18 @@ import documents
 import pytest
 from paths import ROOT
 
+from trainer.config.job import Job
+from trainer.errors import JobError
+from trainer.launch import image as image_module
 from trainer.launch.dockerfile import dockerfile, sources
 from trainer.launch.image import make_image
-from trainer.launch.pushed import pushed, record_push
+from trainer.launch.image_inputs import look_at_inputs, of_base
+from trainer.launch.kubernetes.manifests import render_manifests
+from trainer.launch.kubernetes.platform import Kubernetes
+from trainer.launch.kubernetes.site import KubernetesSite
+from trainer.launch.platform import Plan
+from trainer.launch.pushed import note_other_inputs, pushed, record_push
+from trainer.run.folder import RunFolder
 from trainer.run.tree_hash import hash_files, tree_hash
 
 PYPROJECT = '[project]\nname = "flow"\ndependencies = ["einops>=0.7", "tqdm"]\n'
@@ -134,14 +143,44 @@ def test_a_hash_tells_names_contents_links_and_programs_apart(tmp_path: Path) ->
     assert hash_files(tmp_path, ["b/d.py", "a.py", "link"]) in seen
 
 
-def test_what_was_pushed_from_a_folder_is_known_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_pushed_from_a_folder_is_known_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And that the image would be another one by now."""
     monkeypatch.chdir(tmp_path)
-    assert pushed("registry.example/team/a:1") == "registry.example/team/a:1"
-    record_push("registry.example/team/a:1", "registry.example/team/a@sha256:0")
-    record_push("registry.example/b", "registry.example/b@sha256:1")
-    assert pushed("registry.example/team/a:1") == "registry.example/team/a@sha256:0"
+    write(tmp_path, requirements_txt="numpy\n")
+    image, words = "registry.example/team/a:1", ["--secret", "id=x"]
+    assert pushed(image) == image
+    record_push(image, "registry.example/team/a@sha256:0", look_at_inputs(tmp_path, words).tag, words)
+    record_push("registry.example/b", "registry.example/b@sha256:1", "0", [])
+    assert pushed(image) == "registry.example/team/a@sha256:0"
     assert pushed("registry.example/c") == "registry.example/c"
     assert (tmp_path / ".muster/.gitignore").read_text() == "*\n"
+    note_other_inputs(image)
+    assert not capsys.readouterr().err
+    write(tmp_path, requirements_txt="numpy\ntqdm\n")
+    note_other_inputs.cache_clear()
+    build = Kubernetes().build
+    plan = Plan(Job(name="a"), "", RunFolder(tmp_path / "runs/a"), KubernetesSite(image=image, code="image"), None)
+    assert "registry.example/team/a@sha256:0" in render_manifests(build(plan))
+    build(plan)
+    assert capsys.readouterr().err.count(f"note: {image} was pushed before") == 1
+
+
+def test_only_the_project_is_built_by_options_for_its_dockerfile() -> None:
+    kept = ["--secret", "id=x", "--build-arg=A=B", "--no-cache", "--network=host"]
+    assert of_base(["--target", "dev", *kept[:2], "--file=X", *kept[2:], "-t", "a"]) == kept
+
+
+@pytest.mark.parametrize(("image", "registry"), [
+    ("team/a", "docker.io"), ("localhost/a", "localhost"), ("b:5000/a", "b:5000"), ("b.example/a", "b.example"),
+])  # fmt: skip
+def test_the_registry_to_log_in_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, registry: str) -> None:
+    write(tmp_path, docker="#!/bin/sh\necho denied: requested access >&2\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(JobError, match=f"docker login {registry}$"):
+        image_module._push(f"{image}:1", image)
 
 
 @pytest.mark.parametrize(("image", "words", "problem"), [

@@ -32,7 +32,7 @@ from trainer.launch.kubernetes.pod_logs import (
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.kubernetes.state import Pod, missing_nodes, newest_pods, read_pod, read_status
 from trainer.launch.platform import JobStatus, Phase, Plan, Platform
-from trainer.launch.pushed import pushed
+from trainer.launch.pushed import note_other_inputs, pushed
 from trainer.launch.snapshot import take_snapshot
 from trainer.records import read_json, write_json
 from trainer.run.folder import RunFolder
@@ -67,6 +67,7 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
 
     def build(self, plan: Plan[KubernetesSite]) -> Manifests:
         self.code = pack_code(plan)
+        note_other_inputs(plan.site.image)
         site = replace(plan.site, image=pushed(plan.site.image))
         return make_manifests(replace(plan, site=site), self.code)
 
