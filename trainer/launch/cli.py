@@ -108,7 +108,7 @@ def logs(run: RunFolder, rank: Rank = None, follow: Follow = False) -> None:
 
 @app.command()
 def pull(run: RunFolder, checkpoints: Checkpoints = None) -> None:
-    """Bring the results of a run that is elsewhere, such as on a claim, into its folder here.
+    """Bring the results of a run from elsewhere into its folder here.
 
     That is logs, metrics, events, TensorBoard files and, if you say which, checkpoints. Say it again after a cut.
     """
