@@ -80,6 +80,14 @@ def test_under_agents(tmp_path: Path) -> None:
         assert "checkpoint.every_steps" in run.events("notice")[0]["message"]
 
 
+def test_batches_of_another_size_are_refused(tmp_path: Path) -> None:
+    """Nothing is learned of what does not fit into the next stage's buffer, even where no gradient tells it."""
+    run = train(tmp_path, make_job(*PIPELINE, "task=digit_tasks:Ragged"))
+    assert run.codes[0] == WRONG_JOB and run.codes[1] not in (0, -signal.SIGABRT), run.output()
+    words = ["parallel='pipeline'", "float32 [12, 4, 8, 7]", "float32 [12, 4, 8, 8]", "Pad all samples to one size"]
+    assert all(word in run.output(0) for word in words), run.output(0)
+
+
 @pytest.mark.parametrize("keys, words", [
     (["task_args.batchnorm=true"], ["task.model='BatchNorm2d'", "pipeline.microbatches", "GroupNorm"]),
     (["task=digit_tasks:Tied"], ["parallel='pipeline'", "Autoencoder", "stages(model)"]),

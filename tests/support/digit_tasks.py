@@ -80,6 +80,22 @@ class Labelled(Small):
         return super().metrics(output["logits"], batch)
 
 
+class Ragged(Small):
+    """Its batches have different sizes, as those of texts that are padded to the longest of a batch."""
+
+    def model(self) -> nn.Module:
+        """Two stages get about the same size where they are cut before the mean."""
+        layer = nn.Conv2d(1, 4, 3, padding=1)
+        return nn.Sequential(
+            layer.requires_grad_(False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+        )
+
+    def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
+        """As wide as the first label says."""
+        images, labels = (torch.stack(column) for column in zip(*samples, strict=True))
+        return images[..., : 8 - int(labels[0]) % 2], labels
+
+
 class Deaf(Small):
     """Takes the signals that ask for a stop."""
 

@@ -26,7 +26,7 @@ from trainer.parallel.messages import coalesced
 from trainer.parallel.modes import cut
 from trainer.parallel.module_state import is_dense
 from trainer.parallel.returned import check_count, read_losses, read_metrics
-from trainer.parallel.stages import Stage, cut_model, keep_stage, unique
+from trainer.parallel.stages import Stage, cut_model, keep_stage, sizes_of, unique
 from trainer.parallel.step import Step
 from trainer.task import Task
 from trainer.wiring.rank import RankWiring
@@ -75,9 +75,9 @@ class Pipeline(Group):
     def wrap(self, step: Step) -> None:
         super().wrap(step)
         found = cut_model(step.task, step.model, self.stages)
-        self.module = self.stage_module = Stage(found.stages[self.stage], self.stage == 0, step.autocast).to(
-            self.device
-        )
+        self.module = self.stage_module = Stage(
+            found.stages[self.stage], self.stage == 0, self.is_last, step.autocast
+        ).to(self.device)  # fmt: skip
         own = unique(found.stages[self.stage])
         self.ties: list[tuple[list[nn.Parameter], Any]] = []
         """Weights that other stages use too, with the group of their ranks."""
@@ -99,6 +99,7 @@ class Pipeline(Group):
         chunk = cut(batch, slice(0, self.size), count, "pipeline")
         with torch.no_grad():
             taken, given, _ = self._forward(chunk)
+        self.stage_module.sizes = sizes_of(given)
         example = (torch.zeros(1, dtype=torch.int64, device=self.device),) if self.stage == 0 else taken
         result = (torch.zeros(1, device=self.device),) if self.is_last else given
         stage = PipelineStage(
@@ -159,15 +160,20 @@ class Pipeline(Group):
         ]
         self.weight = self.parts / micro.step_count
         numbers = torch.arange(self.micros, device=self.device)
-        self.stage_module.keeps = self.is_last
-        if self.stage == 0:
-            self.stage_module.inputs = [self.step.task.inputs(chunk) for chunk, _ in self.chunks]
-            self.schedule.step(numbers)
-        elif self.is_last:
-            self.schedule.step(target=numbers)
-        else:
-            self.schedule.step()
-        self.stage_module.keeps = False
+        self.stage_module.scheduled = True
+        try:
+            if self.stage == 0:
+                self.stage_module.inputs = [self.step.task.inputs(chunk) for chunk, _ in self.chunks]
+                self.schedule.step(numbers)
+            elif self.is_last:
+                self.schedule.step(target=numbers)
+            else:
+                self.schedule.step()
+        except RuntimeError as error:
+            if isinstance(error.__cause__, JobError):  # torch wraps what a stage raises
+                raise error.__cause__ from None
+            raise
+        self.stage_module.scheduled = False
 
     def _loss_of(self, given: Tensor, number: Tensor) -> Tensor:
         """This part of the global mean loss; samples that do not count are cut off before the task sees them."""

@@ -110,14 +110,17 @@ def keep_stage(model: nn.Module, stage: Sequence[nn.Module]) -> None:
 class Stage(nn.Module):
     """What a rank computes of a micro-batch: the modules of its stage; the first makes the model's input itself."""
 
-    def __init__(self, modules: Sequence[nn.Module], first: bool, autocast: Callable[[], Any]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], first: bool, last: bool, autocast: Callable[[], Any]) -> None:
         super().__init__()
-        self.parts, self.first, self.autocast = nn.ModuleList(modules), first, autocast
+        self.parts, self.first, self.last, self.autocast = nn.ModuleList(modules), first, last, autocast
         self.inputs: list[Any] = []
         """Of the first stage, for each micro-batch."""
-        self.keeps = False
-        """Whether it keeps what it makes, of any type, for the loss, and gives torch's schedule a number instead."""
+        self.scheduled = False
+        """Whether torch's schedule calls it, and not an evaluation, whose batches may have any size."""
+        self.sizes: list[tuple[torch.dtype, list[int]]] = []
+        """What the next stage has room for."""
         self.made: Any = None
+        """What the last stage makes, of any type, for the loss; torch's schedule gets a number instead."""
 
     def forward(self, *values: Tensor) -> Any:
         """What the next stage takes, from what the one before gave; of the first, from a micro-batch's number."""
@@ -127,7 +130,21 @@ class Stage(nn.Module):
         with self.autocast():
             for part in self.parts:
                 value = part(value)
-        if not self.keeps:
+        if not self.scheduled:
             return value
-        self.made = value
-        return torch.zeros(1, device=values[0].device)
+        if self.last:
+            self.made = value
+            return torch.zeros(1, device=values[0].device)
+        if (sizes := sizes_of(value)) != self.sizes:
+            now, first = (
+                ", ".join(f"{str(dtype)[6:]} {shape}" for dtype, shape in each) for each in (sizes, self.sizes)
+            )
+            problem = f"a stage makes {now} of this batch, but made {first} of the first, for which the next has room"
+            remedy = "Pad all samples to one size in Task.collate, not to the longest of a batch, or use parallel=fsdp"
+            raise JobError("parallel", "pipeline", problem, remedy)
+        return value
+
+
+def sizes_of(given: Any) -> list[tuple[torch.dtype, list[int]]]:
+    """The types and shapes of what a stage gives the next one."""
+    return [(each.dtype, list(each.shape)) for each in ((given,) if isinstance(given, Tensor) else given)]
