@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from faults import Fault
 from muster_runs import FULL, HERE, kill, result, submitted
 from ranks import complete, events, losses, make_job, order_of_samples, train
@@ -16,6 +17,7 @@ from trainer.records import read_lines
 
 SERVER = ["parallel=server", "devices_per_node=3", "task_args.count=102"]
 ASYNCHRONOUS = [*SERVER, "server.synchronous=false"]
+TASK, UNUSED = "task=digit_tasks:Branched", {"second.weight", "second.bias"}
 
 
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
@@ -31,11 +33,15 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_asynchronous_updates(tmp_path: Path) -> None:
-    """Each sample once per epoch, through a kill and a stop; staleness of each update; any mode can go on."""
-    keys = [*ASYNCHRONOUS, "checkpoint.every_steps=7", "train.steps=30"]
+    """Each sample once per epoch, through a kill and a stop; staleness of each update; any mode can go on.
+
+    No update touches weights that no rank uses.
+    """
+    keys = [*ASYNCHRONOUS, TASK, "checkpoint.every_steps=7", "train.steps=30", "train.lr=0.05"]
     first = train(tmp_path, make_job(*keys), Fault(31, "before update"))  # of two updates in a step
     assert first.codes[0] == -signal.SIGKILL
     assert "NOTE: this run is not reproducible" in first.output(0) and "not as if" not in first.output(0)
+    early = read_state(tmp_path)["model"]
     second = train(tmp_path, make_job(*keys), Fault(11, number=signal.SIGTERM))
     assert second.codes == [STOPPED] * 3
     assert "goes on from step 15, but not as if it had never stopped" in second.output(0)
@@ -50,7 +56,9 @@ def test_asynchronous_updates(tmp_path: Path) -> None:
     assert all(0 <= line["staleness"] <= line["staleness_max"] for line in lines)
     assert any(line["staleness_max"] > 0 for line in lines), "nobody was ever late"
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0], third.output(0)
-    complete(tmp_path, make_job("parallel=single", "task_args.count=102", "train.steps=31"))
+    complete(tmp_path, make_job("parallel=single", TASK, "task_args.count=102", "train.steps=31"))
+    late = read_state(tmp_path)["model"]
+    assert {name for name in late if torch.equal(early[name], late[name])} == UNUSED
 
 
 def test_what_an_asynchronous_server_refuses(tmp_path: Path) -> None:

@@ -205,9 +205,9 @@ class Heads(nn.Module):
 class Branched(Small):
     """Some parameters are not always used."""
 
-    def __init__(self, first: int = 0, last: int = -1) -> None:
+    def __init__(self, first: int = 0, last: int = -1, **arguments: Any) -> None:
         """In which training steps the second head is used; default: never."""
-        super().__init__()
+        super().__init__(**arguments)
         self.first, self.last = first, last
 
     def model(self) -> nn.Module:

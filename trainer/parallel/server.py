@@ -70,7 +70,8 @@ class Server(Group):
 class AsynchronousServer(Group):
     """Rank 0 only serves; the others compute, each at its own pace, until all meet where something is due.
 
-    A message is a row of bytes on the CPU: what its sender says, then gradients or weights.
+    A message is a row of bytes on the CPU: what its sender says, then weights, or which of them have
+    gradients, and those.
     """
 
     irreproducible = "with server.synchronous=false, gradients count in the order in which they arrive"
@@ -110,9 +111,10 @@ class AsynchronousServer(Group):
             return sum(losses.popleft() for losses in self.arrived) / self.parts
         assert self._loss is not None
         loss = float(self._loss if self._count is None else self._divide(self._loss, self._count))
-        dist.send(pack([self.version, self.samples, loss], gradients_of(trained(self.step))), 0)
-        self._loss, self._count, self.samples = None, None, 0
         weights = trained(self.step)
+        used = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.bool, device="cpu")
+        dist.send(pack([self.version, self.samples, loss], [used, *gradients_of(weights)]), 0)
+        self._loss, self._count, self.samples = None, None, 0
         message = pack([0, 0, 0], weights)
         dist.recv(message, 0)
         (version, *_), values = unpack(message, weights)
@@ -124,13 +126,14 @@ class AsynchronousServer(Group):
     def _serve(self) -> None:
         """One update, from whoever comes next, who gets the weights after it."""
         weights = trained(self.step)
-        message = pack([0, 0, 0], weights)
+        like = [torch.zeros(len(weights), dtype=torch.bool, device="cpu"), *weights]
+        message = pack([0, 0, 0], like)
         source = dist.recv(message)
-        (version, samples, loss), gradients = unpack(message, weights)
+        (version, samples, loss), (used, *gradients) = unpack(message, like)
         self.arrived[source - 1].append(loss)
         if samples and math.isfinite(loss):
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient.to(weight.device)
+            for weight, gradient, is_used in zip(weights, gradients, used.tolist(), strict=True):
+                weight.grad = gradient.to(weight.device) if is_used else None  # else no update may touch it
             self.apply()
             self.staleness.append(self.version - int(version))
             self.version += 1
