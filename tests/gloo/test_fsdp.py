@@ -117,7 +117,10 @@ def test_a_killed_rank_gets_its_shard_from_memory(tmp_path: Path) -> None:
 
 
 def test_a_script_shards_its_model(tmp_path: Path) -> None:
-    """And is killed, and goes on from memory; its batches do not divide among its ranks."""
+    """And is killed, and goes on from memory; its batches do not divide among its ranks.
+
+    Its model returns its loss with what it was made of, and has a weight under two names.
+    """
     found = {}
     for name, plan, keys in (
         ("single", "calm", ["devices_per_node=1"]),

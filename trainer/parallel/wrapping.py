@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.data.nested import leaves
+from trainer.data.nested import map_tensors
 from trainer.parallel.base import Parallel
 from trainer.parallel.module_state import evaluation_mode
 from trainer.parallel.shards import part_of
@@ -34,19 +34,34 @@ def shard_module(
 ) -> nn.Module:  # fmt: skip
     """The module, sharded (`trainer.parallel.fsdp`); its gradients weigh as those of others do.
 
-    They come from what is called, so what it returns weighs them: no hook of a weight is called in shards.
+    They come from what is called, so what it returns weighs them: no hook of a weight is called in shards. The caller
+    gets tensors of its own: a hook of what the model made would also weigh what passes on the way between two of them.
     """
     sharder: Any = parallel
     module = module.to("cpu")
     sharder.shard_module(module, module, find_units(module, layers, parallel.job.fsdp.min_params, "session.wrap"))
+    apply: Any = Weigh.apply
 
-    def weigh(_: nn.Module, given: Any, output: Any) -> None:
-        for tensor in leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(gradients.weigh)
+    def weigh(tensor: Tensor) -> Tensor:
+        return apply(tensor, gradients) if tensor.requires_grad else tensor
 
-    module.register_forward_hook(weigh)
+    module.register_forward_hook(lambda _module, _given, output: map_tensors(output, weigh))
     return module
+
+
+class Weigh(torch.autograd.Function):
+    """The same tensor; the gradients that come back through it are weighed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradients: "Gradients") -> Tensor:
+        """Detached, because autograd lets nobody change a view that is made here, and a script may."""
+        ctx.gradients = gradients
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """As much of the gradient as counts."""
+        return ctx.gradients.weigh(grads[0]), None
 
 
 def settle(module: nn.Module) -> None:
