@@ -82,10 +82,10 @@ class FullyShard(Group):
         # Gradients are added in the numbers of the weights, whatever the layers compute in.
         policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
         layers: list[FSDPModule] = []
-        self._fill(model, lambda module: module.named_buffers(recurse=False))
+        self._fill(model, lambda module: module.named_buffers(recurse=False, remove_duplicate=False))
         for name, part in (*units.items(), ("", root)):
             check_types(part, name)
-            self._fill(part, lambda module: module.named_parameters(recurse=False))
+            self._fill(part, lambda module: module.named_parameters(recurse=False, remove_duplicate=False))
             try:
                 fully_shard(
                     part, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.job.fsdp.reshard_after_forward
