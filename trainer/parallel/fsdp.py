@@ -70,7 +70,9 @@ class FullyShard(Group):
         units = find_units(step.model, step.task.shard_modules(step.model), self.job.fsdp.min_params)
         if self.job.train.compile:
             step.apply_model = apply_model
-            for part in units.values() or [step.model]:
+            parts = list(units.values()) or [step.model]
+            torch.compiler.config.recompile_limit *= len(parts)  # they share it: layers may differ in a number
+            for part in parts:
                 replace_forward(part, compile_call)
         self.layers = self.shard_module(step, step.model, units)
         super().wrap(step)

@@ -5,7 +5,7 @@ A layer that is called as a module is one; a part whose weights another one uses
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -62,11 +62,23 @@ def recompute_in_backward(units: Units, job: Job) -> None:
         problem = f"finds no layer with at least {job.fsdp.min_params} weights in a Sequential or ModuleList"
         raise JobError("train.checkpoint_activations", True, problem, "Name the layers in Task.shard_modules")
     for part in units.values():
-        replace_forward(part, lambda forward: partial(checkpoint, forward, use_reentrant=False))
+        replace_forward(part, recompute)
+
+
+def recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass that is computed again for the gradients."""
+    return partial(checkpoint, forward, use_reentrant=False)
 
 
 def replace_forward(module: nn.Module, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Give a module another forward, by a class of its own: copies of the module have it, too, each with itself."""
-    kind, changed = type(module), change(type(module).forward)
+    """Give a module another forward, by another class: copies of the module have it, too, each with itself."""
+    kind: Any = type(module)
+    module.__class__ = _changed_class(kind, change)
+
+
+@cache
+def _changed_class(kind: Any, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> type[nn.Module]:
+    """One for all modules of a class, so that what is compiled for one of them serves all."""
+    changed = change(kind.forward)
     own = {"forward": lambda self, *given, **named: changed(self, *given, **named), "__module__": kind.__module__}
-    module.__class__ = type(kind.__name__, (kind,), own)
+    return type(kind.__name__, (kind,), own)

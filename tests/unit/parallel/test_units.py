@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config.job import Job
 from trainer.errors import JobError
-from trainer.parallel.units import find_units, recompute_in_backward
+from trainer.parallel.units import find_units, recompute_in_backward, replace_forward
 
 
 class Net(nn.Module):
@@ -71,3 +71,19 @@ def test_layers_are_computed_again_for_gradients() -> None:
     assert not torch.equal(other(words), net(words))
     with pytest.raises(JobError, match="finds no layer"):
         recompute_in_backward({}, Job(task="a:B"))
+
+
+def test_layers_of_a_class_are_of_one_class_when_they_are_changed() -> None:
+    """What torch compiles for one of many equal layers serves the others: for each class it would compile again."""
+    calls: list[Any] = []
+
+    def count(forward: Any) -> Any:
+        return lambda *given: calls.append(1) or forward(*given)
+
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)), nn.Tanh())
+    inputs = torch.randn(2, 3)
+    expected = net(inputs)
+    for layer in net:
+        replace_forward(layer, count)
+    assert len({type(layer) for layer in net}) == 2
+    assert torch.equal(net(inputs), expected) and len(calls) == 13
