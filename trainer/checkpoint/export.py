@@ -36,9 +36,10 @@ def export(run: RunFolder, target: Path, step: int | None) -> Path:
     try:
         weights = weights_with_markers(folder)
         if target.suffix == ".safetensors":
-            write(folder, weights, draft)
+            write(folder, dict(flatten(weights)), draft)
         elif is_sharded(folder):  # put together first: PyTorch's writer wants all tensors at once
-            write(folder, weights, other)
+            sharded = {name: value for name, value in flatten(weights) if isinstance(value, Sharded)}
+            write(folder, sharded, other)
             save(nest(weights, Tensors(other)), draft)
         else:
             save(weights, draft)
@@ -70,12 +71,12 @@ def find(run: RunFolder, step: int | None) -> Path:
     return newest
 
 
-def flatten(weights: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor | Sharded]]:
-    """The tensors by their names; those of several modules begin with the module's."""
+def flatten(weights: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors, and what else modules keep, by their names; those of several modules begin with the module's."""
     for name, value in weights.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, (Tensor, Sharded)):
+        else:
             yield f"{prefix}{name}", value
 
 
@@ -90,14 +91,23 @@ def nest(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str 
 
 
 def write(folder: Path, weights: Mapping[str, Any], draft: Path) -> None:
-    """A safetensors file. The bytes of a tensor are those of its shards, one after the other."""
+    """A safetensors file. The bytes of a tensor are those of its shards, one after the other.
+
+    Raises JobError: it cannot hold one of them.
+    """
     shards = Shards(folder)
     found: dict[str, tuple[Kind, Any]] = {}
-    for name, value in flatten(weights):
-        kind = shards.kind(value) if isinstance(value, Sharded) else (value.dtype, tuple(value.shape))
-        if kind[0] not in NAMES or (isinstance(value, Tensor) and value.layout is not torch.strided):
-            raise JobError("file", draft.suffix, f"cannot hold {name}, which is {kind[0]}", "Export it as model.pt")
-        found[name] = kind, shards.pieces(value) if isinstance(value, Sharded) else [value]
+    for name, value in weights.items():
+        if isinstance(value, Sharded):
+            found[name] = shards.kind(value), shards.pieces(value)
+        elif isinstance(value, Tensor) and value.dtype in NAMES and value.layout is torch.strided:
+            found[name] = (value.dtype, tuple(value.shape)), [value]
+        else:
+            what = (
+                f"{value.layout} of {value.dtype}" if isinstance(value, Tensor) else f"a Python {type(value).__name__}"
+            )
+            problem = f"a safetensors file cannot hold {name}, which is {what}"
+            raise JobError("file", ".safetensors", problem, "Export it as model.pt")
     with new_file(draft) as file:
         safetensors.write(found, {"format": "pt"}, file)
 

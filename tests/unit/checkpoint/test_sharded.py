@@ -32,8 +32,9 @@ def own(value: Any, index: int, count: int) -> Any:
     return cut(value, index, count) if isinstance(value, torch.Tensor) and value.dim() else value
 
 
-def save(root: Path, step: int, index: int, count: int, is_alone: bool = False) -> Path | None:
+def save(root: Path, step: int, index: int, count: int, is_alone: bool = False, **others: Any) -> Path | None:
     contents = own({"model": WEIGHTS, **STATE}, index, count)
+    contents["model"] |= others
     return commit_part(root, step, step, (index, count), contents, {}, 0, None, lambda: is_alone)
 
 
@@ -57,8 +58,8 @@ def test_any_number_of_ranks_reads_what_some_wrote(tmp_path: Path) -> None:
         assert difference(load_weights(folder), WEIGHTS) == ""
         for count in (2, 3, 4):
             for index in range(count):
-                weights, state = read_share(folder, (index, count))
-                parts = [*weights.values(), state["objects"]["optimizer"]["state"]["state"][0]["exp_avg"]]
+                found, state = read_share(folder, (index, count))
+                parts = [*found.values(), state["objects"]["optimizer"]["state"]["state"][0]["exp_avg"]]
                 wholes = [*WEIGHTS.values(), STATE["objects"]["optimizer"]["state"]["state"][0]["exp_avg"]]  # type: ignore[index]
                 for part, whole in zip(parts, wholes, strict=True):
                     expected = cut(whole, index, count)
@@ -86,6 +87,25 @@ def test_weights_are_exported(tmp_path: Path, count: int, name: str) -> None:
     for target, step, problem in (("model.bin", None, "which format"), (name, 5, "There are: 4, 8")):
         with pytest.raises(JobError, match=problem):
             export(run, tmp_path / target, step)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_is_no_tensor_is_exported_or_refused(tmp_path: Path, count: int) -> None:
+    """Such as a module's extra state: a safetensors file would lack it."""
+    run, others = RunFolder(tmp_path), {"net._extra_state": {"scale": 3}, "odd": torch.ones(2).to_sparse()}
+    if count:
+        other = threading.Thread(target=save, args=(run.checkpoints, 4, 1, 2), kwargs=others)
+        other.start()
+        save(run.checkpoints, 4, 0, 2, **others)
+        other.join()
+    else:
+        files.commit(run.checkpoints, 4, {"model.pt": {**WEIGHTS, **others}, "state.pt": STATE}, {}, 0)
+    export(run, tmp_path / "model.pt", None)
+    found = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert torch.equal(found["a"], WEIGHTS["a"]) and found["net._extra_state"] == {"scale": 3}
+    assert torch.equal(found["odd"].to_dense(), torch.ones(2))
+    with pytest.raises(JobError, match=r"cannot hold net\._extra_state\.scale, which is a Python int"):
+        export(run, tmp_path / "model.safetensors", None)
 
 
 def nested(name: str) -> dict[str, Any]:
