@@ -193,9 +193,9 @@ def weights_with_markers(folder: Path) -> Any:
     return read_state(folder)["model"]
 
 
-def read_weights(folder: Path) -> Any:
-    """The weights in a checkpoint that was verified."""
-    return Shards(folder).fill(weights_with_markers(folder), 0, 1)
+def read_weights(folder: Path, shard: tuple[int, int] = (0, 1)) -> Any:
+    """The weights in a checkpoint that was verified; for one of several ranks its parts of what is in shards."""
+    return Shards(folder).fill(weights_with_markers(folder), *shard)
 
 
 def read(folder: Path, beat: Callable[[], None]) -> list[Any]:

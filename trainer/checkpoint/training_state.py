@@ -10,6 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from trainer.checkpoint import files as checkpoint
 from trainer.checkpoint.exchange import read_once
 from trainer.checkpoint.keeper import Keeper
@@ -24,6 +26,7 @@ from trainer.config.load import read_sections
 from trainer.data.sampler import Position
 from trainer.errors import JobError, hide
 from trainer.parallel.base import Parallel
+from trainer.parallel.shards import part_of
 from trainer.reporting.rank_report import Report
 from trainer.run.folder import step_of
 
@@ -203,9 +206,9 @@ class TrainingState:
         objects, options = self.tracked.objects, self.job.checkpoint
         load: Callable[[Callable[[], Any]], Any] = partial(read_once, self.parallel, beat=self.begin_beat)
         path, model = Path(str(options.load)), objects[MODEL]
-        if self.parallel.shard is not None:  # each rank looks at its own rows alone
-            load = lambda read: read()  # noqa: E731
-        start_from(model, path, options.strict, self.report.say, load, partial(self.parallel.spread, model))
+        sharded = isinstance(model, nn.Module) and all(part_of(weight) for weight in model.parameters())
+        shard = self.parallel.shard if sharded else None
+        start_from(model, path, options.strict, self.report.say, load, partial(self.parallel.spread, model), shard)
         if "average" in objects:
             objects["average"].module.load_state_dict(objects[MODEL].state_dict())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainer.checkpoint.files import newest_good, read_weights, verify
 from trainer.checkpoint.safetensors import Tensors
 from trainer.errors import JobError
+from trainer.parallel.shards import Part
 from trainer.run.folder import RunFolder
 
 KEY = "checkpoint.load"
@@ -30,13 +31,18 @@ SHOWN = 5
 def start_from(
     model: nn.Module, path: Path, strict: bool, say: Callable[[str], None],
     once: Callable[[Callable[[], Any]], Any] = lambda read: read(), spread: Callable[[Any], Any] = lambda state: state,
+    shard: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
     """Give `model` the weights in a `.pt` or `.safetensors` file, or in a checkpoint's or Hugging Face's folder.
 
-    `once` has one rank read them for all; `spread`: see `Parallel.spread`. Raises JobError: they cannot be read; they
-    do not fit, and the job is `strict`, or nothing fits.
+    `once` has one rank read them for all; `spread`: see `Parallel.spread`. Of a model of which each rank has a `shard`,
+    each reads its own, when one has verified them. Raises JobError: they cannot be read; they do not fit, and the job
+    is `strict`, or nothing fits.
     """
-    weights = once(lambda: load_weights(path))
+    if shard is None:
+        weights = once(lambda: load_weights(path))
+    else:
+        weights = read_found(Path(once(lambda: str(find(path)))), shard)
     try:
         model.load_state_dict(spread(weights))
         return
@@ -58,10 +64,16 @@ def load_weights(path: Path) -> dict[str, Any]:
 
     Raises JobError: not there, not a state dict.
     """
-    if path.is_dir():
-        path = _find_in(path)
+    return read_found(find(path))
+
+
+def read_found(path: Path, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """A state dict from a file or a checkpoint's folder, of which one of several ranks reads a part.
+
+    Raises JobError: as `load_weights`.
+    """
     try:
-        state = read_weights(path) if path.is_dir() else _read(path)
+        state = read_weights(path, shard) if path.is_dir() else _read(path)
     except FileNotFoundError:
         raise JobError(KEY, str(path), "no such file", "Give a step-* folder or a .pt file") from None
     except JobError:
@@ -78,7 +90,10 @@ def load_weights(path: Path) -> dict[str, Any]:
     return state
 
 
-def _find_in(folder: Path) -> Path:
+def find(folder: Path) -> Path:
+    """The file, or the folder of a checkpoint, which is whole then."""
+    if not folder.is_dir():
+        return folder
     if (folder / "manifest.json").is_file():
         verify(folder)
         return folder
@@ -109,7 +124,7 @@ def fit(weights: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict
     shapes = {
         name: (tuple(value.shape), tuple(own[name].shape))
         for name, value in named.items()
-        if isinstance(value, Tensor) and isinstance(own[name], Tensor) and value.shape != own[name].shape
+        if isinstance(value, (Tensor, Part)) and isinstance(own[name], Tensor) and value.shape != own[name].shape
     }
     fitting = {name: value for name, value in named.items() if name not in shapes}
     given = {id(own[name]) for name in named}  # tied weights are given under one of their names
@@ -117,7 +132,7 @@ def fit(weights: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict
         name for name, value in own.items()
         if name not in named and id(value) not in given and not name.endswith("num_batches_tracked")
     ]  # fmt: skip
-    others = [name for name in unknown if isinstance(weights[name], Tensor)]  # a file may hold numbers too
+    others = [name for name in unknown if isinstance(weights[name], (Tensor, Part))]  # a file may hold numbers too
     misfits = {
         "it lacks": missing, "the model has no": others,
         "of another shape than the model's are": [f"{n} {theirs} not {ours}" for n, (theirs, ours) in shapes.items()],

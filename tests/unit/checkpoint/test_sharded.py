@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from states import difference
+from torch import nn
 
-from trainer.checkpoint import files, sharded
+from trainer.checkpoint import files, sharded, weights
 from trainer.checkpoint.export import export
 from trainer.checkpoint.files import DamagedCheckpoint, commit_part, newest_good, read, read_share
 from trainer.checkpoint.weights import load_weights
@@ -106,6 +107,27 @@ def test_what_is_no_tensor_is_exported_or_refused(tmp_path: Path, count: int) ->
     assert torch.equal(found["odd"].to_dense(), torch.ones(2))
     with pytest.raises(JobError, match=r"cannot hold net\._extra_state\.scale, which is a Python int"):
         export(run, tmp_path / "model.safetensors", None)
+
+
+def test_a_rank_starts_with_its_parts_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint that one rank has verified, under the names of the model; another shape is told of before."""
+    folder = save_all(tmp_path, 4, 2)
+    model = nn.ParameterDict({name.replace(".", ""): torch.zeros_like(value) for name, value in WEIGHTS.items()})
+    verified: list[Path] = []
+    monkeypatch.setattr(weights, "verify", verified.append)
+    taken: list[Any] = []
+
+    def take(state: dict[str, Any]) -> dict[str, Any]:
+        taken.append(state)
+        return {name: torch.zeros(part.shape) for name, part in state.items()}
+
+    model["d"] = torch.zeros(1)
+    weights.start_from(model, folder, False, lambda said: None, lambda read: read(), take, (1, 3))
+    assert verified == [folder]
+    assert list(taken[-1]) == ["a"]
+    assert torch.equal(taken[-1]["a"].rows, cut(WEIGHTS["a"], 1, 3).rows) and taken[-1]["a"].start == 3
+    weights.start_from(model, folder, False, lambda said: None, lambda read: str(folder), take, (1, 3))
+    assert verified == [folder]
 
 
 def nested(name: str) -> dict[str, Any]:
