@@ -8,6 +8,7 @@ by one rename. What is saved, and when, is decided in `trainer.training.loop`.
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -60,12 +61,12 @@ def commit(
 
 def commit_part(
     root: Path, step: int, number: int, shard: tuple[int, int], contents: dict[str, Any], facts: dict[str, Any],
-    attempt: int, owner: Callable[[], int] | None, is_alone: Callable[[], bool],
+    attempt: int, owner: Callable[[], int] | None, is_alone: Callable[[], bool], limit_s: float = math.inf,
 ) -> Path | None:  # fmt: skip
     """Write one shard, and, if it is the first, commit the checkpoint when all are there: then its folder.
 
-    `number` tells the checkpoints of all times apart; `shard`: which of how many; `is_alone`: see `Meeting.collect`.
-    Raises as `commit`.
+    `number` tells the checkpoints of all times apart; `shard`: which of how many; `is_alone`, `limit_s`: see
+    `Meeting.collect`. Raises as `commit`.
     """
     index, count = shard
     pending = root / pending_name(step, number)
@@ -79,7 +80,7 @@ def commit_part(
         meeting.note(files)
         if index:
             return None
-        files = meeting.collect(is_alone)
+        files = meeting.collect(is_alone, limit_s)
         return _publish(root, pending, step, {"format": 2, **facts, "shards": count, "files": files}, attempt, owner)
     except BaseException as error:
         if index and not pending.exists():  # whoever writes the first one has given up, and says why
@@ -129,19 +130,24 @@ def prune(root: Path, keep_last: int, best: str | None) -> None:
     _remove(root, "replaced")
 
 
-def sweep(root: Path, spare: str = "") -> None:
+def sweep(root: Path, below: float = math.inf) -> None:
     """Tidy up after a killed save or prune; only the rank that saves may call it, before it reads and saves.
 
-    `spare`: a pending folder that others are writing to already.
+    `below`: see `remove_pending`.
     """
     _put_back(root)
-    _remove(root, "pending", spare)
+    remove_pending(root, below)
     _remove(root, "pruned")
 
 
-def remove_pending(root: Path) -> None:
-    """Remove what was begun; call only when nothing is being written."""
-    _remove(root, "pending")
+def remove_pending(root: Path, below: float = math.inf) -> None:
+    """Remove what was begun, but no checkpoint that has this number (`below`) or a later one.
+
+    Others may be writing their shards of those already: they do not wait for who writes the first one.
+    """
+    for stale, _ in _unfinished(root, "pending"):
+        if int(stale.name.rpartition("-")[2]) < below:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _unfinished(root: Path, kind: str) -> list[tuple[Path, str]]:
@@ -150,10 +156,9 @@ def _unfinished(root: Path, kind: str) -> list[tuple[Path, str]]:
     return [(path, match[2]) for path, match in named if match is not None]
 
 
-def _remove(root: Path, kind: str, spare: str = "") -> None:
+def _remove(root: Path, kind: str) -> None:
     for stale, _ in _unfinished(root, kind):
-        if stale.name != spare:
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _put_back(root: Path) -> None:

@@ -109,7 +109,8 @@ class ShardKeeper(Keeper):
 
     def save(self, order: Order, moment: int, contents: Contents, beat: Callable[[], None]) -> None:
         """Have what is prepared written: all ranks are ready."""
-        order = replace(order, shard=self.parallel.shard, number=order.attempt * PER_ATTEMPT + self.number)
+        number = order.attempt * PER_ATTEMPT + self.number
+        order = replace(order, shard=self.parallel.shard, number=number, limit_s=self.limit_s)
         prepared: Any = self.prepared
         if prepared is not None:
             if self.writes(self.parallel):

@@ -22,6 +22,7 @@ from torch.serialization import safe_globals
 from trainer.checkpoint import safetensors
 from trainer.checkpoint.safetensors import Tensors
 from trainer.data.nested import INSIDE, walk
+from trainer.parallel.patience import Patience
 from trainer.parallel.shards import Part, span
 
 STATE = "state.pt"
@@ -93,21 +94,25 @@ class Meeting:
             text = f"the writer of shard {self.index}: {error}"
             self._leave(FAILED, [getattr(error, "errno", None) or errno.EIO, text])
 
-    def collect(self, is_alone: Callable[[], bool]) -> dict[str, Any]:
+    def collect(self, is_alone: Callable[[], bool], limit_s: float) -> dict[str, Any]:
         """Wait for the notes of all, and remove them. `is_alone`: the rank that ordered has gone.
 
-        Raises OSError: they will not come.
+        `limit_s`: how long nothing may grow before that. Raises OSError: they will not come.
         """
         notes = [self.folder / f"{index}.done" for index in range(self.count)]
-        grown, since = -1, time.monotonic()
+        grown = -1
         while missing := [index for index, note in enumerate(notes) if not note.exists()]:
             if (self.folder / FAILED).exists():
                 raise OSError(*json.loads((self.folder / FAILED).read_text()))
             size = self._size()
-            if size != grown or not is_alone():
-                grown, since = size, time.monotonic()
+            if size != grown:
+                grown, since, patience = size, time.monotonic(), Patience(limit_s, lambda: None)
+            if not is_alone():
+                since = time.monotonic()
             if time.monotonic() - since > STILL_S:
                 raise OSError(f"shards {missing} did not come: the ranks that had them were killed before they saved")
+            if not patience.look():
+                raise OSError(f"shards {missing} did not come: nothing was written for {limit_s:.0f} s")
             time.sleep(0.01)
         found: dict[str, Any] = {}
         for note in notes:

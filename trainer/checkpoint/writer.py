@@ -7,6 +7,7 @@ way, or here, until the checkpoint is committed; whether the rank that sent it s
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import struct
@@ -49,7 +50,9 @@ class Order:
     shard: tuple[int, int] | None = None
     """Which of how many shards the contents are; None: they are all."""
     number: int = 0
-    """Tells the checkpoints of a sharded training apart."""
+    """Tells the checkpoints of a sharded training apart; of two, the later one has the greater."""
+    limit_s: float = math.inf
+    """How long the first writer waits for others that write nothing."""
 
 
 def commit(
@@ -66,14 +69,14 @@ def commit(
         folder = files.commit(run.checkpoints, order.step, payload, order.facts, order.attempt, owner)
     else:
         place = run.checkpoints, order.step, order.number, (order.shard[0], order.shard[1])
-        part = files.commit_part(*place, contents, order.facts, order.attempt, owner, is_alone)
+        part = files.commit_part(*place, contents, order.facts, order.attempt, owner, is_alone, order.limit_s)
         if part is None:
             return
         folder = part
     run.record("checkpoint", attempt=order.attempt, step=order.step, folder=str(folder.relative_to(run.path)))
     files.prune(run.checkpoints, order.keep_last, order.best)
     if order.shard is not None:  # what writers began when the first one had given up already
-        files.remove_pending(run.checkpoints)
+        files.remove_pending(run.checkpoints, order.number)
 
 
 def serve(connection: socket.socket, memory: Memory) -> None:
@@ -84,8 +87,9 @@ def serve(connection: socket.socket, memory: Memory) -> None:
         order, problem = Order(**message["order"]), None
         try:
             if not swept and (order.shard is None or not order.shard[0]):
-                # Nobody else writes now, but to the same checkpoint; another may have been killed before.
-                files.sweep(RunFolder(Path(order.run)).checkpoints, files.pending_name(order.step, order.number))
+                # Nobody else writes now, but to this checkpoint, or a later one; another may have been killed before.
+                below = math.inf if order.shard is None else order.number
+                files.sweep(RunFolder(Path(order.run)).checkpoints, below)
                 swept = True
             state = put_together(*interpret(*read_raw(handle, Seal(**message["seal"]))))
             write = partial(commit, order, state, lambda: memory.attempt, lambda: has_gone(connection))

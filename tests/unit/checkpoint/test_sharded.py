@@ -17,8 +17,10 @@ from trainer.checkpoint import files, sharded, weights
 from trainer.checkpoint.export import export
 from trainer.checkpoint.files import DamagedCheckpoint, commit_part, newest_good, read, read_share
 from trainer.checkpoint.weights import load_weights
+from trainer.checkpoint.writer import Order, commit
 from trainer.errors import JobError
 from trainer.parallel.shards import Part, cut
+from trainer.run.attempts import claim
 from trainer.run.folder import RunFolder
 
 WEIGHTS = {"a": torch.randn(7, 3), "b.c": torch.randn(2).double(), "d": torch.randn(5, 2, 2).bfloat16()}
@@ -182,4 +184,35 @@ def test_a_writer_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save(tmp_path, 4, 1, 2)
     first.join(5)
     assert "the writer of shard 1" in str(problems[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_commits_a_checkpoint_leaves_the_later_ones_to_their_writers(tmp_path: Path) -> None:
+    """After a restart a rank may be done with its shard of the next, while rank 0's writer ends the one before."""
+    run = RunFolder(tmp_path)
+    for attempt in (0, 1):
+        claim(run, attempt)
+
+    def write(step: int, attempt: int, number: int, index: int) -> None:
+        order = Order(str(tmp_path), step, attempt, {}, 3, None, shard=(index, 2), number=number, limit_s=5)
+        commit(order, own({"model": WEIGHTS, **STATE}, index, 2), lambda: 1)
+
+    def folders() -> list[str]:
+        return sorted(path.name for path in run.checkpoints.iterdir())
+
+    write(9, 0, 6, 1)  # the first writer gave that one up before
+    write(10, 0, 7, 1)
+    write(11, 1, 1000001, 1)
+    write(10, 0, 7, 0)
+    assert folders() == [".pending-step-000000011-1000001", "step-000000010"]
+    files.sweep(run.checkpoints, 1000001)  # as a new writer does with its first order
+    write(11, 1, 1000001, 0)
+    assert folders() == ["step-000000010", "step-000000011"]
+    assert difference(read(run.checkpoints / "step-000000011", lambda: None), [WEIGHTS, STATE]) == ""
+
+
+def test_shards_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+    contents = own({"model": WEIGHTS, **STATE}, 0, 2)
+    with pytest.raises(OSError, match=r"shards \[1\] did not come: nothing was written for 0 s"):
+        commit_part(tmp_path, 4, 4, (0, 2), contents, {}, 0, None, lambda: False, 0.2)
     assert list(tmp_path.iterdir()) == []
