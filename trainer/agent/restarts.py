@@ -1,5 +1,6 @@
 """What node 0 decides between two rounds of the agents: the next attempt, or that restarting has no point any more."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -23,6 +24,7 @@ class RestartPolicy:
         self.restarts_without_progress = 0
         self.last_step = -1
         self.attempt: int | None = None  # the last one of this launch
+        self.launch = secrets.token_hex(8)
         # How often, and on which node, agents were killed without progress, where nobody else counts.
         self.killed = (0, 0)
 
@@ -55,11 +57,16 @@ class RestartPolicy:
     def _claim(self) -> int:
         """Own the run from here on."""
         newest = attempts.newest(self.run)
-        if self.attempt is not None and newest > self.attempt:  # another launch of the job, which lost sight of us
+        if self.attempt is not None and newest > self.attempt and not self._is_ours(newest):
+            # another launch of the job, which lost sight of us
             raise Ended(f"attempt {self.attempt} was replaced by attempt {newest}, which goes on", FAILED)
         self.memory.attempt = newest + 1  # before anyone can see it: what is being saved stays ours
-        attempts.claim(self.run, newest + 1)
+        attempts.claim(self.run, newest + 1, self.launch)
         return newest + 1
+
+    def _is_ours(self, attempt: int) -> bool:
+        """Whether we claimed it, and a server that failed just then did not tell us; then we take the next one."""
+        return attempt == self.memory.attempt and attempts.claimed_by(self.run, attempt) in ("", self.launch)
 
     def _spend_restart(self, cause: Failure) -> None:
         """Count a restart, record why, and end the job if a restart cannot help."""

@@ -14,8 +14,11 @@ class StaleAttempt(RuntimeError):
     """A later attempt owns the run: this one must not write."""
 
 
-def claim(run: RunFolder, attempt: int) -> None:
-    """Make `attempt` the owner of the run. Raises StaleAttempt: it, or a later one, was claimed already."""
+def claim(run: RunFolder, attempt: int, launch: str = "") -> None:
+    """Make `attempt` the owner of the run, for a launch that knows it again by `claimed_by`.
+
+    Raises StaleAttempt: it, or a later one, was claimed already. Raises OSError: nobody knows whether it is now.
+    """
     run.attempts.mkdir(parents=True, exist_ok=True)
     check_current(run, attempt)
     try:
@@ -24,10 +27,17 @@ def claim(run: RunFolder, attempt: int) -> None:
         raise StaleAttempt(f"attempt {attempt} of {run.name} is somebody else's") from None
     with contextlib.suppress(OSError):  # it is there for all to see; tried again, it would be somebody else's
         try:
+            os.write(handle, launch.encode())
             os.fsync(handle)
         finally:
             os.close(handle)
-    _sweep(run)
+    with contextlib.suppress(OSError):  # likewise
+        _sweep(run)
+
+
+def claimed_by(run: RunFolder, attempt: int) -> str:
+    """The launch that claimed an attempt; empty where it could not write that."""
+    return (run.attempts / f"{attempt:06d}").read_bytes().decode(errors="replace")
 
 
 def _sweep(run: RunFolder) -> None:

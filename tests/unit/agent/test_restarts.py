@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,6 +166,43 @@ def test_a_disk_that_fails_for_a_moment_is_waited_for(tmp_path: Path, monkeypatc
     finally:
         end()
         os.close(opened)
+
+
+@pytest.mark.parametrize("name", ["open", "scandir"])
+def test_a_claim_that_fails_when_it_is_there_already_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A server made the file and did not tell us, or fails a moment later: no other launch goes on, so we must."""
+    policy = Policy(tmp_path)
+    policy.run.failures.mkdir(exist_ok=True)
+    fail_once(monkeypatch, name)
+    assert policy.fail() == attempts.newest(policy.run) == policy.memory.attempt > 0
+    assert policy.fail() == attempts.newest(policy.run)
+
+
+def test_a_claim_that_another_launch_made_meanwhile_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our server did not answer for so long that we were replaced."""
+    policy = Policy(tmp_path)
+    fail_once(monkeypatch, "open", b"another")
+    with pytest.raises(Ended, match="attempt 0 was replaced by attempt 1, which goes on"):
+        policy.fail()
+
+
+def fail_once(patch: pytest.MonkeyPatch, name: str, content: bytes = b"") -> None:
+    """The next call of a function in `os` does what it should, and says that it failed."""
+    real = getattr(os, name)
+
+    def fail(*arguments: Any) -> None:
+        patch.setattr(os, name, real)
+        done = real(*arguments)
+        if isinstance(done, int):
+            os.write(done, content)
+            os.close(done)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    patch.setattr(os, name, fail)
 
 
 def test_agents_that_were_killed_without_progress_use_up_the_budget(tmp_path: Path) -> None:
