@@ -100,9 +100,24 @@ class TrainingState:
             self._agree(partial(self.keeper.insist, submit, self.beat) if wait else submit)
         self.owed = False
 
-    def settle(self) -> None:
-        """Return when everything is committed. Raises Exception: something could not be, on all ranks."""
-        self._agree(partial(self.keeper.wait, self.beat))
+    def settle(self, end: float = math.inf) -> bool:
+        """Return when nothing is being written any more: whether the newest save was committed.
+
+        If it was not, it is worth another try. Raises Exception: it is not, or it is later than `end`; on all ranks.
+        """
+        failed = False
+
+        def look() -> None:
+            nonlocal failed
+            try:
+                self.keeper.wait(self.beat)
+            except OSError as error:
+                if not self.keeper.may_fail(error) or time.monotonic() > end:
+                    raise
+                failed = True
+
+        self._agree(look)
+        return not self.parallel.any(failed, self.beat)
 
     def _agree(self, action: Callable[[], None]) -> None:
         """Let rank 0, or all that have shards, do something; what goes wrong is raised on all ranks."""
@@ -123,25 +138,12 @@ class TrainingState:
     def _save_shards(self, submit: Callable[[], None], wait: bool) -> None:
         """All ranks save together, and again if a disk failed one of them for a moment: see `Keeper.insist`."""
         end = time.monotonic() + self.keeper.limit_s
-        failed = True
-
-        def look() -> None:
-            nonlocal failed
-            try:
-                self.keeper.wait(self.beat)
-                failed = False
-            except OSError as error:
-                if not self.keeper.may_fail(error) or time.monotonic() > end:
-                    raise
-
-        while failed:
+        while True:
             self._agree(partial(self.keeper.prepare, self._moment(), self.contents, self.beat))
             self._agree(submit)
-            if not wait:
+            if not wait or self.settle(end):
                 return
-            self._agree(look)
-            if failed := self.parallel.any(failed, self.beat):
-                time.sleep(LOOK_S)
+            time.sleep(LOOK_S)
 
     def close(self) -> None:
         """Finish what is being written; for an end that has a cause of its own."""

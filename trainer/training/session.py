@@ -228,8 +228,7 @@ class Session(Course):
     def _finish(self) -> None:
         """The training is done: its last checkpoint is committed, and its result is there."""
         self._check_left()
-        if self.begun and (self.saved != self.place or self.state.owed):
+        if not self.state.settle() or (self.begun and (self.saved != self.place or self.state.owed)):
             self.save(wait=True)
-        self.state.settle()
         self.report.finish(self.state.metrics)
         self.parallel.close()
