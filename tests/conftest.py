@@ -25,7 +25,15 @@ from xdist.scheduler import LoadScopeScheduling
 pytest_plugins = ["engine_fixtures"]  # two tiers run containers, in one engine
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what we start inherits it, and under nohup it would be ignored
-for name in ("JOB", "SITE", "IMAGE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the `make` that started the tests
+for name in (
+    "ARGS",
+    "JOB",
+    "SITE",
+    "IMAGE",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MFLAGS",
+):  # of the `make` that started the tests
     os.environ.pop(name, None)
 os.umask(os.umask(0o022) | 0o022)  # as all our programs do: a run folder that others may write is refused
 

@@ -269,7 +269,7 @@ def test_what_is_rendered_is_what_is_sent(client: SimpleNamespace, tmp_path: Pat
 
 def test_a_script_that_the_snapshot_lacks_is_refused(client: SimpleNamespace, runs: Path) -> None:
     words = [*CPU, f"runs={runs}", "task=null"]
-    with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or remove it from \.gitignore"):
+    with pytest.raises(JobError, match=r"script='nowhere/train\.py'.*absolute path, or name it in snapshot\.include"):
         submit_job(JOB, [*words, "script=nowhere/train.py"], "slurm", None)
     assert client.words("sbatch") == []
     submit_job(JOB, [*words, "script=/on/the/nodes/train.py"], "slurm", None)  # which we cannot see

@@ -27,7 +27,8 @@ def test_a_command_for_slurm(slurm: Cluster, shared_path: Path, command: str) ->
     if job:
         assert slurm.wait(job[1])["JobState"] == "COMPLETED"
         return
-    runs = [Run(Path(line)) for line in done.stdout.splitlines() if Path(line, "job.yaml").exists()]
+    lines = [line.removeprefix("run folder: ") for line in done.stdout.splitlines()]
+    runs = [Run(Path(line)) for line in lines if Path(line, "job.yaml").exists()]
     assert len(runs) == (2 if "--sweep" in command else 1), done.stdout
     for run in runs:
         assert run.wait_end()["state"] == "done", run.describe()

@@ -11,6 +11,7 @@ import pytest
 from login_host import SSHD, LoginHost
 from muster_runs import wait_for
 from slurm_cluster import Cluster
+from slurm_config import CONTROLLER
 
 from trainer.records import read_json
 from trainer.run.folder import RunFolder
@@ -21,7 +22,8 @@ def host(slurm: Cluster, shared_path: Path, tmp_path: Path) -> Iterator[LoginHos
     """A host that does not see the folder of the project."""
     if not os.path.exists(SSHD):
         pytest.skip("no sshd: apt-get install openssh-server")
-    found = LoginHost(slurm, shared_path / "login", tmp_path)
+    enter = f"nsenter --target {slurm.pids[CONTROLLER]} --mount --net --uts --ipc"
+    found = LoginHost(shared_path / "login", enter, tmp_path)
     yield found
     found.stop()
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import trainer
+from trainer.errors import JobError
 from trainer.launch.archive import tar, tar_folder
 
 PACKAGE = Path(trainer.__file__).resolve().parent
@@ -44,7 +45,10 @@ def pack_muster() -> Parcel:
     roots = [PACKAGE] + [folder for name in TEMPLATES if (folder := PACKAGE.parent / name).is_dir() and _in_sources()]
     found = [path for root in roots for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     files = [(str(path.relative_to(PACKAGE.parent)), path) for path in (*found, PACKAGE.parent / "muster.py")]
-    about = metadata.distribution("muster-train")
+    every = metadata.distributions(name="muster-train")  # a checkout may have two: one, an .egg-info, is of a build
+    about = next((each for each in every if each.read_text("METADATA")), None)
+    if about is None:
+        raise JobError("ssh", None, "Muster itself is not installed here, so it cannot be sent", "pip install it")
     for path in about.files or ():
         if path.name in ("METADATA", "entry_points.txt") and path.parent.name.endswith(".dist-info"):
             files.append((f"{path.parent.name}/{path.name}", Path(str(about.locate_file(path)))))
