@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 MUSTER = str(Path(sys.executable).with_name("muster"))
 FULL = bool(os.environ.get("MUSTER_FULL"))
 """Whether to repeat as often as a release asks for: half an hour instead of minutes."""
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 """For what takes a second on an idle machine."""
 
 
