@@ -1,69 +1,15 @@
 """The three jobs, the modes and the precisions on a real GPU, through the command that people use."""
 
-import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
+from gpu_runs import ENVIRONMENT, MUSTER, all_gpus, command, losses, result, same_bits, train, train_killed, weights
+from paths import ROOT
 from stopwatch import Stopwatch
 
-from trainer.records import read_lines
 from trainer.run.folder import RunFolder
-
-MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(SUPPORT)}
-
-
-def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:
-    """The command that runs a job on one GPU, and how its run folder's name begins."""
-    name = f"gpu{len(list(runs.iterdir())) if runs.exists() else 0}"
-    words = [f"jobs/{job}.yaml", "device=cuda", "devices_per_node=1", f"runs={runs}", f"name={name}", *overrides]
-    return [*MUSTER, "run", *words], name
-
-
-def train(runs: Path, job: str, *overrides: str) -> Path:
-    """Run a job to its end on the GPU; return its run folder."""
-    words, name = command(runs, job, *overrides)
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = runs.glob(f"{name}-*")
-    return run
-
-
-def all_gpus(at_least: int = 2) -> str:
-    """The override for as many ranks as there are GPUs."""
-    count = torch.cuda.device_count()
-    if count < at_least:
-        pytest.skip(f"needs {at_least} GPUs, found {count}")
-    return f"devices_per_node={count}"
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if line["kind"] == "train"]
-
-
-def result(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())
-    return found
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True, map_location="cpu")
-    return state
-
-
-def same_bits(first: Path, second: Path) -> None:
-    """Compare the weights of two runs' last checkpoints."""
-    for name, tensor in weights(first).items():
-        assert torch.equal(tensor, weights(second)[name]), name
 
 
 @pytest.mark.parametrize("mode", ["single", "dp", "ddp"])
@@ -94,19 +40,7 @@ def test_killed_it_ends_with_the_same_bits(tmp_path: Path, gpus: int) -> None:
     options = ["parallel=ddp", "train.steps=60", "checkpoint.every_steps=7", "train.precision=bf16"]
     options += [all_gpus()] if gpus > 1 else []
     calm = train(tmp_path, "segment", *options)
-    words, name = command(tmp_path, "segment", *options)
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    killed = False
-    while process.poll() is None:
-        time.sleep(0.05)
-        events = [event for folder in tmp_path.glob(f"{name}-*") for event in RunFolder(folder).read_events()]
-        if not killed and any(event["event"] == "checkpoint" for event in events):
-            pids = next(event["pids"] for event in events if event["event"] == "ranks")
-            os.kill(pids[str(gpus - 1)], signal.SIGKILL)
-            killed = True
-    assert process.stdout is not None
-    assert process.returncode == 0 and killed, process.stdout.read()
-    (run,) = tmp_path.glob(f"{name}-*")
+    run = train_killed(tmp_path, "segment", *options, rank=gpus - 1)
     [resume] = [event for event in RunFolder(run).read_events() if event["event"] == "resume"]
     assert resume["folder"] == "memory"
     same_bits(calm, run)
@@ -174,36 +108,3 @@ def test_data_parallel_over_all_devices_equals_one(tmp_path: Path) -> None:
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(all_)[name], rtol=1e-3, atol=1e-4), name
     assert len(result(all_)["peak_memory_mb"]) == torch.cuda.device_count()
-
-
-@pytest.mark.parametrize("option", ["fsdp.gather=full", "fsdp.gather=half", "train.checkpoint_activations=true"])
-def test_shards_on_one_gpu_are_the_training_of_ddp(tmp_path: Path, option: str) -> None:
-    options = ("train.precision=bf16", "train.steps=20", "log.every_steps=1")
-    plain = train(tmp_path, "bytelm", "parallel=ddp", *options)
-    run = train(tmp_path, "bytelm", "parallel=fsdp", "fsdp.min_params=1", *options, option)
-    assert losses(run) == pytest.approx(losses(plain), rel=1e-2)
-
-
-def test_shards_on_all_gpus_are_loaded_on_one_and_exported(tmp_path: Path) -> None:
-    """A model of 124 million weights, which one rank builds for all; nothing of the export needs the GPU."""
-    options = ("task_args.size=124m", "train.precision=bf16", "train.batch_size=8", "log.every_steps=1",
-               "train.schedule=constant")  # fmt: skip
-    run = train(tmp_path, "bytelm", "parallel=fsdp", all_gpus(1), *options, "train.steps=3")
-    words = [*MUSTER, "run", str(run), "train.steps=4", "parallel=single", "devices_per_node=1"]
-    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=280)
-    assert len(losses(run)) == 4
-    target = tmp_path / "model.safetensors"
-    blind = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*MUSTER, "export", str(run), str(target)], cwd=ROOT, env=blind, check=True, timeout=280)
-    assert target.stat().st_size > 4 * 100_000_000
-
-
-@pytest.mark.speed
-def test_shards_on_one_gpu_cost_what_ddp_costs(tmp_path: Path) -> None:
-    options = ("task_args.size=124m", "train.precision=bf16", "train.batch_size=8", "train.steps=60",
-               "log.every_steps=20")  # fmt: skip
-    speeds = {}
-    for mode in ("ddp", "fsdp"):
-        lines = read_lines(train(tmp_path, "bytelm", f"parallel={mode}", *options) / "metrics.jsonl")
-        speeds[mode] = [line["samples_per_s"] for line in lines if line["kind"] == "train"][-1]
-    assert speeds["fsdp"] >= speeds["ddp"] / 1.03
