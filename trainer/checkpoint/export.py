@@ -30,7 +30,7 @@ def export(run: RunFolder, target: Path, step: int | None) -> Path:
     """
     if target.suffix not in SUFFIXES:
         remedy = f"Give it one of the endings {', '.join(SUFFIXES)}"
-        raise JobError("file", str(target), "does not say which format it shall have", remedy)
+        raise JobError("file", str(target), "does not say which format to write", remedy)
     folder = find(run, step)
     draft, other = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("draft", "tensors"))
     try:
@@ -56,7 +56,7 @@ def find(run: RunFolder, step: int | None) -> Path:
         folder = run.checkpoints / f"step-{step:09d}"
         if not folder.is_dir():
             steps = ", ".join(str(int(path.name[5:])) for path in sorted(run.checkpoints.glob("step-*")))
-            raise JobError("--step", step, "is no step of a checkpoint of this run", f"There are: {steps or 'none'}")
+            raise JobError("--step", step, "has no checkpoint in this run", f"There are: {steps or 'none'}")
         try:
             verify(folder)
         except DamagedCheckpoint as error:

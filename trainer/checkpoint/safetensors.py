@@ -72,7 +72,7 @@ class Tensors(Mapping[str, Tensor]):
         dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
         count = math.prod(shape) * dtype.itemsize
         if begin < 0 or end - begin != count or self.begin + end > len(self.memory):
-            raise ValueError(f"the table of a safetensors file says of {name} what cannot be")
+            raise ValueError(f"the table of a safetensors file gives {name} a place or size that it cannot have")
         if not count:
             return torch.empty(shape, dtype=dtype, device="cpu")
         data = torch.frombuffer(self.memory, dtype=torch.uint8, count=count, offset=self.begin + begin)

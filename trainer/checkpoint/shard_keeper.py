@@ -37,7 +37,7 @@ class ShardKeeper(Keeper):
         found = super().find_memory()
         if found is not None and len(found.buffers) != FOR_SHARDS:
             self.recovers, found = False, None
-            self.tell("no copies are kept in memory: only a job file that says parallel: fsdp has room made for them")
+            self.tell("no copies are kept in memory: for that, the job file must say parallel: fsdp")
         return found
 
     @staticmethod

@@ -49,8 +49,8 @@ class Train:
         above=0, below=1)
     channels_last: bool = _key(False, "store 4-d weights and inputs in NHWC layout")
     compile: bool = _key(False, "compile the model with torch.compile; with fsdp layer by layer")
-    checkpoint_activations: bool = _key(False, "keep no activations inside of layers (those of Task.shard_modules, "
-        "else large ones in a Sequential or ModuleList): the backward pass computes them again")
+    checkpoint_activations: bool = _key(False, "keep no activations inside of layers, and compute them again in the "
+        "backward pass; layers are those of Task.shard_modules, else large ones in a Sequential or ModuleList")
     on_nan: str = _key("halt", "what to do when a loss is NaN or infinite: end the run, or skip the update",
         choices=("halt", "skip"))
     deterministic: str = _key("true",
@@ -97,18 +97,19 @@ class Fsdp:
         "one at a time, unless Task.shard_modules names them; the rest of the model is gathered as one", minimum=1)
     reshard_after_forward: bool = _key(True,
         "give up gathered layers after the forward pass, and gather them again for the backward pass; false: keep them")
-    replicate: str = _key("none", "node: each node holds the whole model, in shards; averages alone cross the network",
+    replicate: str = _key("none", "node: the ranks of each node together hold the whole model, and "
+        "only averages of gradients cross the network; none: all ranks together hold it once",
         choices=("none", "node"))
-    gather: str = _key("full", "full: gather weights as they are; half: as 16-bit numbers of `train.precision`, in "
-        "which the layers then compute throughout; gradients are added in 32 bits either way", choices=("full", "half"))
+    gather: str = _key("full", "full: gather weights as they are; half: as 16-bit numbers of `train.precision`, with "
+        "which layers then compute everything; gradients are added in 32 bits either way", choices=("full", "half"))
 
 
 @dataclass
 class Pipeline:
     """Options of a model that is cut into stages, one on each device. With other modes, changing them is an error."""
 
-    stages: int | None = _key(None, "stages of the model; more devices make more such pipelines, which divide each "
-        "batch among them, as ddp does; null: as many as there are devices", minimum=2)
+    stages: int | None = _key(None, "number of stages; with more devices there are several such pipelines, which "
+        "divide each batch among them, as ddp does; null: as many as there are devices", minimum=2)
     microbatches: int | None = _key(None, "parts of a batch that follow each other through the stages; null: as many "
         "as there are stages", minimum=1)
     schedule: str = _key("1f1b", "1f1b: each stage goes forward and backward by turns, and keeps few activations; "
@@ -120,8 +121,8 @@ class Server:
     """Options of the parameter server, rank 0, which holds the weights. With other modes, changing them is an error."""
 
     synchronous: bool = _key(True,
-        "update once all ranks have sent gradients; false: rank 0 only serves, and updates whenever one of the others "
-        "sends some. These wait for nobody, and no two runs give the same weights")
+        "true: update when all ranks have sent gradients; false: rank 0 only serves, and updates as soon as one of the "
+        "others sends some, so that no rank waits, but no two runs give the same weights")
 
 
 @dataclass
@@ -167,7 +168,7 @@ class Log:
 class Snapshot:
     """The copy of the code that a run takes along, except on the local platform. Patterns are as in .gitignore."""
 
-    include: list[str] = _key([], "more files: those that git ignores, or, without git, those that look like data")
+    include: list[str] = _key([], "more files to copy: ones that git ignores or, without git, ones that look like data")
     exclude: list[str] = _key([], "files to leave out, also of those that `include` names")
 
 

@@ -138,7 +138,7 @@ PIPELINE = (
          "is less than the {job.pipeline.stages} stages, some of which would have nothing to do",
          "Use {job.pipeline.stages} or more, or pipeline.schedule=gpipe"),
     Rule("train.precision", lambda job: job.train.precision == "fp16",
-         "scales losses, on which the stages of a pipeline do not agree", "Use bf16, or parallel=ddp"),
+         "scales losses, and the stages of a pipeline would not agree on a scale", "Use bf16, or parallel=ddp"),
     Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
          "is not implemented for a model in stages", "Remove it, or use parallel=ddp"),
     Rule("train.compile", lambda job: job.train.compile,
@@ -152,7 +152,7 @@ SERVER = (
 
 ASYNCHRONOUS = (
     Rule("train.ema_decay", lambda job: job.train.ema_decay is not None,
-         "needs the weights after each update, of which an asynchronous server sends each rank a few",
+         "needs all weights after each update, and an asynchronous server does not send them all",
          "Remove it, or server.synchronous=true"),
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ ProjectFolder = Annotated[Path, Argument(help="The folder of the project; defaul
 Script = Annotated[str | None, Option("--script", help="A script to run, which may exist. Default: a task.")]
 BuildWords = Annotated[list[str] | None, Argument(help="After --: more words for docker build.", show_default=False)]
 Push = Annotated[bool, Option("--push", help="Push it to the registry that its name in the site file begins with.")]
-IMAGE_ON = "docker or kubernetes: whose site file names the image; default: docker, with --push kubernetes."
+IMAGE_ON = "docker or kubernetes: its site file names the image. Default: docker; with --push: kubernetes."
 ImageOn = Annotated[str | None, Option("--on", help=IMAGE_ON)]
 Checkpoints = Annotated[str | None, Option("--checkpoints", help="best, last or all; default: none.")]
 Json = Annotated[bool, Option("--json", help="Print JSON, for machines.")]
@@ -47,7 +47,7 @@ ExportFile = Annotated[Path, Argument(help="The file to write, such as model.pt.
 ExportStep = Annotated[int | None, Option("--step", help="The step of the checkpoint; default: the newest whole one.")]
 Steps = Annotated[int, Option("--steps", help="Timed steps of each run, after its warm-up.")]
 Rounds = Annotated[int, Option("--rounds", help="Timed runs of each mode, in turn.")]
-Modes = Annotated[list[str] | None, Option("--mode", help="Compare single and ddp with this mode; once for each.")]
+Modes = Annotated[list[str] | None, Option("--mode", help="Compare this mode with single and ddp; may be repeated.")]
 
 
 @app.command()
@@ -110,7 +110,7 @@ def logs(run: RunFolder, rank: Rank = None, follow: Follow = False) -> None:
 def pull(run: RunFolder, checkpoints: Checkpoints = None) -> None:
     """Bring the results of a run from elsewhere into its folder here.
 
-    That is logs, metrics, events, TensorBoard files and, if you say which, checkpoints. Say it again after a cut.
+    That is logs, metrics, events, TensorBoard files and, if you say which, checkpoints. Repeat it after a cut.
     """
     from trainer.launch import pull as pulling
 

@@ -81,7 +81,7 @@ class Talk:
             if line == STARTED:
                 return
             passed += len(line) + 1
-        raise CutOff(self.what, "what comes is no answer")
+        raise CutOff(self.what, "it sent something else than an answer")
 
     def line(self) -> dict[str, Any]:
         """The next answer. Raises CutOff: what comes is none."""
@@ -91,14 +91,14 @@ class Talk:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise CutOff(self.what, f"{line[:200]!r} is no answer")
+            raise CutOff(self.what, f"{line[:200]!r} is not an answer")
         return found
 
     def _line(self) -> bytes:
         while b"\n" not in self.rest:
             self.rest += self._more()
             if len(self.rest) > 2 * BLOCK:
-                raise CutOff(self.what, "what comes is no answer")
+                raise CutOff(self.what, "it sent something else than an answer")
         line, _, self.rest = self.rest.partition(b"\n")
         return line
 

@@ -75,7 +75,7 @@ def make_image(on: str | None, site: Path | None, push: bool, words: Sequence[st
 def _split(image: str) -> tuple[str, str]:
     """Repository and tag. Raises JobError: it names a finished build."""
     if "@" in image or image.startswith("sha256:"):
-        raise JobError("image", image, "names a build that is finished", "Remove the digest in the site file")
+        raise JobError("image", image, "names a finished build", "Remove the digest in the site file")
     repository, colon, tag = image.rpartition(":")
     return (repository, tag) if colon and "/" not in tag else (image, "latest")
 
@@ -121,7 +121,7 @@ def _failure(said: str) -> JobError:
     lines = [line for line in lines if "error" in line.lower()] or lines
     remedy = "Correct the Dockerfile, or what it installs"
     if re.search(OFFLINE, said.lower()):
-        remedy = "For another index of packages than pip's own, hand in a configuration of pip: "
+        remedy = "For another index of packages than pip's own, pass a configuration of pip: "
         remedy += "muster image -- --secret=id=pip.conf,src=FILE"
     if "requires buildkit" in said.lower() or "unknown flag: --mount" in said.lower():
         remedy = "Install docker-buildx: the engine's old builder cannot read this Dockerfile"
@@ -137,7 +137,7 @@ def _push(image: str, repository: str) -> str:
         for pattern, problem, remedy in PUSHES:
             if re.search(pattern, said.lower()):
                 raise JobError("image", image, f"{registry} {problem}: {said[-300:]}", remedy.format(registry=registry))
-        raise JobError("image", image, f"cannot be pushed: {said[-300:]}", f"Correct it, and say docker push {image}")
+        raise JobError("image", image, f"cannot be pushed: {said[-300:]}", f"Correct it, then run docker push {image}")
     found = docker("image", "inspect", "--format", '{{join .RepoDigests "\\n"}}', image).split()
     names = repository, f"docker.io/{repository}"
     return next((name for name in found if name.partition("@")[0] in names), image)

@@ -17,7 +17,7 @@ def chosen(key: str, pattern: str, names: Iterable[str]) -> set[str]:
     if not found:
         what = "no file of the folder" if key.endswith("include") else "none of the files that would be copied"
         raise JobError(
-            key, pattern, f"matches {what}", "Correct it, or remove it; it is read as a line of .gitignore is"
+            key, pattern, f"matches {what}", "Correct it, or remove it. It is read like a line of .gitignore"
         )
     return found
 
@@ -25,10 +25,8 @@ def chosen(key: str, pattern: str, names: Iterable[str]) -> set[str]:
 def _expression(key: str, pattern: str) -> re.Pattern[str]:
     body = re.sub(r"^\./", "/", pattern.strip())
     if body.startswith("!") or not body.strip("/") or ".." in body.split("/"):
-        remedy = (
-            "Give a pattern for files of the working directory; what is not to be copied stands in snapshot.exclude"
-        )
-        raise JobError(key, pattern, "is not such a pattern", remedy)
+        remedy = "Give a pattern for files of the working directory; snapshot.exclude says what is not to be copied"
+        raise JobError(key, pattern, "is not a pattern for files of the working directory", remedy)
     anywhere = "" if "/" in body.rstrip("/") else "(?:.*/)?"
     inside = "/.*" if body.endswith("/") else "(?:/.*)?"
     return re.compile(anywhere + "".join(map(_translate, PARTS.finditer(body.strip("/")))) + inside, re.DOTALL)

@@ -55,7 +55,7 @@ class Plan(Generic[SiteT]):
             folders = [self.run.logs, self.run.events, *([self.run.code] if has_code else [])]
             first = ["umask go-w", f"mkdir -p {' '.join(words[folder] for folder in folders)}"]  # others must not write
             files = {self.run.job: self.job_text, **files}
-            notes = [f"# Modules of your own belong into {words[self.run.code]}"] if has_code else []
+            notes = [f"# Modules of your own belong in {words[self.run.code]}"] if has_code else []
         ends = {path: f"END_OF_{path.suffix[1:].upper()}" for path in files}
         made = [f"cat >{shlex.quote(str(path))} <<'{end}'" for path, end in ends.items()]
         *before, last = [*first, *made, *commands]

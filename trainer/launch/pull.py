@@ -67,7 +67,7 @@ def pull(run_path: str, which: str | None) -> str:
     check_owner(run)
     handle = read_handle(run)
     if handle is None:
-        raise JobError("RUN", str(run), "was not submitted by muster", "Nobody knows where else it could be")
+        raise JobError("RUN", str(run), "was not submitted by muster", "There is no other place to bring it from")
     with platform_of(handle).reach(run, handle) as there:
         try:
             with _alone(run):
@@ -173,7 +173,7 @@ def _fetch(run: RunFolder, there: FarFolder, files: list[File], done: Brought, a
                 line.get("mtime_ns"),
             )
             if not (is_count(begin) and is_count(size) and is_count(date) and begin <= min(size, _size(pending))):
-                raise CutOff(talk.what, f"{line!r} is no answer")
+                raise CutOff(talk.what, f"{line!r} is not an answer")
             digest = _write(pending, talk, begin, size)
             if digest == _checked(talk).get("sha256"):
                 os.utime(pending, ns=(date, date))

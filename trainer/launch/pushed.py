@@ -32,7 +32,7 @@ def note_other_inputs(image: str) -> None:
     """Say so if the image would be another one if it were made now."""
     known = _known(image)
     if known and look_at_inputs(Path.cwd(), known["words"]).tag != known["tag"]:
-        note = "was pushed before the Dockerfile, what that reads, or Muster changed. Jobs use it as it is"
+        note = "was pushed before the Dockerfile, a file that it copies, or Muster changed. Jobs still use it"
         print(f"note: {image} {note}: `muster image --push` makes the new one", file=sys.stderr)
 
 

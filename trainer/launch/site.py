@@ -62,11 +62,11 @@ def ssh_rules(site: Any) -> list[Rule]:
 
     paths = {key: getattr(site, key, None) or "~" for key in ("ssh_folder", "runs")} if site.ssh else {}
     relative = next((key for key, path in paths.items() if not re.fullmatch(ABSOLUTE, str(path))), "")
-    remedy = "Write a host of ~/.ssh/config, or user@host; options belong into that file"
+    remedy = "Write a host of ~/.ssh/config, or user@host; options belong in that file"
     return [
         (bool(site.ssh) and not re.fullmatch(HOST, str(site.ssh)), "ssh", site.ssh, "is not a host", remedy),
         (bool(relative), relative, paths.get(relative), "is not an absolute path",
-         "Write one of the other machine; `~` and `$NAME` are those over there"),
+         "Write one of the other machine; `~` and `$NAME` have their values from over there"),
         (bool(site.ssh_config) and not site.ssh, "ssh_config", site.ssh_config, "would be ignored without ssh",
          "Set ssh, or remove it"),
         (bool(site.ssh_config) and not Path(str(site.ssh_config)).is_file(), "ssh_config", site.ssh_config,
@@ -94,8 +94,10 @@ def read_site(path: Path | None, folder: str, kind: type[Site]) -> Site:
             remedy = did_you_mean(key, types, "Known keys: " + ", ".join(types))
             raise JobError(key, value, f"unknown key in {path}", remedy)
         if values.get("ssh") and key not in ("ssh", "ssh_config") and "${oc.env:" in str(value):
-            remedy = "Set it over there, such as in ~/.profile, or write $NAME in a path: that is taken from over there"
-            raise JobError(key, value, "would send a variable's value, which may be a secret, to that machine", remedy)
+            remedy = "Set it over there, for example in ~/.profile. In paths, write $NAME: it is expanded over there"
+            raise JobError(
+                key, value, "would send a variable's value, which may be a secret, to the other machine", remedy
+            )
         if key == "ssh_config" or (key in PATHS and not values.get("ssh")):  # others are of the machine that ssh names
             values[key] = [expand(key, each) for each in value] if isinstance(value, list) else expand(key, value)
     try:

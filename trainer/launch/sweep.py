@@ -88,8 +88,8 @@ def _submit_each(plans: list[tuple[AnyPlatform, AnyPlan]], sweep: Sweep, followi
             remedy = error.remedy
             if isinstance(error, Cut):  # the same command would begin another sweep
                 remedy = f"The job may be there or not: `muster submit {plan.run}` completes it"
-            note = f"It was run {index + 1} of {len(plans)}, and none after it was submitted"
-            note += f": `muster list {sweep.folder}` shows what was"
+            note = f"This was run {index + 1} of {len(plans)}. Those after it were not submitted"
+            note += f": `muster list {sweep.folder}` shows the others"
             raise type(error)(error.key, error.value, error.problem, f"{remedy}. {note}") from None
 
 

@@ -108,7 +108,7 @@ class FullyShard(Group):
                 raise JobError("task.model", name, problem, "Give it the shape (1,), or use parallel=ddp")
         shapes = repr([(name, tuple(value.shape), value.dtype) for name, value in named])
         if len(set(self.gather(hashlib.sha256(shapes.encode()).hexdigest()))) > 1:
-            problem = "is another one on another rank: names, shapes or types of its weights differ"
+            problem = "is not the same on all ranks: names, shapes or types of its weights differ"
             raise JobError("task.model", type(model).__name__, problem, "Build the same model on every rank")
 
     def _fill(self, part: nn.Module, tensors: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:

@@ -140,7 +140,7 @@ class Pipeline(Group):
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-            problem = "the loss takes a derivative by the model's input, of which the last stage has none"
+            problem = "the loss takes a derivative by the model's input, which the last stage does not have"
             raise JobError("parallel", "pipeline", problem, "Use parallel=ddp") from error
         values = {"loss": losses}
         if evaluate:

@@ -73,10 +73,10 @@ def balance(sizes: tuple[int, ...], count: int) -> list[int]:
 def _check(task: Task, model: nn.Module, parts: list[Any], count: int) -> None:
     kind = type(model).__name__
     if type(task).output is not Task.output:
-        problem = "calls the model in a way of its own, and a stage has a part of it"
+        problem = "calls the model in its own way, but a stage holds only a part of the model"
         raise JobError("task.output", type(task).__name__, problem, "Give the task inputs(batch) instead, or use fsdp")
     if not parts:
-        problem = "is no torch.nn.Sequential, and the task does not say how to cut it"
+        problem = "is not a torch.nn.Sequential, and the task does not say how to cut it"
         raise JobError("parallel", "pipeline", f"{kind} {problem}", "Give the task a method stages(model)")
     if not all(isinstance(part, nn.Module) for part in parts):
         raise JobError("task.stages", kind, "must be torch.nn.Modules", "Return a list of modules")
@@ -85,7 +85,7 @@ def _check(task: Task, model: nn.Module, parts: list[Any], count: int) -> None:
         raise JobError("pipeline.stages", count, problem, "Use fewer, or name smaller modules in Task.stages")
     for name, part in model.named_modules():
         if isinstance(part, NORMS) and (part.training or part.running_mean is None):
-            problem = f"computes statistics of each of pipeline.microbatches by itself ({name or kind})"
+            problem = f"would compute statistics of single micro-batches ({name or kind})"
             raise JobError("task.model", type(part).__name__, problem, "Use GroupNorm or LayerNorm, or parallel=ddp")
 
 
@@ -139,7 +139,7 @@ class Stage(nn.Module):
             now, first = (
                 ", ".join(f"{str(dtype)[6:]} {shape}" for dtype, shape in each) for each in (sizes, self.sizes)
             )
-            problem = f"a stage makes {now} of this batch, but made {first} of the first, for which the next has room"
+            problem = f"a stage turns this batch into {now}, but the next stage expects {first}, as for the first batch"
             remedy = "Pad all samples to one size in Task.collate, not to the longest of a batch, or use parallel=fsdp"
             raise JobError("parallel", "pipeline", problem, remedy)
         return value

@@ -62,5 +62,5 @@ class Continuation:
         if irreproducible and step:
             self.report.notice(
                 f"the run goes on from step {step}, but not as if it had never stopped: {irreproducible}. It still "
-                "uses each sample of an epoch once; its weights will be others"
+                "uses each sample of an epoch once; its weights will differ"
             )

@@ -65,7 +65,7 @@ def test_a_sweep_of_which_one_is_refused_keeps_those_before(tmp_path: Path, monk
 
     monkeypatch.setattr("trainer.launch.local.platform.Local.submit", submit)
     words = (str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path / 'runs'}"], None, None)
-    with pytest.raises(JobError, match=r"Come back later\. It was run 3 of 3, and none after it"):
+    with pytest.raises(JobError, match=r"Come back later\. This was run 3 of 3\. Those after it"):
         submit_sweep(*words, "train.lr=0.1,0.2,0.3")
     (sweep,) = (tmp_path / "runs").glob("*-sweep-*")
     kept = read_sweep(sweep)
@@ -92,7 +92,7 @@ def test_a_sweep_keeps_the_run_that_may_have_been_taken(
         raise kind("ssh", "far", "the connection was cut", "The same command completes it")
 
     monkeypatch.setattr("trainer.launch.local.platform.Local.submit", submit)
-    with pytest.raises(kind, match=rf"It was run {before + 1} of 3, and none after") as caught:
+    with pytest.raises(kind, match=rf"This was run {before + 1} of 3\. Those after it") as caught:
         submit_sweep(str(ROOT / "jobs/digits.yaml"), [f"runs={tmp_path}"], None, None, "train.lr=0.1,0.2,0.3")
     (folder,) = tmp_path.glob("*-sweep-*")
     kept = read_sweep(folder)

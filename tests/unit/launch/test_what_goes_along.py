@@ -95,8 +95,8 @@ def test_without_git_patterns_bring_data_along(
 @pytest.mark.parametrize(("include", "exclude", "problem"), [
     (("nothing*",), (), r"snapshot\.include='nothing\*': matches no file"),
     ((), ("build/",), r"snapshot\.exclude='build/': matches none"),
-    (("!a",), (), "is not such a pattern"), (("../a",), (), "is not such a pattern"),
-    ((), ("/",), "is not such a pattern"),
+    (("!a",), (), "is not a pattern"), (("../a",), (), "is not a pattern"),
+    ((), ("/",), "is not a pattern"),
 ])  # fmt: skip
 def test_a_pattern_for_nothing(
     source: Path, tmp_path: Path, include: tuple[str, ...], exclude: tuple[str, ...], problem: str

@@ -60,7 +60,7 @@ def test_a_rank_keeps_the_values_of_its_stage_and_the_names_of_all() -> None:
 
 @pytest.mark.parametrize("task, model, words", [
     (Called(), nn.Sequential(nn.Linear(1, 1)), "task.output='Called'"),
-    (Digits(), nn.Linear(1, 1), "Linear is no torch.nn.Sequential"),
+    (Digits(), nn.Linear(1, 1), "Linear is not a torch.nn.Sequential"),
     (Cut([print, print]), nn.Linear(1, 1), "must be torch.nn.Modules"),
     (Digits(), nn.Sequential(nn.Linear(1, 1)), "more than the 1 modules"),
     (Cut([nn.Tanh(), nn.Tanh()]), nn.Linear(1, 1), "weight, bias are in none of them"),

@@ -10,7 +10,7 @@ WIDTH = 79
 EQUAL = "Losses: equal step by step within rounding, which grows with the steps"
 APART = "Losses: equal at first, apart later; train.precision=float64 tells rounding from a difference"
 DIFFERENT = (
-    "Losses: not those of single. That is no error with dropout, batch statistics per device, or options of ddp; "
+    "Losses: not those of single. Dropout, batch statistics per device and options of ddp explain that; "
     "without these something in the task depends on how a batch is divided"
 )
 
@@ -71,5 +71,5 @@ def _losses(losses: Mapping[str, Any]) -> str:
     words = [f"{mode} {losses['first_steps'][mode]:.0e}, {whole:.0e}" for mode, whole in pairs]
     form = EQUAL if losses["equal"] else APART if losses["starts_equal"] else DIFFERENT
     where = f"in the first {FIRST_STEPS} steps, and in all {losses['steps']}"
-    others = f"{' and '.join(OTHER_TRAINING)} are another training, whose losses differ."
+    others = f"{' and '.join(OTHER_TRAINING)} train differently, so their losses differ."
     return f"{form}. Largest relative difference from single {where}: {'; '.join(words)}. {others}"

@@ -105,7 +105,7 @@ def choose(speeds: Mapping[str, Sequence[float]], devices: int, batch_size: int,
         text += f"pay at a global batch of {batch_size}."
     else:
         text = f"Use {best}: {ratio['single']:.2f}x the speed of single on {devices} devices "
-        text += f"(efficiency {ratio['single'] / devices:.0%}). Of its speed others have: {speeds_of_others}."
+        text += f"(efficiency {ratio['single'] / devices:.0%}). The others, compared with it: {speeds_of_others}."
     if best == "dp":
         text += " It cannot go beyond one node, and its primary device needs the most memory."
     elif share is not None and share >= 0.1:

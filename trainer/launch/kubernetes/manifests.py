@@ -166,8 +166,8 @@ def _drop(templates: dict[str, Any], code: Code | None) -> None:
     pod, data = templates["pod"]["template"]["spec"], templates["configmap"]["data"]
     agent, first = pod["containers"][0], pod.get("initContainers", [])
     if code is not None and not any(each["name"] == "code" for each in first):
-        remedy = "Take the lines for the code over from Muster's own k8s/pod.yaml, or set code: image in the site file"
-        raise JobError("k8s/pod.yaml", "initContainers", "has none that unpacks the code of the run", remedy)
+        remedy = "Copy the lines about the code from Muster's own k8s/pod.yaml, or set code: image in the site file"
+        raise JobError("k8s/pod.yaml", "initContainers", "has no container that unpacks the run's code", remedy)
     gone = ["archive", "code"] if code is None else [] if code.fits else ["archive"]
     pod["volumes"] = [each for each in pod["volumes"] if each["name"] not in gone]
     if code is None:

@@ -112,7 +112,7 @@ class Supervisor:
             if self.stop_requests:
                 return False
             if said != busy:
-                self.run.record("pending", reason=f"waiting for {busy.name}, which is before it in its sweep")
+                self.run.record("pending", reason=f"waiting for {busy.name}, which comes before it in the sweep")
                 said = busy
             time.sleep(0.5)
         return True

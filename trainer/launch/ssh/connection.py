@@ -137,7 +137,7 @@ REFUSALS: tuple[tuple[str, type[JobError], str, str], ...] = (
     ("Could not resolve hostname", NotReached, "is not a host that this machine knows: {text}",
      "Correct `ssh` in the site file, or name the host in ~/.ssh/config"),
     ("Bad configuration option|Can't open user config|terminating, .* bad config|Bad owner or permissions", JobError,
-     "ssh refuses its configuration: {text}", "Correct it: `{by_hand}` by hand says the same"),
+     "ssh refuses its configuration: {text}", "Correct it: `{by_hand}` shows the same message"),
 )  # fmt: skip
 """A pattern of what ssh says, the kind of the error, the problem and the remedy."""
 

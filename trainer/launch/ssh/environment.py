@@ -22,7 +22,7 @@ def make_environment(path: str, wanted: dict[str, str], say: Say) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(note=f"another process makes {place}: waiting for it")
+            say(note=f"another process is making {place}: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: pip says if two are in each other's way
             pass

@@ -102,7 +102,7 @@ class OverSsh(Platform[Any, SshRequest]):
                 if _has_code_of_now(run, plan.job):
                     print(f"note: going on with {run}, whose submission was cut off", file=sys.stderr)
                     return run
-                print(f"note: {run} was never completed, with other code: `muster submit {run}` does", file=sys.stderr)
+                print(f"note: {run}, with other code, was cut off: `muster submit {run}` completes it", file=sys.stderr)
         return None
 
     def submit(self, plan: AnyPlan, request: SshRequest, follow: bool) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class OverSsh(Platform[Any, SshRequest]):
                 if isinstance(error, Refused) or told or not sent:
                     _restore(run, handle)
                     raise
-                same = f"The job may be there or not. The same command completes it, as does `muster submit {run}`"
+                same = f"The job may be there or not. The same command completes it, and so does `muster submit {run}`"
                 raise Cut(error.key, error.value, error.problem, f"{error.remedy}. {same}") from None
         for path in run.event_files():  # those over there count: clocks differ
             path.unlink()

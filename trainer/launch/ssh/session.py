@@ -147,7 +147,7 @@ class Session:
             return NotReached("ssh", self.host, f"the connection was cut{': ' * bool(text)}{text}", "Try again")
         return NotReached(
             "ssh", self.host, f"ended without an answer (exit {self.process.returncode}): {text or self.chatter!r}",
-            f"`{self.place.connection.by_hand} true` by hand must run a command",
+            f"The machine must run commands: try `{self.place.connection.by_hand} true` by hand",
         )  # fmt: skip
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class Session:
 KINDS: dict[str, type[JobError]] = {kind.__name__: kind for kind in (MaybeAccepted, Refused)}
 """Of what may be refused over there, what matters here."""
 REMEDIES = {
-    "python": "Muster needs Python 3.10 or newer there: set `python` in the site file to the path of one",
+    "python": "Muster needs Python 3.10 or newer there: name such an interpreter with `python` in the site file",
     "folder": "Set `ssh_folder` to a folder of yours, or: chmod go-w",
     "muster": "Try again",
     "system": "Correct that over there, or set another `ssh_folder` in the site file",

@@ -145,7 +145,7 @@ def test_the_tables_show_every_mode_and_say_what_a_cpu_cannot_show() -> None:
     flat = " ".join(shown.split())
     for part in ("160 - 171", "1.70x", "85%", "271", "it is refused", "Losses: equal", "Use ddp", "On CPU", "NCCL",
                  "imbalance", "kernel launches", "memory per device", "pipeline: task.stages: is too short",
-                 "local sgd and server, async are another training"):  # fmt: skip
+                 "local sgd and server, async train differently"):  # fmt: skip
         assert part in flat, part
     assert re.search(r"^ddp +2 +3 +1\.0000 +1\.0000$", shown, re.MULTILINE), shown
     assert re.search(r"^single +- +- ", shown, re.MULTILINE), shown

@@ -104,4 +104,4 @@ def test_the_command_comes_before_what_it_is_handed(tmp_path: Path) -> None:
     lines = render_job("jobs/digits.yaml", [f"runs={tmp_path}", "device=cpu"], "slurm", None).splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["umask", "mkdir", "cat", "cat", "sbatch", "name:"]
     assert "END_OF_YAML" in lines and lines[-2] == "END_OF_SBATCH"
-    assert lines[-1] == f"# Modules of your own belong into {tmp_path}/digits-ID/code"
+    assert lines[-1] == f"# Modules of your own belong in {tmp_path}/digits-ID/code"
