@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import set_default_mmap_options
 
-from trainer.checkpoint.durable import dump, new_file, sync_folder, write_hashed
+from trainer.checkpoint.durable import dump, new_file, write_hashed
 from trainer.checkpoint.sharded import STATE, Meeting, Shards, read_state, shard_name, take_out, write_shard
+from trainer.records import sync_folder
 from trainer.run.attempts import check_current
 from trainer.run.folder import RunFolder, committed
 from trainer.version import __version__
