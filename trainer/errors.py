@@ -63,6 +63,11 @@ def wrong_choice(key: str, value: object, known: Sequence[str], otherwise: str =
     return JobError(key, value, "must be one of " + ", ".join(known), did_you_mean(value, known, otherwise))
 
 
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class Stopped(SystemExit):
     """Every rank agreed to stop and the checkpoint is committed; exit code 75."""
 

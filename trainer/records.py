@@ -4,6 +4,7 @@ Whatever lies in such a file can be read: a line that is none of ours, or not wh
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -114,17 +115,20 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
             pending.unlink()
         raise
     if sync:
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):
+            sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Make names in a folder outlive a power loss, where its file system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Have a folder's names on the disk, where the file system can do that for folders; mounts of others refuse."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

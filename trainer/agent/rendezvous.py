@@ -32,7 +32,7 @@ from trainer.agent.rounds import (
     read_end,
     read_failures,
 )
-from trainer.errors import FAILED, STOPPED
+from trainer.errors import FAILED, STOPPED, some_of
 from trainer.wiring.node import Wiring
 
 LOOK_S = 0.1  # between two looks for a stop request, which wakes nobody
@@ -157,10 +157,7 @@ class NodeRendezvous:
         """Wait for other nodes, noticing stop requests, the end of the job and a bound."""
 
         def who() -> str:
-            nodes = missing()
-            names = [f"{node} ({self.wiring.hostnames[node]})" for node in nodes[:NAMED]]
-            more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
-            return f"node {', '.join(names)}{more}"
+            return "node " + some_of([f"{node} ({self.wiring.hostnames[node]})" for node in missing()], NAMED)
 
         while True:
             stop, end = self._store().get("stop", "end")

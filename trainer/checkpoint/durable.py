@@ -1,6 +1,5 @@
 """Files that are on the disk when they are closed, with the hash of what was written to them."""
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -50,15 +49,3 @@ def write_hashed(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
         hashing = Hashing(file)
         write(hashing)
         return {"bytes": file.tell(), "sha256": hashing.digest.hexdigest()}
-
-
-def sync_folder(path: Path) -> None:
-    """Have a folder's names on the disk, where the file system can do that for folders; mounts of others refuse."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-            raise
-    finally:
-        os.close(handle)

@@ -18,7 +18,7 @@ from trainer.checkpoint.files import DamagedCheckpoint, is_sharded, newest_good,
 from trainer.checkpoint.safetensors import NAMES, Kind, Tensors
 from trainer.checkpoint.sharded import Sharded, Shards
 from trainer.errors import JobError
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, committed, step_of
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 
@@ -55,7 +55,7 @@ def find(run: RunFolder, step: int | None) -> Path:
     if step is not None:
         folder = run.checkpoints / f"step-{step:09d}"
         if not folder.is_dir():
-            steps = ", ".join(str(int(path.name[5:])) for path in sorted(run.checkpoints.glob("step-*")))
+            steps = ", ".join(str(step_of(path)) for path in reversed(committed(run.checkpoints)))
             raise JobError("--step", step, "has no checkpoint in this run", f"There are: {steps or 'none'}")
         try:
             verify(folder)

@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import set_default_mmap_options
 
-from trainer.checkpoint.durable import dump, new_file, sync_folder, write_hashed
+from trainer.checkpoint.durable import dump, new_file, write_hashed
 from trainer.checkpoint.sharded import STATE, Meeting, Shards, read_state, shard_name, take_out, write_shard
+from trainer.records import sync_folder
 from trainer.run.attempts import check_current
 from trainer.run.folder import RunFolder, committed
 from trainer.version import __version__
@@ -47,7 +48,7 @@ def commit(
     later one owns it): nothing became visible, what was there is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
-    pending = root / f".pending-step-{step:09d}-{os.getpid()}"
+    pending = root / pending_name(step, os.getpid())
     shutil.rmtree(pending, ignore_errors=True)
     try:
         pending.mkdir()
@@ -140,7 +141,7 @@ def sweep(root: Path, below: float = math.inf) -> None:
     _remove(root, "pruned")
 
 
-def remove_pending(root: Path, below: float = math.inf) -> None:
+def remove_pending(root: Path, below: float) -> None:
     """Remove what was begun, but no checkpoint that has this number (`below`) or a later one.
 
     Others may be writing their shards of those already: they do not wait for who writes the first one.
@@ -170,14 +171,13 @@ def _put_back(root: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises DamagedCheckpoint: naming file and difference."""
-    for path, facts in _files_of(folder).items():
-        _compare(path, facts)
+    verify_share(folder, 0, 1, lambda: None)
 
 
 def verify_share(folder: Path, rank: int, world_size: int, beat: Callable[[], None]) -> None:
     """Compare a rank's share of the files with the manifest. Raises DamagedCheckpoint: as `verify`."""
     for path, facts in list(_files_of(folder).items())[rank::world_size]:
-        _compare(path, facts, None, beat)
+        _compare(path, facts, beat)
 
 
 def read_share(folder: Path, shard: tuple[int, int]) -> list[Any]:
@@ -198,7 +198,7 @@ def weights_with_markers(folder: Path) -> Any:
     return read_state(folder)["model"]
 
 
-def read_weights(folder: Path, shard: tuple[int, int] = (0, 1)) -> Any:
+def read_weights(folder: Path, shard: tuple[int, int]) -> Any:
     """The weights in a checkpoint that was verified; for one of several ranks its parts of what is in shards."""
     return Shards(folder).fill(weights_with_markers(folder), *shard)
 
@@ -215,7 +215,7 @@ def read(folder: Path, beat: Callable[[], None]) -> list[Any]:
     found: dict[str, Any] = {}
     for path, facts in _files_of(folder).items():
         with open(os.memfd_create("muster-checkpoint"), "wb") as copy:
-            _compare(path, facts, copy, beat)
+            _compare(path, facts, beat, copy)
             copy.flush()
             if path.name in PAYLOAD:
                 with set_default_mmap_options(mmap.MAP_SHARED):  # or what changes would be there twice
@@ -245,9 +245,7 @@ def is_sharded(folder: Path) -> bool:
     return any(folder.glob("shard-00000-of-*"))
 
 
-def _compare(
-    path: Path, facts: tuple[int, str], copy: BinaryIO | None = None, beat: Callable[[], None] = lambda: None
-) -> None:
+def _compare(path: Path, facts: tuple[int, str], beat: Callable[[], None], copy: BinaryIO | None = None) -> None:
     """Compare a file with what the manifest says of it; `copy` gets what is read."""
     if not path.is_file():
         raise DamagedCheckpoint(f"{path}: is missing")

@@ -12,7 +12,7 @@ from trainer.checkpoint.copies import Contents, Copies, read_copy
 from trainer.checkpoint.exchange import checksum, give_all
 from trainer.checkpoint.memory import MOMENTS, Memory
 from trainer.checkpoint.orders import NothingCommitted, Orders
-from trainer.checkpoint.snapshot import put_together, take_apart
+from trainer.checkpoint.snapshot import on_cpu
 from trainer.checkpoint.writer import LOOK_S, Order, aside, commit
 from trainer.config.job import Job
 from trainer.parallel.base import Parallel
@@ -113,21 +113,21 @@ class Keeper:
                 check = checksum(contents) if self.parallel.world_size > 1 and not lacking else ""
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-        problem = self._compare(problem, check)
-        if not problem:
-            return give_all(self.parallel, contents, source, beat) if lacking else contents
-        self.tell(f"the state in memory could not be read, so a checkpoint is: {problem}")
-        if self.copies is not None:
-            self.copies.forget()  # it is not tried again
-        return None
+        if not self._all_have_read(problem, check):
+            return None
+        return give_all(self.parallel, contents, source, beat) if lacking else contents
 
-    def _compare(self, problem: str, check: str) -> str:
-        """What is wrong with the state that ranks read in memory; nothing, if they all read the same."""
+    def _all_have_read(self, problem: str, check: str) -> bool:
+        """Whether all ranks read the same state in memory, and nobody had a problem. Else it is said, and forgotten."""
         said = self.parallel.gather((problem, check))
         found = [each for each, _ in said if each]
         if not found and len({check for _, check in said}) > 1:
             found = ["nodes have different bits in it"]
-        return found[0] if found else ""
+        if found:
+            self.tell(f"the state in memory could not be read, so a checkpoint is: {found[0]}")
+            if self.copies is not None:
+                self.copies.forget()  # it is not tried again
+        return not found
 
     def prepare(self, moment: int, contents: Callable[[], Contents], beat: Callable[[], None]) -> None:
         """What all ranks do before any of them saves."""
@@ -150,8 +150,10 @@ class Keeper:
             if self._fill(copies, index, moment, lambda: contents):
                 orders.send(order, *copies.hand_on())
                 return
-        tree, tensors = take_apart(contents)
-        state = put_together(tree, [tensor.cpu() for tensor in tensors])
+        self._commit(order, on_cpu(contents), beat)
+
+    def _commit(self, order: Order, state: Contents, beat: Callable[[], None]) -> None:
+        """Commit a checkpoint at once. What goes wrong may be spared."""
         try:
             aside(lambda: commit(order, state), beat=beat)
             self.failed = None

@@ -7,13 +7,12 @@ is being written to the disk, the one before the newest must stay.
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from trainer.checkpoint.copies import Contents, read_copy
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.memory import FOR_SHARDS, MOMENTS, Memory
-from trainer.checkpoint.snapshot import put_together, take_apart
-from trainer.checkpoint.writer import LOOK_S, Order, aside, commit
+from trainer.checkpoint.snapshot import on_cpu
+from trainer.checkpoint.writer import LOOK_S, Order
 from trainer.parallel.base import Parallel
 
 MEET = 64
@@ -82,13 +81,7 @@ class ShardKeeper(Keeper):
                 problem = f"rank {self.parallel.rank} holds shard {contents['shard']}, not {self.parallel.shard}"
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        problem = self._compare(problem, "")
-        if not problem:
-            return contents
-        self.tell(f"the state in memory could not be read, so a checkpoint is: {problem}")
-        if self.copies is not None:
-            self.copies.forget()
-        return None
+        return contents if self._all_have_read(problem, "") else None
 
     def prepare(self, moment: int, contents: Callable[[], Contents], beat: Callable[[], None]) -> None:
         """Copy the state that is to be written when all ranks have done so: none shall be waited for in vain."""
@@ -104,21 +97,15 @@ class ShardKeeper(Keeper):
                 beat()
             if self._fill(copies, index, moment, contents):
                 return
-        tree, tensors = take_apart(contents())
-        self.prepared = put_together(tree, [tensor.cpu() for tensor in tensors])
+        self.prepared = on_cpu(contents())
 
     def save(self, order: Order, moment: int, contents: Contents, beat: Callable[[], None]) -> None:
         """Have what is prepared written: all ranks are ready."""
         number = order.attempt * PER_ATTEMPT + self.number
         order = replace(order, shard=self.parallel.shard, number=number, limit_s=self.limit_s)
-        prepared: Any = self.prepared
-        if prepared is not None:
+        if self.prepared is not None:
             if self.writes(self.parallel):
-                try:
-                    aside(lambda: commit(order, prepared), beat=self._bound(beat))
-                    self.failed = None
-                except OSError as error:
-                    self._spare(error)
+                self._commit(order, self.prepared, self._bound(beat))
         elif self.copies is not None and self.orders is not None:
             if self.writes(self.parallel):
                 self.orders.send(order, *self.copies.hand_on())

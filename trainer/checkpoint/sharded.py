@@ -24,6 +24,7 @@ from trainer.checkpoint.safetensors import Tensors
 from trainer.data.nested import INSIDE, walk
 from trainer.parallel.patience import Patience
 from trainer.parallel.shards import Part, span
+from trainer.records import write_json, write_text
 
 STATE = "state.pt"
 FAILED = "failed"
@@ -47,7 +48,7 @@ def shard_name(index: int, count: int) -> str:
     return f"shard-{index:05d}-of-{count:05d}.safetensors"
 
 
-def take_out(value: Any, count: int, name: str = "") -> tuple[Any, dict[str, Part]]:
+def take_out(contents: Any, count: int) -> tuple[Any, dict[str, Part]]:
     """The contents with a `Sharded` for each part, and the parts by names that say where they were."""
     parts: dict[str, Part] = {}
 
@@ -61,7 +62,7 @@ def take_out(value: Any, count: int, name: str = "") -> tuple[Any, dict[str, Par
             return type(value)(replace(inner, f"{name}.{number}") for number, inner in enumerate(value))
         return value
 
-    return replace(value, name), parts
+    return replace(contents, ""), parts
 
 
 def write_shard(parts: dict[str, Part], file: Any) -> None:
@@ -80,19 +81,14 @@ class Meeting:
 
     def note(self, files: dict[str, Any]) -> None:
         """Tell the first writer which files are done, with what the manifest is to say of them."""
-        self._leave(f"{self.index}.done", files)
-
-    def _leave(self, name: str, value: Any) -> None:
-        draft = self.folder / f".{self.index}"
-        draft.write_text(json.dumps(value))
-        draft.rename(self.folder / name)
+        write_json(self.folder / f"{self.index}.done", files, sync=False)
 
     def fail(self, error: BaseException) -> None:
         """Tell it that they will not come. What is here is in the way of that, if the disk is full."""
         with suppress(OSError):
             (self.folder / shard_name(self.index, self.count)).unlink(missing_ok=True)
             text = f"the writer of shard {self.index}: {error}"
-            self._leave(FAILED, [getattr(error, "errno", None) or errno.EIO, text])
+            write_text(self.folder / FAILED, json.dumps([getattr(error, "errno", None) or errno.EIO, text]), sync=False)
 
     def collect(self, is_alone: Callable[[], bool], limit_s: float) -> dict[str, Any]:
         """Wait for the notes of all, and remove them. `is_alone`: the rank that ordered has gone.

@@ -65,6 +65,12 @@ def put_together(tree: Any, tensors: Sequence[Tensor]) -> Any:
     return walk(tree, lambda part: tensors[part.row] if isinstance(part, Place) else INSIDE)
 
 
+def on_cpu(contents: Any) -> Any:
+    """The contents, with tensors in the CPU's memory alone."""
+    tree, tensors = take_apart(contents)
+    return put_together(tree, [tensor.cpu() for tensor in tensors])
+
+
 class Layout:
     """Where each tensor of a state begins; states of one training mostly have the same."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.files import newest_good, read_weights, verify
 from trainer.checkpoint.safetensors import Tensors
-from trainer.errors import JobError
+from trainer.errors import JobError, some_of
 from trainer.parallel.shards import Part
 from trainer.run.folder import RunFolder
 
@@ -24,8 +24,6 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "netwo
 """Under which others keep a state dict among other things; what counts is the first that is there."""
 IN_FOLDERS = ("model.pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
               "pytorch_model.bin.index.json")  # fmt: skip
-SHOWN = 5
-"""Names in an error; a log shows all."""
 
 
 def start_from(
@@ -49,7 +47,7 @@ def start_from(
     except RuntimeError:
         fitting, misfits = fit(weights, model)
     if misfits and (strict or not fitting):
-        found = "; ".join(f"{what} {enumerate_names(names)}" for what, names in misfits.items())
+        found = "; ".join(f"{what} {some_of(names)}" for what, names in misfits.items())
         remedy = "Set checkpoint.strict=false to keep what fits" if fitting else "Give weights of this model"
         raise JobError(KEY, str(path), f"does not fit the model: {found}", remedy)
     model.load_state_dict(spread(fitting), strict=False)
@@ -163,9 +161,3 @@ def prefixes(name: str) -> list[str]:
     """What may stand before the dots of a name: nothing, `a.`, `a.b.` of `a.b.c`."""
     parts = name.split(".")
     return ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts))]
-
-
-def enumerate_names(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,10 +1,29 @@
 """Trees as tars that leave this machine: equal trees make equal ones, wherever and whenever they are made."""
 
+import gzip
+import hashlib
 import io
 import os
 import tarfile
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tree, packed."""
+
+    tar: bytes
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.tar).hexdigest()
+
+    @cached_property
+    def packed(self) -> bytes:
+        return gzip.compress(self.tar, 6, mtime=0)
 
 
 def tar(files: Iterable[tuple[str, Path]]) -> bytes:

@@ -32,10 +32,11 @@ def status_of(run: RunFolder) -> tuple[dict[str, Any] | None, Callable[[], JobSt
     if handle is None:
         return None, partial(by_events, run)
     if original := copied_from(run, handle):
-        return None, partial(_by_copy, run, original)
+        reason = f"a copy of {original}, made before that run had ended; `muster run` continues the copy on its own"
+        return None, partial(_unless_ended, run, JobStatus(Phase.LOST, reason))
     platform = platform_of(handle)
     if platform.copies_logs and (problem := foreign(run)):
-        return None, partial(_without_asking, run, problem)
+        return None, partial(_unless_ended, run, JobStatus(Phase.UNKNOWN, problem))  # who wrote it may name any job
     return handle, partial(platform.status, run, handle)
 
 
@@ -142,16 +143,10 @@ def by_events(run: RunFolder) -> JobStatus:
     return JobStatus(Phase.STOPPED if code == STOPPED else Phase.FAILED, str(event.get("reason", "")), code)
 
 
-def _by_copy(run: RunFolder, original: RunFolder) -> JobStatus:
+def _unless_ended(run: RunFolder, otherwise: JobStatus) -> JobStatus:
+    """The status of a run whose platform is not asked: the end that its events know, else what is given."""
     status = by_events(run)
-    reason = f"a copy of {original}, made before that run had ended; `muster run` continues the copy on its own"
-    return JobStatus(Phase.LOST, reason) if status.is_active else status
-
-
-def _without_asking(run: RunFolder, problem: str) -> JobStatus:
-    """The status of a run whose platform is not asked, because whoever wrote its handle may have named any job."""
-    status = by_events(run)
-    return JobStatus(Phase.UNKNOWN, problem) if status.is_active else status
+    return otherwise if status.is_active else status
 
 
 def status_text(status: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ take     SIZE SHA256: the run's code, as FOLDER's `code.tar.gz`. Answers whether
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 
@@ -56,9 +57,7 @@ def read(folder: str) -> None:
             digest, left = hashlib.sha256(), facts.st_size
             while left:
                 block = file.read(min(BLOCK, left, begin or left))
-                shrunk = (
-                    not block
-                )  # somebody cut it off while it was read: what was promised is sent, with a wrong hash
+                shrunk = not block  # it was cut off while it was read: what was promised is sent, with a wrong hash
                 block = block or bytes(min(BLOCK, left))
                 digest.update(b"shrunk" if shrunk else block)
                 left -= len(block)
@@ -123,8 +122,7 @@ def _share(there: str, pending: str) -> None:
         os.link(there, pending)
     except OSError:
         with open(there, "rb") as source, open(pending, "xb") as copy:
-            while block := source.read(BLOCK):
-                copy.write(block)
+            shutil.copyfileobj(source, copy)
         os.chmod(pending, 0o444)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from trainer.errors import JobError
+from trainer.errors import JobError, some_of
 from trainer.launch.dockerfile import dockerfile, unread
 
 TEXTS = Path(__file__).with_name("project")
@@ -107,7 +107,7 @@ def _notes(folder: Path) -> Iterator[str]:
     lines = (folder / IGNORE).read_text(errors="replace").splitlines()
     taken = [line for line in _fill("dockerignore").splitlines() if line[0] not in "#!" and line not in lines]
     if taken and "*" not in lines:  # which leaves everything out, but for what it names
-        which = ", ".join(taken[:4]) + (f" and {len(taken) - 4} more" if len(taken) > 4 else "")
+        which = some_of(taken, 4)
         yield f"NOTE   {IGNORE} lacks {which}: what is called so gets into the image. Add {TEXTS / 'dockerignore'}"
     if (name := unread(folder)) is not None:
         yield f"NOTE   {name} is not read for packages: name them in requirements.txt, and in the Dockerfile"

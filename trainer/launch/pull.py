@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.load import read_sections
-from trainer.errors import JobError
+from trainer.errors import JobError, wrong_choice
 from trainer.launch.far_folder import CutOff, FarFolder, Talk
 from trainer.launch.handle import read_handle
 from trainer.launch.platform import platform_of
@@ -62,7 +62,7 @@ class Brought:
 def pull(run_path: str, which: str | None) -> str:
     """Bring results, and checkpoints if told; return what to tell. Raises JobError: it was cut off, or the like."""
     if which is not None and which not in WHICH:
-        raise JobError("--checkpoints", which, "must be one of " + ", ".join(WHICH), "Choose one of them")
+        raise wrong_choice("--checkpoints", which, WHICH)
     run = find_run(run_path)
     check_owner(run)
     handle = read_handle(run)
@@ -166,12 +166,7 @@ def _fetch(run: RunFolder, there: FarFolder, files: list[File], done: Brought, a
             if "error" in line:  # it was removed meanwhile, as old checkpoints are
                 done.notes.append(f"{file.name} cannot be read there any more: {line['error']}")
                 continue
-            pending, begin, size, date = (
-                run.pull / file.name,
-                line.get("offset"),
-                line.get("size"),
-                line.get("mtime_ns"),
-            )
+            pending, (begin, size, date) = run.pull / file.name, map(line.get, ("offset", "size", "mtime_ns"))
             if not (is_count(begin) and is_count(size) and is_count(date) and begin <= min(size, _size(pending))):
                 raise CutOff(talk.what, f"{line!r} is not an answer")
             digest = _write(pending, talk, begin, size)

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.launch.image_inputs import look_at_inputs
 from trainer.records import read_json, write_json
+from trainer.run.folder import make_ignored
 
 RECORD = Path(".muster/images.json")
 """Of the working directory. Nobody needs to keep it in git: it says what this machine has pushed."""
@@ -15,9 +16,7 @@ RECORD = Path(".muster/images.json")
 
 def record_push(image: str, digest: str, tag: str, words: Sequence[str]) -> None:
     """Note the digest, `name@sha256:...`, of an image of a site file that was pushed, and what it was made of."""
-    if not RECORD.parent.exists():
-        RECORD.parent.mkdir()
-        (RECORD.parent / ".gitignore").write_text("*\n")
+    make_ignored(RECORD.parent)
     known = {"digest": digest, "tag": tag, "words": [*words]}
     write_json(RECORD, {**(read_json(RECORD) or {}), image: known})
 

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from trainer.errors import JobError
+from trainer.errors import JobError, some_of
 from trainer.launch.patterns import all_files, chosen
 
 DATA = re.compile(
@@ -48,9 +48,8 @@ def list_files(
     left_out = [_left_out(source, data)] if data else []
     secrets = [name for name in names if SECRET.fullmatch(name)]
     if secrets:
-        which = ", ".join(secrets[:5]) + (f" and {len(secrets) - 5} more" if len(secrets) > 5 else "")
         remedy = "If the code needs one, give its absolute path, which the nodes must see; if it is none, rename it"
-        left_out.append(f"not copied for the nodes, as by its name it is a secret: {which}. {remedy}")
+        left_out.append(f"not copied for the nodes, as by its name it is a secret: {some_of(secrets)}. {remedy}")
     return [name for name in names if name not in secrets], left_out
 
 

@@ -11,7 +11,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config.job import Ddp
-from trainer.errors import JobError
+from trainer.errors import JobError, some_of
 from trainer.parallel.base import DeferredScalar
 from trainer.parallel.fast_path import run_backward
 from trainer.parallel.group import Group
@@ -142,9 +142,8 @@ class Distributed(Group):
         except RuntimeError:
             parameters = self.step.model.named_parameters()
             unused = [name for name, value in parameters if value.requires_grad and value.grad is None]
-            names = ", ".join(unused[:8]) or "parameters in the last micro-batch that an earlier one used"
-            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-            problem = f"the loss does not use {names}{more}"
+            names = some_of(unused, 8) or "parameters in the last micro-batch that an earlier one used"
+            problem = f"the loss does not use {names}"
             remedy = "Set it to true, use them in the forward pass, or set requires_grad=False on them"
             raise JobError("ddp.find_unused_parameters", False, problem, remedy) from None
 

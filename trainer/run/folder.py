@@ -189,9 +189,7 @@ class RunFolder:
         """
         root = Path(runs).resolve()
         try:
-            if not root.exists():
-                root.mkdir(parents=True, exist_ok=True)
-                (root / ".gitignore").write_text("*\n")  # no repository, and no snapshot of its code, takes runs along
+            make_ignored(root)
             check_abilities(root)
             run = cls(_make_unique(root, name))
             run.make()
@@ -226,6 +224,13 @@ class RunFolder:
 @functools.cache
 def _event_file(path: Path) -> LineFile:
     return LineFile(path, retry_s=0, stays_open=False)
+
+
+def make_ignored(folder: Path) -> None:
+    """Make a folder that no repository, and no snapshot of its code, takes along."""
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").write_text("*\n")
 
 
 def _make_unique(root: Path, name: str) -> Path:

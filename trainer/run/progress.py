@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.records import is_count, is_number, parse_lines, read_end, read_json
+from trainer.records import is_count, is_number, parse_lines, read_end, read_json, read_lines
 from trainer.run.event_files import Event
 from trainer.run.folder import RunFolder, last_event
 
@@ -16,7 +16,7 @@ LONG_END = 1 << 20
 def newest_lines(run: RunFolder, events: Sequence[Event]) -> list[dict[str, Any]]:
     """What the newest training logged lately: a stale attempt may have written the last lines."""
     training = last_event(events, "training") or {}
-    newest = parse_lines(read_end(run.metrics, END).split(b"\n"))
+    newest = read_lines(run.metrics, END)
     return [line for line in newest if _is_since(line, training)]
 
 
@@ -61,7 +61,7 @@ def measured(line: dict[str, Any]) -> dict[str, Any]:
 
 def mean_speed(run: RunFolder) -> float | None:
     """The samples/s of many steps before the end, whichever attempts did them; None where nothing was logged."""
-    lines = parse_lines(read_end(run.metrics, LONG_END).split(b"\n"))
+    lines = read_lines(run.metrics, LONG_END)
     speeds = [line["samples_per_s"] for line in lines if is_number(line.get("samples_per_s"))]
     logged = [speed for speed in speeds if speed > 0]  # each of as many steps
     return len(logged) / sum(1 / speed for speed in logged) if logged else None

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.checkpoint.weights import enumerate_names
 from trainer.config.job import Job
-from trainer.errors import JobError
+from trainer.errors import JobError, some_of
 from trainer.parallel.module_state import is_dense, put_buffer, saved_buffers
 from trainer.task import Task
 from trainer.training.optimizer import gives_sparse_gradients
@@ -62,14 +61,14 @@ def check_weights(model: nn.Module, trained: Sequence[Tensor]) -> None:
     if new:
         problem = "the forward pass makes these weights, too late for the optimizer"
         remedy = "Call the model once on a batch in Task.model, before you return it"
-        raise JobError("task.model", enumerate_names(new), problem, remedy)
+        raise JobError("task.model", some_of(new), problem, remedy)
 
 
 def unfrozen_weights(model: nn.Module, trained: Sequence[Tensor]) -> str:
     """A note if weights ask for gradients that are not among those that are `trained`, else nothing."""
     new = _others(model, trained)
     text = (
-        f"{enumerate_names(new)} got requires_grad=True after the start, too late for the optimizer: they do not "
+        f"{some_of(new)} got requires_grad=True after the start, too late for the optimizer: they do not "
         "learn. Leave it on from the start, or go on in a new run with checkpoint.load"
     )
     return text if new else ""
@@ -78,7 +77,7 @@ def unfrozen_weights(model: nn.Module, trained: Sequence[Tensor]) -> str:
 def differing_weights(names: list[str]) -> str:
     """A note if ranks hold different values of the weights with these names, else nothing."""
     text = (
-        f"the ranks hold different values of {enumerate_names(names)}: something beside the optimizer writes to them, "
+        f"the ranks hold different values of {some_of(names)}: something beside the optimizer writes to them, "
         "with values that each rank computes from its own samples. Set them in Task.model, or average these values "
         "with torch.distributed first"
     )
@@ -99,7 +98,7 @@ def check_gradients(model: nn.Module, trained: Sequence[Tensor]) -> str:
     here = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
     unused = [name for name, weight in here if weight.requires_grad and weight.grad is None]
     text = (
-        f"no gradient reached {enumerate_names(unused)} in the first step: they do not learn from it. If that is not "
+        f"no gradient reached {some_of(unused)} in the first step: they do not learn from it. If that is not "
         "meant, look for detach(), no_grad() and checkpoint(..., use_reentrant=True) on the way to the loss"
     )
     return text if unused else ""
@@ -161,7 +160,7 @@ def _set_modes(model: nn.Module, trains: dict[str, bool]) -> list[str]:
     stay = [name for name in parts if name in calm and name.rpartition(".")[0] not in calm]  # without their inner parts
     if not stay:
         return []
-    shown = enumerate_names([f"{name} ({type(parts[name]).__name__})" for name in stay])
+    shown = some_of([f"{name} ({type(parts[name]).__name__})" for name in stay])
     return [f"these parts stay in evaluation mode, as you set them: {shown}"]
 
 

@@ -38,9 +38,9 @@ def has_infiniband() -> bool:
     return INFINIBAND.is_dir() and any(INFINIBAND.iterdir())
 
 
-def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
+def visible_devices() -> list[str]:
     """GPUs that this process may use, counted as CUDA does: a container that was given `nvidia3` alone calls it 0."""
-    mask = environ.get(names.CUDA_VISIBLE_DEVICES)
+    mask = os.environ.get(names.CUDA_VISIBLE_DEVICES)
     files = gpu_files()
     return list(map(str, range(len(files)))) if mask is None or not files else _entries(mask)
 

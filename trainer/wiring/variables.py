@@ -112,13 +112,13 @@ def array_task() -> str | None:
     return os.environ.get(SLURM_ARRAY_TASK_ID)
 
 
-def without_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def without_ranks() -> dict[str, str]:
     """The environment without what makes a process a rank: we may run inside one, or in a shell that played one."""
-    dropped = {name for name in environ if name.startswith("TORCHELASTIC_")} | {*OF_RANKS, LOCAL_WORLD_SIZE, ATTEMPT}
-    return {name: value for name, value in environ.items() if name not in dropped}
+    dropped = {name for name in os.environ if name.startswith("TORCHELASTIC_")} | {*OF_RANKS, LOCAL_WORLD_SIZE, ATTEMPT}
+    return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
-def without_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def without_job() -> dict[str, str]:
     """The environment for submitting a job from inside another: without that one's variables and its GPU mask."""
-    dropped = {name for name in environ if name.startswith(OF_A_JOB)} - {*OF_A_USER} | {CUDA_VISIBLE_DEVICES}
-    return {name: value for name, value in environ.items() if name not in dropped}
+    dropped = {name for name in os.environ if name.startswith(OF_A_JOB)} - {*OF_A_USER} | {CUDA_VISIBLE_DEVICES}
+    return {name: value for name, value in os.environ.items() if name not in dropped}

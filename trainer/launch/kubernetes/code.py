@@ -3,17 +3,15 @@
 Equal trees make equal tars, wherever and whenever; their hash is what each pod compares before it unpacks.
 """
 
-import gzip
 import hashlib
 import io
 import tarfile
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from trainer.errors import JobError
-from trainer.launch.archive import tar_folder
+from trainer.launch.archive import Archive, tar_folder
 from trainer.launch.kubernetes.site import KubernetesSite
 from trainer.launch.platform import Plan
 from trainer.launch.snapshot import check_files, take_snapshot
@@ -31,20 +29,11 @@ PARTS = 5
 
 
 @dataclass(frozen=True)
-class Code:
-    """A tree, packed."""
+class Code(Archive):
+    """The code of a run."""
 
-    tar: bytes
     folder: Path
     """The job file's folder in the pods."""
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.tar).hexdigest()
-
-    @cached_property
-    def packed(self) -> bytes:
-        return gzip.compress(self.tar, 6, mtime=0)
 
     @property
     def packed_sha256(self) -> str:

@@ -13,7 +13,7 @@ from trainer.launch.far_folder import FarFolder
 from trainer.launch.kubernetes.code import Code
 from trainer.launch.kubernetes.kubectl import Kubectl, Refused, Unanswered
 from trainer.launch.kubernetes.manifests import INSTANCE
-from trainer.launch.kubernetes.state import newest_pods, read_pod
+from trainer.launch.kubernetes.state import Pod, newest_pods, read_pod
 from trainer.launch.kubernetes.waits import explain_wait
 from trainer.run.folder import RunFolder
 
@@ -50,14 +50,9 @@ def give(there: FarFolder, code: Code) -> None:
 def reach(kubectl: Kubectl, run: RunFolder, name: str) -> Iterator[FarFolder]:
     """The run folder on the claim, through a pod of the run if one runs. Raises JobError: there is no claim."""
     folder = f"/runs/{run.name}"
-    try:
-        pods = [read_pod(item) for item in kubectl.get("pods", f"--selector={INSTANCE}={name}")]
-    except (Refused, Unanswered):  # who may make pods need not see those of others
-        pods = []
-    for pod in newest_pods(pods):
-        if pod.lives and pod.started:
-            yield FarFolder(folder, _command(kubectl, pod.name))
-            return
+    if pods := running_pods(kubectl, name):
+        yield FarFolder(folder, _command(kubectl, pods[0].name))
+        return
     try:
         *_, workload = yaml.safe_load_all((run.plan / "kubernetes.txt").read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -65,6 +60,15 @@ def reach(kubectl: Kubectl, run: RunFolder, name: str) -> Iterator[FarFolder]:
         raise JobError("RUN", str(run), "what was submitted is not known any more", remedy) from None
     with _pod(kubectl, workload) as command:
         yield FarFolder(folder, command)
+
+
+def running_pods(kubectl: Kubectl, name: str) -> list[Pod]:
+    """The pods of a run in which a command can be run; none for who may not see them, and may yet make others."""
+    try:
+        items = kubectl.get("pods", f"--selector={INSTANCE}={name}")
+    except (Refused, Unanswered):
+        return []
+    return [pod for pod in newest_pods([read_pod(item) for item in items]) if pod.lives and pod.started]
 
 
 def _command(kubectl: Kubectl, pod: str) -> Any:

@@ -12,7 +12,7 @@ from trainer.config.load import read_sections
 from trainer.errors import STOPPED, JobError, MaybeAccepted
 from trainer.launch.far_folder import FarFolder
 from trainer.launch.kubernetes.code import Code, pack_code, travels
-from trainer.launch.kubernetes.files import bring_code, reach
+from trainer.launch.kubernetes.files import bring_code, reach, running_pods
 from trainer.launch.kubernetes.kubectl import KINDS, Kubectl, Refused, Unanswered
 from trainer.launch.kubernetes.manifests import (
     INSTANCE,
@@ -225,12 +225,8 @@ class Kubernetes(Platform[KubernetesSite, Manifests]):
             return  # asking for the status brings what the nodes print
         kubectl, job = Kubectl(handle), read_sections(run.job)
         per_node = int(job.get("devices_per_node", 1)) if job.get("parallel", "auto") in ("auto", *RANKED) else 1
-        try:
-            items = kubectl.get("pods", f"--selector={INSTANCE}={handle['name']}")
-        except (Refused, Unanswered):
-            return
-        for pod in newest_pods([read_pod(item) for item in items]):
-            if pod.node == rank // per_node and pod.lives and pod.started:
+        for pod in running_pods(kubectl, handle["name"]):
+            if pod.node == rank // per_node:
                 copy_rank_log(kubectl, run, rank, pod)
 
     def reach(self, run: RunFolder, handle: dict[str, Any]) -> AbstractContextManager[FarFolder]:

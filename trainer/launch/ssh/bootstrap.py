@@ -34,19 +34,20 @@ def say(**answer: object) -> None:
 def take(what: str) -> bytes:
     """Ask for something, and return its bytes."""
     say(need=what)
-    line = b""
+    line = content = b""
     while line[-1:] != b"\n":
-        byte = os.read(0, 1)
-        if not byte:
-            raise SystemExit(1)
-        line += byte
-    content = b""
+        line += read(1)
     while len(content) < int(line):
-        part = os.read(0, min(int(line) - len(content), 1 << 20))
-        if not part:
-            raise SystemExit(1)
-        content += part
+        content += read(min(int(line) - len(content), 1 << 20))
     return content
+
+
+def read(most: int) -> bytes:
+    """What comes next. Exits: nothing more."""
+    found = os.read(0, most)
+    if not found:
+        raise SystemExit(1)
+    return found
 
 
 def newer_python() -> None:

@@ -3,35 +3,25 @@
 A parcel is named by its content, so equal ones are sent once.
 """
 
-import gzip
-import hashlib
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import trainer
 from trainer.errors import JobError
-from trainer.launch.archive import tar, tar_folder
+from trainer.launch.archive import Archive, tar, tar_folder
 
 PACKAGE = Path(trainer.__file__).resolve().parent
 TEMPLATES = ("docker", "jobs", "k8s", "slurm")
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """A tar."""
-
-    content: bytes
-
-    @cached_property
-    def name(self) -> str:
-        """The beginning of its hash."""
-        return hashlib.sha256(self.content).hexdigest()[:16]
+class Parcel(Archive):
+    """What is sent."""
 
     @property
-    def compressed(self) -> bytes:
-        return gzip.compress(self.content, 3, mtime=0)
+    def name(self) -> str:
+        """The beginning of its hash."""
+        return self.sha256[:16]
 
 
 def pack_folder(folder: Path) -> Parcel:

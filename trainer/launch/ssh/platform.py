@@ -116,9 +116,11 @@ class OverSsh(Platform[Any, SshRequest]):
             write_json(run.handle, handle)  # first: whoever is killed from here on leaves what the next try needs
             try:
                 session = _session(_place(handle), lambda: wanted(plan.site, run.code))
-                self._send_code(session, run)
+                code = pack_folder(run.code)
+                if not session.request("has_code", name=code.name)["found"]:
+                    session.request("put_code", code.packed, name=code.name)
                 sent = True
-                handle["there"] = session.request("submit", **self._what(plan, handle))["handle"]
+                handle["there"] = session.request("submit", code=code.name, **self._what(plan, handle))["handle"]
             except JobError as error:
                 told = handle is not before and not isinstance(error, (NotReached, MaybeAccepted))
                 if isinstance(error, Refused) or told or not sent:
@@ -152,13 +154,7 @@ class OverSsh(Platform[Any, SshRequest]):
         return {
             "platform": self.name, "runs": handle["runs"], "name": handle["name"], "submission": handle["submission"],
             "job": plan.job_text, "source": read_json(plan.run.source) or {}, "site": site_text(plan.site),
-            "code": pack_folder(plan.run.code).name,
         }  # fmt: skip
-
-    def _send_code(self, session: Session, run: RunFolder) -> None:
-        code = pack_folder(run.code)
-        if not session.request("has_code", name=code.name)["found"]:
-            session.request("put_code", code.compressed, name=code.name)
 
     # There.
     def called(self, handle: dict[str, Any]) -> str:

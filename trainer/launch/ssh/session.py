@@ -69,7 +69,7 @@ class Session:
     def _begin(self, wanted: Callable[[], dict[str, str]] | None) -> None:
         while "ready" not in (answer := self._answer()):
             if answer["need"] == "muster":
-                self._send(pack_muster().compressed)
+                self._send(pack_muster().packed)
             elif wanted is not None:
                 self._send(json.dumps(wanted()).encode())
             else:

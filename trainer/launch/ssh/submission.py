@@ -24,7 +24,7 @@ from trainer.launch.ssh.mirror import LOCK, run_of
 from trainer.launch.submit import continued, removed_if_refused, send
 from trainer.records import read_json, write_json, write_text
 from trainer.run.abilities import check_abilities
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, make_ignored
 
 BEGUN, SITE = "ssh.json", "site.yaml"
 """In the folder of the plan: which submission has begun; the site file."""
@@ -93,9 +93,7 @@ def _make(path: Path) -> RunFolder:
     """The run folder, with room for the lock. Raises JobError: it cannot be made."""
     root = path.parent
     try:
-        if not root.exists():
-            root.mkdir(parents=True, exist_ok=True)
-            (root / ".gitignore").write_text("*\n")
+        make_ignored(root)
         if not path.exists():
             check_abilities(root)
         run = RunFolder(path)

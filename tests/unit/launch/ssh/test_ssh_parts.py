@@ -25,7 +25,7 @@ def bootstrap(folder: Path, text: str = BOOTSTRAP, given: bool = True) -> list[d
     asked = {"nonce": NONCE, "folder": str(folder), "muster": parcel.pack_muster().name, "given": given,
              "environment": "none"}  # fmt: skip
     words = base64.b64encode(json.dumps(asked).encode()).decode()
-    content = parcel.pack_muster().compressed
+    content = parcel.pack_muster().packed
     command = [sys.executable, "-I", "-c", text, words]
     done = subprocess.run(command, input=b"%d\n" % len(content) + content, capture_output=True, timeout=60)
     mark = f"@muster-{NONCE}@".encode()

@@ -223,7 +223,7 @@ def test_the_other_side_says_whether_it_may_have_the_job(
     (tmp_path / "project").mkdir()
     (tmp_path / "project/task.py").touch()
     code = pack_folder(tmp_path / "project")
-    submission.keep_code(tmp_path, code.name, code.compressed)
+    submission.keep_code(tmp_path, code.name, code.packed)
     monkeypatch.setattr(submission, "send", lambda *_: (_ for _ in ()).throw(error))
     source = dict.fromkeys(("working_directory", "job_folder"), str(tmp_path / "project"))
     with pytest.raises(JobError, match=r"No space|answer|partition") as caught:
