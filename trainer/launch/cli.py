@@ -79,8 +79,10 @@ def submit(job: JobFile, overrides: Overrides = None, on: On = None, site: Site 
     from trainer.launch.sweep import submit_sweep
 
     made = submit_sweep(job, overrides or [], on, site, sweep)
-    print(*(made.lines if sys.stdout.isatty() else made.runs), sep="\n")
-    print(f"`muster list {made.folder.name}` shows their results", file=sys.stderr)
+    if not sys.stdout.isatty():  # a program reads it: a line for each run
+        print(*made.runs, sep="\n")
+        return
+    print(*made.lines, f"`muster list {made.folder.name}` shows their results", sep="\n")
 
 
 @app.command()

@@ -184,7 +184,7 @@ def test_the_registry_to_log_in_to(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("image", "words", "problem"), [
-    ("flowers", {"push": True}, "names no registry"), ("a.example/b@sha256:0", {}, "a build that is finished"),
+    ("flowers", {"push": True}, "names no registry"), ("a.example/b@sha256:0", {}, "names a finished build"),
     ("flowers", {"on": "slurm"}, "must be one of docker, kubernetes"),
 ])  # fmt: skip
 def test_mistakes(
