@@ -16,7 +16,7 @@ VERBS = ("run", "submit", "render", "status", "logs", "cancel", "preempt", "list
 
 
 def muster(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([MUSTER, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([MUSTER, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command(run: Path) -> None:
             ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1 | head -c 1"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=400,
         )
         assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 1), words
 

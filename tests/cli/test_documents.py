@@ -49,7 +49,7 @@ class Shell:
     def type(self, command: str) -> str:
         """Run a command to its end."""
         process = self.start(command)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, f"{command}\n{output[-3000:]}"
         return output
 

@@ -44,7 +44,7 @@ class Project:
         """What the command prints."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MUSTER"))}
         argv = [str(self.python), "-m", "muster", *words]
-        done = subprocess.run(argv, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -181,7 +181,7 @@ def test_its_structure(engine: Engine, image: Image):
     tool = Path(sys.executable).with_name("container-structure-test")
     command = [tool, "test", f"--image={image.tag}", f"--config={Path(__file__).with_name('structure.yaml')}"]
     done = subprocess.run(
-        [*map(str, command), "--output=json"], env=engine.env, capture_output=True, text=True, timeout=120
+        [*map(str, command), "--output=json"], env=engine.env, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["Fail"] == 0

@@ -44,7 +44,7 @@ def test_what_render_prints_is_the_same_job_by_hand(runs: Runs) -> None:
     reference = runs.submit(*PAIR, "train.steps=20", on="local")
     rendered = runs.muster("render", *runs.words(*PAIR, "train.steps=20")).stdout
     done = subprocess.run(
-        ["sh"], input=rendered, cwd=ROOT, env=runs.environment, capture_output=True, text=True, timeout=120
+        ["sh"], input=rendered, cwd=ROOT, env=runs.environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     by_hand: Path = runs.folder / "runs" / "digits-ID"

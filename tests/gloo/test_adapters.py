@@ -104,7 +104,7 @@ def test_stop_and_resume_with_fewer_ranks(tmp_path: Path, framework: str) -> Non
 def test_what_a_session_could_not_repeat_is_refused(tmp_path: Path) -> None:
     """And that an extra is missing is said, too."""
     command = [sys.executable, str(HERE / "adapter_mistakes.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400)
     said = [line.partition(": ")[0] for line in done.stdout.splitlines() if line.startswith("refused ")]
     assert said == [f"refused {key}" for key in REFUSED], done.stdout + done.stderr
     assert 'pip install "muster-train[lightning]"' in done.stdout

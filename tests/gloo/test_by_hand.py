@@ -15,7 +15,7 @@ def test_what_render_prints_trains(tmp_path: Path) -> None:
     rendered = muster("render", *words, cwd=ROOT).stdout
     assert not runs.exists()
     done = subprocess.run(
-        ["bash", "-e"], input=rendered, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        ["bash", "-e"], input=rendered, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = Run(runs / "digits-ID")

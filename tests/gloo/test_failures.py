@@ -62,7 +62,7 @@ def test_every_failure_is_named_and_followed_by_a_restart(tmp_path: Path) -> Non
 
 
 def test_without_progress_the_budget_ends_and_with_it_not(tmp_path: Path) -> None:
-    keys = ["train.steps=1000000", "task_args.step_s=0.05", "agent.restarts=2", "checkpoint.in_memory=false"]
+    keys = ["train.steps=1000000", "task_args.step_s=0.15", "agent.restarts=2", "checkpoint.in_memory=false"]
     with submitted(tmp_path, *keys) as run:
         for number in range(4):  # progress each time: more failures than restarts
             run.wait("checkpoint", number + 1)

@@ -39,7 +39,7 @@ def test_it_is_shown(old: Run) -> None:
 
 def test_it_goes_on_as_if_nothing_had_changed(old: Run) -> None:
     """Weights, optimizer, averages, schedule and order of samples: one of them lost, and the losses differ."""
-    done = muster("run", old.folder, "train.steps=45", "log.every_steps=1", cwd=ROOT, timeout=200)
+    done = muster("run", old.folder, "train.steps=45", "log.every_steps=1", cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [event["step"] for event in old.events("training")] == [0, 30]
     lines = read_lines(old.folder / "metrics.jsonl")

@@ -39,7 +39,7 @@ def test_ranks_of_torchrun(tmp_path: Path) -> None:
     command = [TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "trainer", HERE / "faulty.yaml", *keys]
     done = subprocess.run(
         list(map(str, command)), cwd=HERE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=120,
+        text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("samples/s") == 1, done.stdout
@@ -60,7 +60,7 @@ def test_a_rank_of_torchrun_that_fails(tmp_path: Path, order: str, shown: str, c
     command = [TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "trainer", HERE / "faulty.yaml", "train.steps=5"]
     done = subprocess.run(
         list(map(str, command)), cwd=HERE, env=environment() | {"MUSTER_RUN": str(tmp_path)}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=120,
+        stderr=subprocess.STDOUT, text=True, timeout=400,
     )  # fmt: skip
     assert done.stdout.count(shown) == 1, done.stdout
     assert re.search(rf"rank +: 1 .*\n.*exitcode +: {code} ", done.stdout), done.stdout

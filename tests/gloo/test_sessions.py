@@ -136,7 +136,7 @@ def start(folder: Path, code: int, plan: str, *command: str | Path) -> str:
     variables = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
         list(map(str, [*command, HERE / "struck.py", *words])), env=variables, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=120, cwd=folder.parent,
+        stderr=subprocess.STDOUT, text=True, timeout=400, cwd=folder.parent,
     )  # fmt: skip
     assert done.returncode == code, done.stdout
     return done.stdout

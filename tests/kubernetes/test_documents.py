@@ -22,7 +22,7 @@ def test_every_command_for_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
             cluster.put("pods", {**pod, "spec": {"containers": [{"name": "agent"}]}})
         done = subprocess.run(
             ["bash", "-c", documents.shortened(command, "device=cpu")], cwd=project, env=documents.variables(project),
-            capture_output=True, text=True, timeout=100,
+            capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if command.startswith("make k8s-logs"):

@@ -15,7 +15,7 @@ INSTANCE = {"app.kubernetes.io/instance": "digits"}
 def make(target: str, *words: str) -> str:
     """What a target prints; the environment is there, so it is not made again."""
     command = ["make", "--silent", "--assume-old=setup", target, *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -20,7 +20,7 @@ def test_a_command_for_slurm(slurm: Cluster, shared_path: Path, command: str) ->
     command = command.replace("=8", "=2")
     done = subprocess.run(
         ["bash", "-c", documents.shortened(command, *documents.SHORT)], cwd=project, capture_output=True, text=True,
-        env=documents.variables(project, PATH=f"{project}/.venv/bin:{slurm.path}"), timeout=120,
+        env=documents.variables(project, PATH=f"{project}/.venv/bin:{slurm.path}"), timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     job = re.match(r"Submitted batch job (\d+)", done.stdout)

@@ -25,7 +25,7 @@ from trainer.records import read_json
 from trainer.run.folder import RunFolder
 from trainer.run.goodput import TICKS
 
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 TROUBLE = ("failure", "hung", "agent_lost", "restart", "attempt", "ended")
 """Events of a run that somebody disturbed."""
 ENDS = ("failure", "agent_lost", "attempt")

@@ -40,7 +40,7 @@ class Runs:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=400,
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
@@ -63,7 +63,7 @@ class Runs:
         return self.status(run)
 
 
-def until(ready: Callable[[], Any], run: Path, timeout_s: float = 120) -> Any:
+def until(ready: Callable[[], Any], run: Path, timeout_s: float = 240) -> Any:
     """What `ready` returns, once it is true."""
     end = time.monotonic() + timeout_s
     while not (value := ready()):

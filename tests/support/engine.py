@@ -39,7 +39,7 @@ class Engine:
         self.env |= {"PATH": f"{root}/usr/bin:{os.environ.get('PATH', programs['PATH'])}"}
 
     def docker(
-        self, *words: object, check: bool = True, timeout_s: float = 120, **options
+        self, *words: object, check: bool = True, timeout_s: float = 240, **options
     ) -> subprocess.CompletedProcess:
         """Runs `docker WORDS...` and returns it with its output as text.
 

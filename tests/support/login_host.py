@@ -125,7 +125,7 @@ class Laptop:
     def muster(self, *words: object) -> subprocess.CompletedProcess[str]:
         process = self.start(*words)
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=400)
         finally:
             kill(process.pid)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

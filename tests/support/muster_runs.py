@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 MUSTER = str(Path(sys.executable).with_name("muster"))
 FULL = bool(os.environ.get("MUSTER_FULL"))
 """Whether to repeat as often as a release asks for: half an hour instead of minutes."""
-PATIENCE_S = 180.0
+PATIENCE_S = 240.0
 """For what takes a second on an idle machine."""
 
 
@@ -137,7 +137,7 @@ class Run:
         """All processes of the run that still exist."""
         return processes_of(str(self.folder))
 
-    def wait_gone(self, timeout_s: float = 20.0) -> None:
+    def wait_gone(self, timeout_s: float = 60.0) -> None:
         """Until no process of the run is left."""
         wait_for(f"end of the processes of {self.folder}", lambda: not self.processes(), timeout_s)
 

@@ -65,7 +65,7 @@ class Run:
 
 
 def train(
-    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 120.0, attempt: int | None = None,
+    folder: Path, job: Job, fault: Fault | None = None, timeout_s: float = 240, attempt: int | None = None,
     **variables: str,
 ) -> Run:  # fmt: skip
     """Train `job` in `folder` as its next attempt; `fault` happens to this attempt only."""

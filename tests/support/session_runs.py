@@ -29,7 +29,7 @@ def train_struck(
     variables = {"MUSTER_RUN": str(folder), "MUSTER_JOB_ID": Run(folder).job_id}
     done = subprocess.run(
         command, cwd=HERE, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=240,
+        timeout=400,
     )  # fmt: skip
     assert done.returncode == code, done.stdout[-5000:]
     return done.stdout

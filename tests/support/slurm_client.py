@@ -56,7 +56,7 @@ class Client:
         words = [str(word) for word in command]
         env = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN)}
         env |= {"PATH": self.path, **options.pop("env", {})}
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, **options)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400, **options)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done
@@ -70,7 +70,7 @@ class Client:
         words = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: str, *states: str, timeout_s: float = 60) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, timeout_s: float = 240) -> dict[str, str]:
         """Waits until a job is in one of these states, any final one by default, and returns job()."""
 
         def arrived() -> dict[str, str] | None:
@@ -79,7 +79,7 @@ class Client:
 
         return self.until(f"job {job_id} {' or '.join(states) or 'ended'}", arrived, timeout_s)
 
-    def wait_attempt(self, job_id: str, attempt: int, timeout_s: float = 60) -> dict[str, str]:
+    def wait_attempt(self, job_id: str, attempt: int, timeout_s: float = 240) -> dict[str, str]:
         """Waits until a job runs for the (attempt + 1)th time, and returns job()."""
 
         def arrived() -> dict[str, str] | None:
@@ -88,7 +88,7 @@ class Client:
 
         return self.until(f"attempt {attempt} of job {job_id}", arrived, timeout_s)
 
-    def until(self, what: str, ready: Callable[[], T | None], timeout_s: float = 60) -> T:
+    def until(self, what: str, ready: Callable[[], T | None], timeout_s: float = 240) -> T:
         """Polls ready() until it returns something true, and returns that.
 
         AssertionError, with the cluster's state, when it does not.
@@ -105,7 +105,7 @@ class Client:
         listing = self.run("sinfo", "-h", "-N", "-p", "normal", "-o", "%N %T").stdout.split()
         return dict(zip(listing[::2], listing[1::2], strict=True))
 
-    def wait_idle(self, timeout_s: float = 60) -> None:
+    def wait_idle(self, timeout_s: float = 240) -> None:
         """Waits until no job is left and every host is in service."""
 
         def idle() -> bool:

@@ -18,7 +18,7 @@ def call(*command: object) -> str:
     return done.stdout
 
 
-def wait_for(what: str, ready: Callable[[], bool], timeout_s: float = 30, every_s: float = 0.02) -> None:
+def wait_for(what: str, ready: Callable[[], bool], timeout_s: float = 90, every_s: float = 0.02) -> None:
     """Polls until ready() is true. RuntimeError that names what it waited for."""
     end = time.monotonic() + timeout_s
     while not ready():

@@ -23,7 +23,7 @@ def muster(*words: object, check: bool = True, cwd: Path = ROOT) -> subprocess.C
     """Run the command; with `check`, its failure is the test's."""
     command = [str(word) for word in (MUSTER, *words)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # each host believes that the machine's cores are its own
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=cwd, env=env)
     assert not check or done.returncode == 0, f"muster {words}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
@@ -57,7 +57,7 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0
 
-    def until(self, what: str, ready: Callable[[], Any], timeout_s: float = 90) -> Any:
+    def until(self, what: str, ready: Callable[[], Any], timeout_s: float = 240) -> Any:
         """Wait for something true, and return it."""
         end = time.monotonic() + timeout_s
         while not (value := ready()):
@@ -68,7 +68,7 @@ class Run:
     def wait_step(self, step: int) -> None:
         self.until(f"step {step}", lambda: self.step() >= step)
 
-    def wait_end(self, timeout_s: float = 120) -> dict[str, Any]:
+    def wait_end(self, timeout_s: float = 240) -> dict[str, Any]:
         """Wait until it is neither pending nor running, and return its status."""
         self.until("the end", lambda: not self.state().is_active, timeout_s)
         return self.status()
