@@ -20,7 +20,9 @@ NODE_1_OF_2 = {
 def explain(folder: Path, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command, in an empty folder, which stays empty."""
     command = [sys.executable, "-m", "trainer", "--explain", str(ROOT / "jobs/digits.yaml"), *overrides]
-    done = subprocess.run(command, cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=400
+    )
     assert list(folder.iterdir()) == []
     return done
 
