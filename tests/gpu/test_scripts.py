@@ -24,7 +24,7 @@ def logged(run: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 @pytest.mark.parametrize("name", WORDS)
 def test_killed_in_every_third_step_nothing_changes(tmp_path: Path, name: str) -> None:
-    for folder, plan in (("calm", "calm"), ("run", "kill:3/3")):
+    for folder, plan in (("calm", "exact"), ("run", "exact,kill:3/3")):
         train_struck(
             tmp_path / folder, plan, ROOT / f"jobs/{name}.py", WORDS[name], "device=cuda", "devices_per_node=1",
         )  # fmt: skip

@@ -3,10 +3,12 @@
 import subprocess
 import sysconfig
 from pathlib import Path
+from statistics import median
 
 import pytest
-from gpu_runs import ENVIRONMENT, MUSTER, all_gpus, losses, result, same_bits, train, train_killed
+from gpu_runs import ENVIRONMENT, MUSTER, all_gpus, losses, result, train, train_killed
 from paths import ROOT
+from states import difference, read_state
 
 from trainer.records import read_lines
 from trainer.run.folder import RunFolder
@@ -40,7 +42,7 @@ def test_killed_in_shards_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     calm, run = train(tmp_path, "bytelm", *options), train_killed(tmp_path, "bytelm", *options)
     [resume] = [event for event in RunFolder(run).read_events() if event["event"] == "resume"]
     assert resume["folder"] == "memory"
-    same_bits(calm, run)
+    assert difference(read_state(calm)["model"], read_state(run)["model"]) == ""
 
 
 def test_the_largest_model_is_built_layer_by_layer(tmp_path: Path) -> None:
@@ -48,18 +50,19 @@ def test_the_largest_model_is_built_layer_by_layer(tmp_path: Path) -> None:
     folder = Path(sysconfig.get_path("stdlib"), "email")
     run = train(tmp_path, "bytelm", "task_args.size=1.5b", f"task_args.folder={folder}", "parallel=fsdp",
                 "train.precision=bf16", "train.batch_size=2", "train.checkpoint_activations=true", "train.steps=4",
-                "log.every_steps=1", "evaluation.batch_size=8", "checkpoint.in_memory=false", "train.lr=0.0001",
-                "checkpoint.best=null")  # fmt: skip
+                "log.every_steps=1", "evaluation.batch_size=8", "checkpoint.in_memory=false",
+                "train.lr=0.0001")  # fmt: skip
     assert losses(run)[-1] < losses(run)[0]
     assert 22_000 < result(run)["peak_memory_mb"][0]["peak_mb"] < 30_000
 
 
 @pytest.mark.speed
 def test_shards_on_one_gpu_cost_what_ddp_costs(tmp_path: Path) -> None:
-    options = ("task_args.size=124m", "train.precision=bf16", "train.batch_size=8", "train.steps=60",
-               "log.every_steps=20")  # fmt: skip
-    speeds = {}
-    for mode in ("ddp", "fsdp"):
+    """With batches that keep the GPU busy for longer than the Python of `fully_shard` takes."""
+    options = ("task_args.size=124m", "train.precision=bf16", "train.batch_size=64", "train.steps=120",
+               "log.every_steps=20", "checkpoint.every_steps=1000")  # fmt: skip
+    speeds: dict[str, list[float]] = {"ddp": [], "fsdp": []}
+    for mode in ("ddp", "fsdp", "fsdp", "ddp"):
         lines = read_lines(train(tmp_path, "bytelm", f"parallel={mode}", *options) / "metrics.jsonl")
-        speeds[mode] = [line["samples_per_s"] for line in lines if line["kind"] == "train"][-1]
-    assert speeds["fsdp"] >= speeds["ddp"] / 1.03
+        speeds[mode] += [line["samples_per_s"] for line in lines if line["kind"] == "train"][1:]
+    assert median(speeds["fsdp"]) >= median(speeds["ddp"]) / 1.03

@@ -8,6 +8,7 @@ kill:all   SIGKILL at each of these moments
 kill-in:S  SIGKILL in step S, counted from 1, to the last rank
 stop-in:S  SIGTERM
 calm       nothing
+exact      nothing, but CUDA kernels are those that give the same bits in each run
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import optimizer
 
 from trainer.training.session import Session
@@ -89,6 +91,9 @@ def between(method: Callable[..., Any], *moments: Callable[[], None]) -> Callabl
 
 if __name__ == "__main__":
     _, where, plan, *sys.argv = sys.argv
+    if "exact" in plan:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     strikes = Strikes(Path(where), plan)
     for name, made in {
         "__init__": watched(Session.__init__, strikes),
