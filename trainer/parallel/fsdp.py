@@ -96,6 +96,8 @@ class FullyShard(Group):
                 problem = f"cannot shard {name or 'the model'}: {' '.join(str(error).split())}"
                 raise JobError("parallel", "fsdp", problem, "Use parallel=ddp, or change the model") from error
             assert isinstance(part, FSDPModule)
+            if not self.cuda:  # nothing runs beside the CPU: a layer that is gathered early only takes memory
+                part.set_modules_to_backward_prefetch([part])
             layers.append(part)
         return layers
 
