@@ -140,7 +140,7 @@ def test_a_script_shards_its_model(tmp_path: Path) -> None:
 if FULL:  # it measures megabytes
 
     def test_a_rank_holds_its_part_of_the_state(tmp_path: Path) -> None:
-        """Weights, gradients and Adam's state, at their peak: a part of what DDP takes, and one gathered layer, weights and gradients."""
+        """Weights, gradients and Adam's state, at their peak: a part of what DDP takes, and a gathered layer."""
         layer, state = 4, 4 * 64
         keys = [
             "task=model_tasks:Wide",

@@ -88,7 +88,7 @@ def commit_part(
             return None
         meeting.fail(error)
         if not index:
-            shutil.rmtree(pending, ignore_errors=True)
+            remove_pending(root, number + 1)  # with what late writers left of those that failed before
             _put_back(root)
         raise
 

@@ -216,3 +216,12 @@ def test_shards_are_not_waited_for_for_ever(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"shards \[1\] did not come: nothing was written for 0 s"):
         commit_part(tmp_path, 4, 4, (0, 2), contents, {}, 0, None, lambda: False, 0.2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_commit_that_failed_leaves_nothing_of_those_before_it(tmp_path: Path) -> None:
+    """While a disk is full at the end, each try is a commit of its own, for which a late writer makes a folder."""
+    commit_part(tmp_path, 4, 7, (1, 2), own(WEIGHTS, 1, 2), {}, 0, None, lambda: False)  # the first gave up before
+    commit_part(tmp_path, 4, 9, (1, 2), own(WEIGHTS, 1, 2), {}, 0, None, lambda: False)  # it tries again already
+    with pytest.raises(OSError, match="did not come"):
+        commit_part(tmp_path, 4, 8, (0, 2), own(WEIGHTS, 0, 2), {}, 0, None, lambda: False, 0.2)
+    assert [path.name for path in tmp_path.iterdir()] == [".pending-step-000000004-9"]

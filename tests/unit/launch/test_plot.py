@@ -42,6 +42,9 @@ def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
     assert steps(curves, "loss") == [10, 20, 22, 32], "the killed attempt's last line came late"
     assert curves["loss", "train"].points[2] == (22, 3.0)
     assert set(curves) == {("loss", "train")}, "the evaluation at step 45 was never reached again"
+    same = [train(10), train(20, loss=9.0), train(20, 1), train(30, 1)]
+    again = plot.read_curves(make(tmp_path, "cells-2", same).metrics)
+    assert steps(again, "loss") == [10, 20, 30], "the killed attempt had come no further than its successor begins"
     lines = [train(step, None) for step in (10, 20, 30, 20, 40)]
     assert steps(plot.read_curves(make(tmp_path, "old-1", lines).metrics), "loss") == [10, 20, 40]
 
