@@ -108,8 +108,6 @@ def pytest_make_collect_report(
 def group_of(nodeid: str) -> str:
     """The name of the tests that run in the same worker as this one."""
     file = nodeid.partition("::")[0].removeprefix("tests/")
-    if file.startswith("gpu/"):
-        return nodeid  # they share nothing but the GPU
     return ONE_WORKER.get(file) or ONE_WORKER.get(file.partition("/")[0]) or file
 
 

@@ -31,7 +31,7 @@ def test_a_sweep_is_followed_to_its_result(tmp_path: Path) -> None:
 def test_runs_wait_for_the_earlier_ones_and_are_cancelled_together(tmp_path: Path) -> None:
     words = ("--sweep", "train.lr=0.1,0.01,0.001")
     done = muster("submit", SUPPORT / "slow.yaml", f"runs={tmp_path}", *KEYS, *words)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     runs = [Run(Path(line)) for line in done.stdout.splitlines()]
     (sweep,) = tmp_path.glob("slow-sweep-*")
     try:

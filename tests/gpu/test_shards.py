@@ -28,11 +28,11 @@ def test_shards_on_all_gpus_are_loaded_on_one_and_exported(tmp_path: Path) -> No
                "train.schedule=constant")  # fmt: skip
     run = train(tmp_path, "bytelm", "parallel=fsdp", all_gpus(1), *options, "train.steps=3")
     words = [*MUSTER, "run", str(run), "train.steps=4", "parallel=single", "devices_per_node=1"]
-    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=280)
+    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=400)
     assert len(losses(run)) == 4
     target = tmp_path / "model.safetensors"
     blind = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*MUSTER, "export", str(run), str(target)], cwd=ROOT, env=blind, check=True, timeout=280)
+    subprocess.run([*MUSTER, "export", str(run), str(target)], cwd=ROOT, env=blind, check=True, timeout=400)
     assert target.stat().st_size > 4 * 100_000_000
 
 

@@ -105,7 +105,7 @@ def test_a_submission_costs_little(laptop: Laptop, slurm: Cluster, stopwatch: St
         ("intruder", {}, 64, "does not let you in"),
         ("nowhere", {}, 1, "cannot be reached"),
         ("login", {"python": "/nowhere/python"}, 64, "has no /nowhere/python that runs"),
-        ("login", {"ssh_folder": "/dev/shm"}, 64, "can be written by others than you"),
+        ("login", {"ssh_folder": "/dev/shm"}, 64, "can be written to by other users"),
         ("login", {"sbatch_args": "[--partition=none]"}, 64, "invalid partition"),
     ],
 )

@@ -17,7 +17,9 @@ from trainer.records import read_lines
 from trainer.run.folder import RunFolder
 
 MUSTER = [sys.executable, "-c", "from trainer.launch.cli import main; main()"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH")]))
+}
 
 
 def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:
@@ -30,7 +32,7 @@ def command(runs: Path, job: str, *overrides: str) -> tuple[list[str], str]:
 def train(runs: Path, job: str, *overrides: str) -> Path:
     """Run a job to its end on the GPU; return its run folder."""
     words, name = command(runs, job, *overrides)
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = runs.glob(f"{name}-*")
     return run
@@ -70,15 +72,16 @@ def train_killed(runs: Path, job: str, *overrides: str, rank: int = 0) -> Path:
     words, name = command(runs, job, *overrides)
     with open(runs / f"{name}.log", "w+") as log:
         process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
-        killed = False
-        while process.poll() is None:
+        killed, end = False, time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
             events = [event for folder in runs.glob(f"{name}-*") for event in RunFolder(folder).read_events()]
             if not killed and any(event["event"] == "checkpoint" for event in events):
                 pids = next(event["pids"] for event in events if event["event"] == "ranks")
                 os.kill(pids[str(rank)], signal.SIGKILL)
                 killed = True
+        process.kill()  # if it is still there: it holds the GPU
         log.seek(0)
-        assert process.returncode == 0 and killed, log.read()
+        assert process.wait() == 0 and killed, log.read()
     (run,) = (path for path in runs.glob(f"{name}-*") if path.is_dir())
     return run

@@ -81,7 +81,7 @@ class Talk:
             if line == STARTED:
                 return
             passed += len(line) + 1
-        raise CutOff(self.what, "it sent something else than an answer")
+        raise CutOff(self.what, "it sent something other than an answer")
 
     def line(self) -> dict[str, Any]:
         """The next answer. Raises CutOff: what comes is none."""
@@ -98,7 +98,7 @@ class Talk:
         while b"\n" not in self.rest:
             self.rest += self._more()
             if len(self.rest) > 2 * BLOCK:
-                raise CutOff(self.what, "it sent something else than an answer")
+                raise CutOff(self.what, "it sent something other than an answer")
         line, _, self.rest = self.rest.partition(b"\n")
         return line
 

@@ -89,7 +89,7 @@ def _submit_each(plans: list[tuple[AnyPlatform, AnyPlan]], sweep: Sweep, followi
             if isinstance(error, Cut):  # the same command would begin another sweep
                 remedy = f"The job may be there or not: `muster submit {plan.run}` completes it"
             note = f"This was run {index + 1} of {len(plans)}. Those after it were not submitted"
-            note += f": `muster list {sweep.folder}` shows the others"
+            note += f": `muster list {sweep.folder}` shows those that were"
             raise type(error)(error.key, error.value, error.problem, f"{remedy}. {note}") from None
 
 

@@ -63,4 +63,4 @@ def test_no_two_tensors_are_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(export, "new_file", watched)
     before = memory()
     export.export(RunFolder(tmp_path), tmp_path / name, None)
-    assert len(found) > COUNT and max(found) - before < 3 * SIZE
+    assert len(found) > COUNT and max(found) - before < 2 * SIZE

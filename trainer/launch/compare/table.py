@@ -10,7 +10,7 @@ WIDTH = 79
 EQUAL = "Losses: equal step by step within rounding, which grows with the steps"
 APART = "Losses: equal at first, apart later; train.precision=float64 tells rounding from a difference"
 DIFFERENT = (
-    "Losses: not those of single. Dropout, batch statistics per device and options of ddp explain that; "
+    "Losses: not those of single. Dropout, batch statistics per device and options of ddp can explain that; "
     "without these something in the task depends on how a batch is divided"
 )
 

@@ -68,7 +68,7 @@ def own_folder() -> str:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     facts = os.stat(folder)
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-        say(error="folder", text=folder + " can be written by others than you")
+        say(error="folder", text=folder + " can be written to by other users")
         raise SystemExit(1)
     return folder
 

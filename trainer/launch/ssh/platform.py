@@ -102,7 +102,10 @@ class OverSsh(Platform[Any, SshRequest]):
                 if _has_code_of_now(run, plan.job):
                     print(f"note: going on with {run}, whose submission was cut off", file=sys.stderr)
                     return run
-                print(f"note: {run}, with other code, was cut off: `muster submit {run}` completes it", file=sys.stderr)
+                print(
+                    f"note: the submission of {run}, with other code, was cut off: `muster submit {run}` completes it",
+                    file=sys.stderr,
+                )
         return None
 
     def submit(self, plan: AnyPlan, request: SshRequest, follow: bool) -> dict[str, Any]:
