@@ -89,7 +89,7 @@ def test_batches_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keys, words", [
-    (["task_args.batchnorm=true"], ["task.model='BatchNorm2d'", "pipeline.microbatches", "GroupNorm"]),
+    (["task_args.batchnorm=true"], ["task.model='BatchNorm2d'", "single micro-batches", "GroupNorm"]),
     (["task=digit_tasks:Tied"], ["parallel='pipeline'", "Autoencoder", "stages(model)"]),
 ])  # fmt: skip
 def test_what_it_refuses(tmp_path: Path, keys: list[str], words: list[str]) -> None:

@@ -188,7 +188,8 @@ class Diagnosis:
             return None
         # Those that wait for a rank fell silent when it did, give or take a step: which one it is, the stacks tell.
         late = [index for index in living if silent[index] > min([limit[index], *over]) / 2]
-        stopped = [index for index in late if process_state(processes[index].pid) == "T"]
+        stopped = [index for index in living if process_state(processes[index].pid) == "T"]
+        late = sorted({*late, *stopped})  # our clock may have stood still for most of the time
         stacks = self._dump_stacks(processes)
         for index in stopped:
             os.kill(processes[index].pid, signal.SIGSTOP)  # it shall not go on: its stacks were all we wanted
