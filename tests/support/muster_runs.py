@@ -83,6 +83,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._sizes: dict[Path, int] | None = None
+        self._events: list[dict[str, Any]] = []
 
     @property
     def job_id(self) -> str:
@@ -90,8 +92,12 @@ class Run:
         return f"{self.folder.name}-{hashlib.sha256(bytes(self.folder)).hexdigest()[:8]}"
 
     def events(self, *names: str) -> list[dict[str, Any]]:
-        """The events of some kinds, in order."""
-        return [event for event in RunFolder(self.folder).read_events() if event["event"] in names]
+        """The events of some kinds, in order. They are read when there are new ones: a long run has thousands."""
+        run = RunFolder(self.folder)
+        sizes = {path: path.stat().st_size for path in run.event_files()}
+        if sizes != self._sizes:
+            self._sizes, self._events = sizes, run.read_events()
+        return [event for event in self._events if event["event"] in names]
 
     def wait(self, name: str, count: int = 1, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """The so-manieth event of a kind."""
