@@ -52,7 +52,7 @@ def test_a_folder_of_the_caller_takes_the_runs(engine: Engine, tmp_path: Path):
 
 def test_up_trains_on_two_nodes(engine: Engine, image: Image, tmp_path: Path):
     mine = {"MUSTER_IMAGE": image.tag, "MUSTER_RUNS": str(tmp_path), "MUSTER_USER": f"{os.getuid()}:{os.getgid()}"}
-    engine.docker(*COMPOSE, "up", "--no-build", env=engine.env | mine)
+    engine.docker(*COMPOSE, "up", "--no-build", env=engine.env | mine, timeout_s=500)
     result = json.loads((tmp_path / "digits-compose" / "result.json").read_text())
     assert result["world_size"] == 4
     assert result["metrics"]["accuracy"] > 0.9
