@@ -23,6 +23,9 @@ if os.environ["RANK"] == "1" and not first.exists():
 MODULES = {
     "mailcap_like": "import os\nPROCESS = os.getpid()\n",
     "busy": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n",
+    "native": "import ctypes\nlibrary, thread = ctypes.CDLL(None), ctypes.c_ulong()\n"
+    "wait = ctypes.cast(library.pause, ctypes.c_void_p)\n"
+    "assert library.pthread_create(ctypes.byref(thread), None, wait, None) == 0\n",
     "broken": "import no_such_part\n",
     "angry": "raise ValueError('no licence')\n",
 }
@@ -49,7 +52,8 @@ def run(folder: Path, modules: list[str]) -> tuple[int, str]:
 
 
 def test_modules_are_there_before_the_script_begins_and_after_a_restart(tmp_path: Path) -> None:
-    code, text = run(tmp_path, ["mailcap_like"])
+    """Also after one that starts a thread outside of Python, as pyarrow does."""
+    code, text = run(tmp_path, ["native", "mailcap_like"])
     assert (tmp_path / "first").exists()
     assert code == 0, text
 

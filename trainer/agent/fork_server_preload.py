@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 from trainer.agent.fork_server import KIND, PRELOAD, REFUSED
@@ -40,7 +41,8 @@ def refuse(name: str) -> Iterator[None]:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             raise RuntimeError("it uses the GPU, which forked processes could not do after it")
-        if threads_stay():
+        # Threads of native libraries, such as pyarrow's, stand a fork: every loader with workers relies on that.
+        if threading.active_count() > 1:
             raise RuntimeError("it starts threads, and what they hold would be locked for ever in a forked process")
     except ModuleNotFoundError as error:
         known = f"{name}.".startswith(f"{error.name}.")
@@ -48,15 +50,6 @@ def refuse(name: str) -> Iterator[None]:
     except BaseException as error:
         problem = f"cannot be imported once for all ranks: {type(error).__name__}: {error}"
         REFUSED.append(JobError("preload", name, problem, leave))
-
-
-def threads_stay() -> bool:
-    """Whether this process has threads that a fork does not end. Those of linear algebra end, and come back."""
-    if child := os.fork():
-        os.waitpid(child, 0)
-    else:
-        os._exit(0)
-    return len(os.listdir("/proc/self/task")) > 1
 
 
 FLAG.install()  # a rank is born with these handlers: there is no moment at which a stop request kills it
