@@ -28,7 +28,7 @@ def test_killed_in_every_third_step_nothing_changes(tmp_path: Path, name: str) -
     for folder, plan in (("calm", "exact"), ("run", "exact,kill:2/3")):
         train_struck(
             tmp_path / folder, plan, ROOT / f"jobs/{name}.py", WORDS[name], "device=cuda", "devices_per_node=1",
-            base=ENVIRONMENT,
+            "preload=[sklearn.datasets]", base=ENVIRONMENT,
         )  # fmt: skip
     run, calm = tmp_path / "run", tmp_path / "calm"
     assert len(list((run / "strikes").iterdir())) >= 4
