@@ -80,7 +80,7 @@ def test_kill_after_each_step(tmp_path: Path, framework: str, ranks: int) -> Non
 
     In every step if FULL; else a sample, because what differs from other sessions is what a trainer keeps.
     """
-    every = 1 if FULL else 5
+    every = 1 if FULL else 3
     train(tmp_path / "calm", framework, ranks, "calm")
     train(tmp_path / "run", framework, ranks, "kill:all" if FULL else f"kill:2/{every}")
     struck = {int(path.name.partition("-")[0]) for path in (tmp_path / "run/strikes").iterdir()}

@@ -101,7 +101,7 @@ def test_a_killed_agent_is_replaced(tmp_path: Path, node: int, buffers: bool) ->
         assert [event["attempt"] for event in run.events("done")] == [run.events("restart", "attempt")[-1]["attempt"]]
 
 
-@pytest.mark.parametrize("node", [0, 1] if FULL else [1])
+@pytest.mark.parametrize("node", [0, 1])
 def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, node: int, stopwatch: Stopwatch) -> None:
     run = Run(tmp_path / "run")
     with agents(run, "train.steps=1000000", "task_args.step_s=0.05", "agent.rejoin_timeout_s=4") as both:
@@ -118,7 +118,7 @@ def test_a_node_that_never_returns_is_missed_within_its_bound(tmp_path: Path, no
         run.wait_gone()
 
 
-@pytest.mark.parametrize("node", [0, 1] if FULL else [0])
+@pytest.mark.parametrize("node", [0, 1])
 def test_a_node_that_stops_answering_is_missed_too(tmp_path: Path, node: int, stopwatch: Stopwatch) -> None:
     """As behind a cut cable: its connections stay open and nobody answers."""
     run = Run(tmp_path / "run")

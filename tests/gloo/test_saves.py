@@ -48,7 +48,12 @@ def stop(run: Run) -> tuple[int, int]:
 
     wait_for("both buffers in use", stands)
     assert alive(rank)
-    return process, max(map(step_of, committed(run.folder / "checkpoints")))  # the writer may not have told of it
+    return process, on_disk(run)  # the writer may not have told of it
+
+
+def on_disk(run: Run) -> int:
+    """The step of the newest checkpoint."""
+    return max(map(step_of, committed(run.folder / "checkpoints")))
 
 
 def leftovers(run: Run) -> set[Path]:
@@ -73,6 +78,7 @@ def test_whoever_is_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None
         resume = run.wait("resume")
         ordered = range(newest + 10, resume["step"] + 1, 10)
         assert resume["folder"] == "memory" and ordered
+        assert on_disk(run) == newest
         os.kill(process, signal.SIGCONT)
 
         def later() -> list[tuple[int, int]]:
