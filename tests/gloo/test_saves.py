@@ -10,9 +10,9 @@ from pathlib import Path
 from foreign import missing, put_foreign
 from muster_runs import Run, alive, children, kill, muster, stat, submitted, wait_for
 
-from trainer.checkpoint.files import UNFINISHED, committed, newest_good
+from trainer.checkpoint.files import UNFINISHED, newest_good
 from trainer.records import read_lines
-from trainer.run.folder import step_of
+from trainer.run.folder import RunFolder, step_of
 
 HANG_S = 5
 KEYS = ["devices_per_node=2", "task_args.step_s=0.004", "train.steps=1000000", "checkpoint.every_steps=10",
@@ -48,12 +48,7 @@ def stop(run: Run) -> tuple[int, int]:
 
     wait_for("both buffers in use", stands)
     assert alive(rank)
-    return process, on_disk(run)  # the writer may not have told of it
-
-
-def on_disk(run: Run) -> int:
-    """The step of the newest checkpoint."""
-    return max(map(step_of, committed(run.folder / "checkpoints")))
+    return process, RunFolder(run.folder).steps_committed()  # the writer may not have told of it
 
 
 def leftovers(run: Run) -> set[Path]:
@@ -78,7 +73,7 @@ def test_whoever_is_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None
         resume = run.wait("resume")
         ordered = range(newest + 10, resume["step"] + 1, 10)
         assert resume["folder"] == "memory" and ordered
-        assert on_disk(run) == newest
+        assert RunFolder(run.folder).steps_committed() == newest
         os.kill(process, signal.SIGCONT)
 
         def later() -> list[tuple[int, int]]:
